@@ -1,0 +1,163 @@
+"""From examples to tensors: tokenized once, source states cached when they fit, batches a pure function of the step.
+
+Shapes: B batch, S source tokens, L captured layers, D_s source hidden size, A answer tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bridgekit.config import Config, ConfigError
+from bridgekit.generation import pad_ids
+from bridgekit.pair import LanguageModel, Pair, Pieces, split_at_soft, split_prompts
+from bridgekit.tasks.base import Example, Prompt, literal_prompt, source_prompt
+
+
+def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """The examples of a step, a function of (seed, step) alone: resuming and other process counts follow."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {e: np.random.default_rng([seed, int(e)]).permutation(n) for e in np.unique(places // n)}
+    return np.array([orders[p // n][p % n] for p in places])
+
+
+def noise_seeds(seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Sampler seeds of a step's slots."""
+    return np.random.default_rng([seed, step, 77]).integers(0, 2**31, batch_size)
+
+
+def read_source(lm: LanguageModel, examples: list[Example], view: str, solutions: dict[str, str]) -> list[list[int]]:
+    """Token ids of what the bridge reads: the source's prompt, with its own solution, or the facts alone."""
+    prompts = [source_prompt(e) for e in examples]
+    if view == "facts":
+        return [lm.bos + ids for ids in lm.tokenize([p.prefix for p in prompts])]
+    rows = [lm.bos + p.all for p in split_prompts(lm, prompts)]
+    if view == "solution":
+        said = lm.tokenize([solutions[e.id] for e in examples])
+        rows = [row + more for row, more in zip(rows, said, strict=True)]
+    return rows
+
+
+class Ragged:
+    """Rows of unequal length, padded once; a batch is a gather, trimmed to its own longest row."""
+
+    def __init__(self, rows: list[list[int]], device: torch.device):
+        self.lengths = np.array([len(r) for r in rows])
+        self.ids, self.mask = pad_ids(rows, device)
+
+    def take(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T), (B, T)"""
+        width = int(self.lengths[indices].max())
+        rows = torch.from_numpy(indices).to(self.ids.device)
+        return self.ids[rows, :width], self.mask[rows, :width]
+
+
+class SourceStates:
+    """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked."""
+
+    def __init__(self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float):
+        self.lm, self.rows, self.layers = lm, rows, layers
+        self.lengths = np.array([len(r) for r in rows])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        size = int(self.lengths.sum()) * len(layers) * lm.hidden_size * lm.dtype.itemsize
+        self.flat = self._compute_all() if size <= budget_gb * 1e9 else None
+
+    def _compute_all(self) -> torch.Tensor:
+        """(tokens of all prompts, L, D_s); prompts of like length go together, so little is padding"""
+        flat = torch.empty(
+            int(self.lengths.sum()), len(self.layers), self.lm.hidden_size, dtype=self.lm.dtype, device=self.lm.device
+        )
+        order = np.argsort(self.lengths, kind="stable")
+        for i in range(0, len(order), 256):
+            chunk = order[i : i + 256]
+            states, mask = self._compute(chunk)
+            places = np.concatenate([np.arange(self.starts[j], self.starts[j] + self.lengths[j]) for j in chunk])
+            flat[torch.from_numpy(places).to(flat.device)] = states[mask]
+        return flat
+
+    def _compute(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = pad_ids([self.rows[i] for i in indices], self.lm.device)
+        return self.lm.hidden_states(ids, mask.long(), self.layers), mask
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, L, D_s), (B, S) on the target's device; padding is zero"""
+        if self.flat is None:
+            states, mask = self._compute(indices)
+        else:
+            lengths = self.lengths[indices]
+            places = self.starts[indices][:, None] + np.arange(lengths.max())
+            mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).to(self.flat.device)
+            places = torch.from_numpy(np.minimum(places, len(self.flat) - 1)).to(self.flat.device)
+            states = self.flat[places]
+        states = states * mask[..., None, None]
+        return states.to(device), mask.to(device)
+
+
+@dataclass
+class Batch:
+    states: torch.Tensor  # (B, S, L, D_s)
+    mask: torch.Tensor  # (B, S)
+    seeds: torch.Tensor  # (B,) of the sampler's noise
+    before: tuple[torch.Tensor, torch.Tensor]  # ids and mask of the target's text before the soft tokens
+    after: tuple[torch.Tensor, torch.Tensor]  # and after them, without the answer
+    literal: tuple[torch.Tensor, torch.Tensor]  # the whole literal prompt, for the KL teacher
+    labels: torch.Tensor  # (B, A), the answer with its end token
+    labels_mask: torch.Tensor  # (B, A)
+    marker: torch.Tensor  # (B, A), True on the tokens of `####`
+
+
+class TrainingSet:
+    """All training examples of one process, tokenized; `batch` gathers and pads."""
+
+    def __init__(self, config: Config, pair: Pair, examples: list[Example], states: SourceStates):
+        target = pair.target
+        self.target, self.states, self.seed = target, states, config.run.seed
+        mode = config.bridge.train_prompt_mode
+        mode = config.bridge.prompt_mode if mode == "same" else mode
+        pieces = split_prompts(target, [literal_prompt(e) for e in examples])
+        before, after = split_rows(target, pieces, config.bridge.soft_position, mode)
+        answers, markers = tokenize_answers(target, [e.solution for e in examples])
+        rows = [before, after, [target.bos + p.all for p in pieces], answers, markers]
+        self.before, self.after, self.literal, self.answers, self.markers = (Ragged(r, target.device) for r in rows)
+
+    def batch(self, indices: np.ndarray, seeds: np.ndarray) -> Batch:
+        device = self.target.device
+        states, mask = self.states.batch(indices, device)
+        labels, labels_mask = self.answers.take(indices)
+        marker, _ = self.markers.take(indices)
+        return Batch(
+            states, mask, torch.from_numpy(seeds).to(device), self.before.take(indices), self.after.take(indices),
+            self.literal.take(indices), labels, labels_mask, marker.bool() & labels_mask,
+        )  # fmt: skip
+
+
+def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str) -> tuple[list, list]:
+    """Rows of token ids before and after the soft tokens."""
+    both = [split_at_soft(lm, p, position, mode) for p in pieces]
+    return [b for b, _ in both], [a for _, a in both]
+
+
+def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Answer ids ending in the end token, and for each token whether it belongs to the `####` marker."""
+    encoded = lm.tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
+    end = min(lm.eos_ids)
+    answers, markers = [], []
+    for text, ids, offsets in zip(solutions, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        start = text.rfind("####")
+        answers.append([*ids, end])
+        markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])
+    return answers, markers
+
+
+def check_fit(config: Config, pair: Pair, prompts: list[Prompt]) -> None:
+    """Refuse more soft tokens, text and answer than the target has positions."""
+    longest = max(len(p.all) for p in split_prompts(pair.target, prompts))
+    soft = config.bridge.n_soft_tokens
+    if soft == -1:
+        soft = min(2048, max(len(p.all) + 1 for p in split_prompts(pair.source, prompts)))
+    needed = 1 + soft + longest + config.eval.max_new_tokens
+    if needed > pair.target.max_positions:
+        raise ConfigError(
+            f"bridge.n_soft_tokens: {soft} soft tokens, {longest} prompt tokens and {config.eval.max_new_tokens} new "
+            f"ones need {needed} positions; the target has {pair.target.max_positions}: use fewer soft tokens"
+        )

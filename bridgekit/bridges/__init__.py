@@ -1,0 +1,20 @@
+"""Every bridge behind one interface: producer x injector."""
+
+from bridgekit.bridges.base import Bridge, Message, Prefix
+from bridgekit.bridges.constant import Constant
+from bridgekit.bridges.dit import DiT
+from bridgekit.bridges.resampler import Resampler
+from bridgekit.config import Config
+
+__all__ = ["Bridge", "Message", "build_bridge"]
+
+PRODUCERS = {"resampler": Resampler, "dit": DiT, "constant": Constant}
+INJECTORS = {"prefix": Prefix}
+
+
+def build_bridge(config: Config, n_layers: int, source_dim: int, target) -> Bridge:
+    """A fresh bridge from `n_layers` captured layers of width `source_dim` to a target LanguageModel."""
+    producer = PRODUCERS[config.bridge.producer](config.bridge, n_layers, source_dim, target.hidden_size)
+    rms = target.embedding_rms if config.bridge.rms_match else None
+    projection = config.bridge.source_projection and config.bridge.producer != "constant"
+    return Bridge(producer, INJECTORS[config.bridge.injector](), n_layers * source_dim, projection, rms)

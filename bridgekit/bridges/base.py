@@ -1,0 +1,100 @@
+"""The bridge contract: a producer makes a message once per question, an injector brings it into the target.
+
+    message = bridge.encode(states, mask, seeds)         # Message, made once
+    soft = bridge.injector.soft(message)                 # soft tokens to put into the prompt, or None
+    with bridge.injector.attach(target, current): ...    # what else it does to the target, at every step
+
+`current()` gives the message of the rows that are in the batch now: decoding drops rows that have ended.
+
+Training, generation and evaluation use only these three lines, so any producer works with any injector.
+Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K soft tokens.
+"""
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from bridgekit.generation import Soft
+
+MAX_SOFT_TOKENS = 2048  # the cap when there are as many soft tokens as source tokens
+
+
+@dataclass
+class Message:
+    """What crosses the bridge. `attention` and `flow_error` are there when they were asked for and apply."""
+
+    tokens: torch.Tensor  # (B, K, D_t)
+    mask: torch.Tensor  # (B, K)
+    attention: torch.Tensor | None = None  # (B, K, S), rows sum to one
+    flow_error: torch.Tensor | None = None  # (B,)
+
+    def select(self, rows: torch.Tensor) -> "Message":
+        return replace(self, tokens=self.tokens[rows], mask=self.mask[rows], attention=None, flow_error=None)
+
+
+class Prefix(nn.Module):
+    """Soft tokens in the target's prompt; the target itself is left as it is."""
+
+    def soft(self, message: Message) -> Soft:
+        return Soft(message.tokens, message.mask)
+
+    def attach(self, target, current: Callable[[], Message]) -> AbstractContextManager:
+        return nullcontext()
+
+
+class Bridge(nn.Module):
+    """Optional source projection, producer, injector; soft tokens are brought to the target's embedding size."""
+
+    def __init__(self, producer: nn.Module, injector: nn.Module, source_width: int, projection: bool, rms: float | None):
+        super().__init__()
+        self.producer = producer
+        self.injector = injector
+        self.rms = rms  # None: leave the size free
+        self.projection = nn.Linear(source_width, source_width, bias=False) if projection else None
+        if projection:
+            nn.init.eye_(self.projection.weight)
+
+    def encode(self, states, mask, seeds, *, teacher=None, want_attention: bool = False) -> Message:
+        """states (B, S, L, D_s), mask (B, S), seeds (B,) of the sampler's noise -> Message.
+
+        `teacher` (embeds (B, P, D_t), mask) is what a generative producer imitates: given in training only.
+        """
+        states = states.float().flatten(2) if self.projection is None else self.projection(states.float().flatten(2))
+        message = self.producer(states, mask, seeds, teacher, want_attention)
+        if self.rms is not None:
+            size = message.tokens.float().pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
+            message.tokens = message.tokens / size * self.rms
+        return message
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def hashed_uniform(seeds: torch.Tensor, n: int) -> torch.Tensor:
+    """Uniform numbers in (0, 1) that depend on each example's seed alone. (B,) -> (B, n), the first n of a stream
+
+    A counter-based generator: the same in any batch, process or device, which torch's own generators are not.
+    """
+    counter = torch.arange(n, device=seeds.device)
+    bits = _mix(_mix(seeds[:, None] * 0x9E3779B + 0x7F4A7C15) + counter[None, :] * 0x2545F491)
+    return ((bits & 0xFFFFFF).double() + 0.5) / 0x1000000
+
+
+def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal noise by each example's seed. (B,) -> (B, *shape); a longer shape begins with a shorter one's"""
+    uniform = hashed_uniform(seeds, 2 * math.prod(shape)).unflatten(1, (-1, 2))
+    noise = (-2 * uniform[..., 0].log()).sqrt() * (2 * torch.pi * uniform[..., 1]).cos()
+    return noise.float().view(-1, *shape)
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """Scramble 32-bit counters held in int64; multiplications stay below 2**63."""
+    for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
+        x = x & 0xFFFFFFFF
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)

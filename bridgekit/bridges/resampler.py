@@ -1,0 +1,44 @@
+"""Resampler: K learned queries read the source's states through cross-attention."""
+
+from torch import nn
+
+from bridgekit.bridges.base import MAX_SOFT_TOKENS, Message
+from bridgekit.bridges.layers import Attention, FeedForward, Queries, SourceReader, count_soft_tokens
+
+
+class ResamplerBlock(nn.Module):
+    def __init__(self, dim: int, heads: int, dropout: float):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
+        self.cross = Attention(dim, heads, dropout)
+        self.self = Attention(dim, heads, dropout)
+        self.feed = FeedForward(dim, dropout)
+
+    def forward(self, x, source, mask, query_mask, want_weights):
+        update, weights = self.cross(self.norms[0](x), source, mask, want_weights)
+        x = x + update
+        y = self.norms[1](x)
+        x = x + self.self(y, y, query_mask)[0]
+        return x + self.feed(self.norms[2](x)), weights
+
+
+class Resampler(nn.Module):
+    def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
+        super().__init__()
+        dim = config.bridge_dim
+        self.n_soft_tokens = config.n_soft_tokens
+        self.read = SourceReader(n_layers, source_dim, dim)
+        self.queries = Queries(config.n_soft_tokens, dim)
+        self.blocks = nn.ModuleList(ResamplerBlock(dim, config.heads, config.dropout) for _ in range(config.depth))
+        self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, target_dim))
+
+    def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
+        """states (B, S, L * D_s), mask (B, S) -> tokens (B, K, D_t)"""
+        source = self.read(states)
+        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask, MAX_SOFT_TOKENS)
+        x = self.queries(k)[None].expand(len(source), -1, -1)
+        attention = 0
+        for block in self.blocks:
+            x, weights = block(x, source, mask, query_mask, want_attention)
+            attention = attention + weights / len(self.blocks) if want_attention else None
+        return Message(self.out(x), query_mask, attention=attention)

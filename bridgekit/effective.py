@@ -1,0 +1,72 @@
+"""What a configuration amounts to: the settings that can change a result, without those that have no effect.
+
+    effective_settings(record.config)
+    differing_settings(one_record, other_record)
+
+A decode interval at decode weight 0, a DiT option of a run without a DiT, the name of the run: none of these makes
+two runs different experiments. Keys of the first experiments and of this package are both known.
+"""
+
+from __future__ import annotations
+
+import typing
+
+from bridgekit.runfolders import RunRecord
+
+SEEDS = ("seed", "run.seed")
+BOOKKEEPING = ("show_eval_samples", "run.name", "run.runs_dir", "run.cache_dir",
+               "eval.eval_batch_size", "eval.noise_floor", "train.cache_states_gb")  # fmt: skip
+
+# (without effect when this holds, the settings concerned); a trailing * stands for any ending
+_INERT: tuple[tuple[typing.Callable[[dict], bool], tuple[str, ...]], ...] = (
+    (
+        lambda c: not c.get("decode_loss_weight", 1),
+        ("decode_interval", "decode_samples", "decode_max_length"),
+    ),
+    (lambda c: c.get("bridge", "dit") != "dit", ("dit_*",)),
+    (lambda c: not c.get("dit_loss_weight", 1), ("dit_loss_warmup",)),
+    (lambda c: c.get("soft_injection", "adapter") != "adapter", ("adapter_scale",)),
+    (lambda c: c.get("bridge.producer", "dit") != "dit", ("bridge.dit_*", "loss.flow_weight")),
+    (lambda c: c.get("bridge.producer") == "constant", ("bridge.source_*", "bridge.depth", "bridge.heads")),
+    (lambda c: not c.get("loss.kl_weight", 1), ("loss.kl_tokens",)),
+    (lambda c: not c.get("loss.info_nce_weight", 1), ("loss.info_nce_temperature",)),
+    (lambda c: not c.get("loss.flow_weight", 1) and not c.get("loss.prompt_weight", 1), ("bridge.teacher",)),
+    (lambda c: c.get("task.variant", "context") != "context", ("task.n_facts",)),
+)
+
+
+def effective_settings(config: dict, seed: bool = True) -> dict:
+    """The settings that can matter; without `seed` also those of replicates are equal."""
+    inert = [key for holds, keys in _INERT if holds(config) for key in keys]
+    dropped = (*BOOKKEEPING, *inert, *(() if seed else SEEDS))
+    return {key: value for key, value in config.items() if not any(_matches(key, name) for name in dropped)}
+
+
+def _matches(key: str, name: str) -> bool:
+    return key.startswith(name[:-1]) if name.endswith("*") else key == name
+
+
+def identity(record: RunRecord, seed: bool = True) -> tuple:
+    """Equal for two runs exactly when they are the same experiment on the same number of processes."""
+    settings = effective_settings(record.config, seed)
+    return (
+        *sorted((k, repr(v)) for k, v in settings.items()),
+        ("world_size", record.facts.get("world_size")),
+    )
+
+
+def differing_settings(one: RunRecord, other: RunRecord, seed: bool = True) -> dict[str, tuple]:
+    """{setting: (in one, in the other)} for the settings that differ and have an effect."""
+    first, second = effective_settings(one.config, seed), effective_settings(other.config, seed)
+    keys = dict.fromkeys([*first, *second])
+    return {k: (first.get(k), second.get(k)) for k in keys if repr(first.get(k)) != repr(second.get(k))}
+
+
+def inert_differences(one: RunRecord, other: RunRecord) -> dict[str, tuple]:
+    """{setting: (in one, in the other)} for the settings that differ without effect."""
+    keys = dict.fromkeys([*one.config, *other.config])
+    apart = {
+        k: (one.config.get(k), other.config.get(k)) for k in keys if one.config.get(k) != other.config.get(k)
+    }
+    effective = differing_settings(one, other)
+    return {k: v for k, v in apart.items() if k not in effective and k not in BOOKKEEPING}

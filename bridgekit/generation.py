@@ -1,0 +1,147 @@
+"""One decode path for every condition: batched greedy decoding with a KV cache, from text and soft tokens alike.
+
+Shapes: B batch, T tokens, K soft tokens, D hidden size, V vocabulary.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+
+from bridgekit.answers import answer_is_complete
+from bridgekit.pair import LanguageModel
+
+CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
+
+
+@dataclass(frozen=True)
+class Generated:
+    text: str
+    logprob: float  # mean over the generated tokens
+    n_tokens: int
+
+
+@dataclass
+class _Row:
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    ended: bool = False
+
+
+@dataclass
+class Soft:
+    """What an injector hands the decode loop: soft tokens (B, K, D) with their mask (B, K)."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
+
+
+def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask. -> (B, T), (B, T) bool"""
+    width = max((len(r) for r in rows), default=0)
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).view(len(rows), width)
+    lengths = torch.tensor([len(r) for r in rows])
+    mask = torch.arange(width)[None, :] < lengths[:, None]
+    return ids.to(device), mask.to(device)
+
+
+def compact(embeds: torch.Tensor, mask: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Push all padding to one side, keeping the order of what is real. (B, T, D), (B, T)"""
+    key = mask if side == "left" else ~mask
+    order = torch.argsort(key.to(torch.uint8), dim=1, stable=True)
+    return embeds.gather(1, order[:, :, None].expand_as(embeds)), mask.gather(1, order)
+
+
+def assemble(
+    lm: LanguageModel, before: tuple, after: tuple, soft: Soft | None, side: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings, mask and positions of [before | soft | after]; before and after are (ids, mask) pairs."""
+    parts, masks = [lm.embed(before[0])], [before[1]]
+    if soft is not None:
+        parts.append(soft.tokens.to(lm.dtype))
+        masks.append(soft.mask)
+    parts.append(lm.embed(after[0]))
+    masks.append(after[1])
+    embeds, mask = compact(torch.cat(parts, dim=1), torch.cat(masks, dim=1), side)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return embeds, mask, positions
+
+
+@torch.no_grad()
+def generate_batch(
+    lm: LanguageModel,
+    before: list[list[int]],
+    after: list[list[int]],
+    *,
+    soft: Soft | None = None,
+    attach: AbstractContextManager | None = None,
+    select=None,
+    max_new_tokens: int = 96,
+) -> list[Generated]:
+    """Greedy continuation of each row; finished rows leave the batch. `attach` is what a non-prefix injector does to
+    the target while it decodes, and `select(rows)` tells it which rows are left."""
+    n = len(before)
+    device = lm.device
+    rows = [_Row() for _ in range(n)]
+    alive = list(range(n))
+    with attach or nullcontext():
+        embeds, mask, positions = assemble(lm, pad_ids(before, device), pad_ids(after, device), soft, "left")
+        cache = DynamicCache(config=lm.model.config)
+        step_input = {"inputs_embeds": embeds}
+        position = positions[:, -1:]
+        pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # chosen tokens not yet read back
+        for step in range(max_new_tokens):
+            out = lm.model(
+                **step_input, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            scores = out.logits[:, -1].float().log_softmax(-1)
+            score, chosen = scores.max(-1)
+            pending.append((chosen, score))
+            last = step == max_new_tokens - 1
+            # Reading back is a sync on a GPU: do it every few steps there, at each step on CPU where it is free.
+            if last or device.type == "cpu" or len(pending) == 8:
+                keep = _read_back(lm, pending, alive, rows, check=step % CHECK_EVERY == CHECK_EVERY - 1)
+                pending = []
+                if last or not keep:
+                    break
+                if len(keep) <= 0.75 * len(alive):
+                    left = torch.tensor(keep, device=device)
+                    cache.batch_select_indices(left)
+                    chosen, mask, position = chosen[left], mask[left], position[left]
+                    alive = [alive[i] for i in keep]
+                    if select is not None:
+                        select(left)
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+            positions = position = position + 1
+            step_input = {"input_ids": chosen[:, None]}
+    texts = lm.tokenizer.batch_decode([_until_eos(r.ids, lm.eos_ids) for r in rows], skip_special_tokens=True)
+    return [
+        Generated(text, row.logprob / len(row.ids), len(row.ids))
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in eos_ids else ids
+
+
+def _read_back(lm, pending, alive, rows: list[_Row], check: bool) -> list[int]:
+    """Move chosen tokens to the rows they belong to; returns the batch rows that are not finished."""
+    chosen = torch.stack([c for c, _ in pending], dim=1).tolist()
+    scores = torch.stack([s for _, s in pending], dim=1).tolist()
+    keep = []
+    for i, index in enumerate(alive):
+        row = rows[index]
+        for token, score in zip(chosen[i], scores[i], strict=True):
+            if not row.ended:
+                row.ids.append(token)
+                row.logprob += score
+                row.ended = token in lm.eos_ids
+        # A row's own length decides when its text is looked at, so what it says cannot depend on its neighbours.
+        if check and not row.ended:
+            row.ended = answer_is_complete(lm.tokenizer.decode(row.ids, skip_special_tokens=True))
+        if not row.ended:
+            keep.append(i)
+    return keep

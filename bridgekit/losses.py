@@ -1,0 +1,66 @@
+"""Losses as pure functions. Each returns (sum, count), so that a mean can be taken over all processes.
+
+Shapes: B batch, A answer tokens, V vocabulary, K soft tokens, P teacher tokens, D target hidden size.
+`logits[:, j]` predicts `labels[:, j]`; padding is where the mask is False.
+Decode-aware supervision will stand here too: it needs the decode loop, and takes its logits from the same slice.
+"""
+
+import torch
+from torch.nn import functional as F
+
+Total = tuple[torch.Tensor, torch.Tensor]
+
+
+def answer_nll(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> Total:
+    """Negative log-likelihood of the answer's tokens. (B, A, V), (B, A), (B, A)"""
+    nll = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    return (nll * mask.flatten()).sum(), mask.sum()
+
+
+def kl_slice(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, first: int = 0) -> Total:
+    """KL(teacher || student) over the same answer tokens; `first` > 0 compares only that many. (B, A, V) twice"""
+    if first:
+        mask = mask & (torch.arange(mask.shape[1], device=mask.device) < first)
+    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return (divergence * mask).sum(), mask.sum()
+
+
+def prompt_alignment(
+    tokens: torch.Tensor, mask: torch.Tensor, embeds: torch.Tensor, embeds_mask: torch.Tensor
+) -> Total:
+    """Squared distance of soft tokens from the teacher's embeddings at the same place, in units of their size.
+
+    The shorter of the two is padded, and only places real in both count. (B, K, D), (B, K), (B, P, D), (B, P)
+    """
+    n = min(tokens.shape[1], embeds.shape[1])
+    both = mask[:, :n] & embeds_mask[:, :n]
+    embeds = embeds[:, :n].float()
+    size = (embeds.pow(2).mean(-1) * both).sum() / both.sum().clamp(min=1)
+    distance = (tokens[:, :n].float() - embeds).pow(2).mean(-1) / size.clamp(min=1e-8)
+    return (distance * both).sum(), both.sum()
+
+
+def pool(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Mean over real places. (B, K, D), (B, K) -> (B, D)"""
+    return (tokens.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
+def info_nce(anchors: torch.Tensor, positives: torch.Tensor, offset: int, temperature: float) -> Total:
+    """Tell one's own question from all others. anchors (B, D) of this process, positives (N, D) of all processes,
+    where anchor i belongs to positive offset + i. The positives' common part is removed: without that they are
+    nearly equal, and there is nothing to tell."""
+    positives = positives.float() - positives.float().mean(0)
+    scores = F.normalize(anchors.float(), dim=-1) @ F.normalize(positives, dim=-1).T / temperature
+    labels = torch.arange(len(anchors), device=anchors.device) + offset
+    return F.cross_entropy(scores, labels, reduction="sum"), torch.tensor(len(anchors), device=anchors.device)
+
+
+def format_nll(logits: torch.Tensor, labels: torch.Tensor, marker: torch.Tensor) -> Total:
+    """Negative log-likelihood of the `####` marker's tokens alone. marker (B, A) says which they are"""
+    return answer_nll(logits, labels, marker)
+
+
+def flow(error: torch.Tensor) -> Total:
+    """Mean squared velocity error of the generative producer. (B,)"""
+    return error.sum(), torch.tensor(len(error), device=error.device)

@@ -1,0 +1,234 @@
+"""Load two frozen language models from anywhere, and turn prompts into the token pieces everything else uses.
+
+    pair = load_pair(config)          # pair.source, pair.target: LanguageModel
+
+Shapes: B batch, S source tokens, T target tokens, L captured layers, D hidden size.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bridgekit.config import Config, ConfigError
+from bridgekit.tasks.base import Prompt
+
+EMBEDDED = Path(__file__).parent / "embedded_pair"
+
+
+@dataclass
+class LanguageModel:
+    """A frozen causal model with its tokenizer."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    origin: str  # `embedded`, folder or hub id, as configured
+    fingerprint: str  # of weights and tokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    @property
+    def n_layers(self) -> int:
+        return self.model.config.num_hidden_layers
+
+    @property
+    def max_positions(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    @cached_property
+    def bos(self) -> list[int]:
+        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+
+    @cached_property
+    def eos_ids(self) -> set[int]:
+        ids = self.model.generation_config.eos_token_id
+        return set(ids if isinstance(ids, list) else [ids])
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of the embedding table's entries: the size a soft token should have."""
+        table = self.model.get_input_embeddings().weight
+        return table.float().pow(2).mean().sqrt().item()
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def tokenize(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    @torch.no_grad()
+    def hidden_states(self, ids: torch.Tensor, mask: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
+        """States of right-padded prompts at `layers` (0 is the embeddings). (B, S) -> (B, S, L, D)"""
+        out = self.model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return torch.stack([out.hidden_states[i] for i in layers], dim=2)
+
+
+@dataclass
+class Pair:
+    source: LanguageModel
+    target: LanguageModel
+    lexicon_seed: int | None
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Token ids of a prompt's three pieces, without BOS."""
+
+    prefix: list[int]
+    question: list[int]
+    cue: list[int]
+
+    @property
+    def all(self) -> list[int]:
+        return self.prefix + self.question + self.cue
+
+
+def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
+    """Tokenize whole prompts, then cut at the pieces' character boundaries.
+
+    Tokenizing the pieces one by one would give other tokens than the model saw in training; a token that straddles
+    a boundary goes to the earlier piece.
+    """
+    if not prompts:
+        return []
+    encoded = lm.tokenizer([p.text for p in prompts], add_special_tokens=False, return_offsets_mapping=True)
+    pieces = []
+    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        starts = [start for start, _ in offsets]
+        first = sum(s < len(prompt.prefix) for s in starts)
+        second = sum(s < len(prompt.prefix) + len(prompt.question) for s in starts)
+        pieces.append(Pieces(ids[:first], ids[first:second], ids[second:]))
+    return pieces
+
+
+def split_at_soft(lm: LanguageModel, pieces: Pieces, position: str, mode: str) -> tuple[list[int], list[int]]:
+    """Token ids before and after the place where soft tokens go."""
+    if mode == "soft_only":  # what is left of the text is the cue to answer
+        return lm.bos, pieces.cue
+    if position == "start":
+        return lm.bos, pieces.all
+    if position == "question":
+        return lm.bos + pieces.prefix, pieces.question + pieces.cue
+    return lm.bos + pieces.prefix + pieces.question, pieces.cue
+
+
+def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
+    """Hidden-state indices from `source_layers`; auto takes a third, two thirds and all of the depth."""
+    n = lm.n_layers
+    if wanted == "auto":
+        return tuple(sorted({max(1, round(n / 3)), max(1, round(2 * n / 3)), n}))
+    try:
+        layers = tuple(int(part) for part in wanted.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"bridge.source_layers: expected 'auto' or numbers like '2,4,6', got '{wanted}'"
+        ) from None
+    if not all(0 <= i <= n for i in layers):
+        raise ConfigError(f"bridge.source_layers: the source has hidden states 0 to {n}, got '{wanted}'")
+    return layers
+
+
+def pick_device(wanted: str, fallback: torch.device | None = None) -> torch.device:
+    if wanted != "auto":
+        return torch.device(wanted)
+    return fallback or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_folder(key: str, model: str) -> Path | None:
+    """The local folder of a model, or None for a hub id; a folder that is not there is refused."""
+    if model == "embedded":
+        return EMBEDDED / key.split("_")[0]
+    path = Path(model)
+    looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local and not (path / "config.json").is_file():
+        raise ConfigError(
+            f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id"
+        )
+    return path if looks_local else None
+
+
+def fingerprint_folder(folder: Path) -> str:
+    """Hash of weights and tokenizer: what a cached baseline depends on."""
+    digest = hashlib.sha256()
+    files = [
+        p for pattern in ("*.safetensors", "tokenizer*", "config.json") for p in sorted(folder.glob(pattern))
+    ]
+    for path in files:
+        digest.update(path.name.encode())
+        with path.open("rb") as stream:
+            while block := stream.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """A frozen model in eval mode from safetensors, without remote code."""
+    folder = resolve_folder(key, model)
+    place = str(folder) if folder else model
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"pair.{key}: cannot load '{model}': {reason}") from None
+    loaded.requires_grad_(False).eval().to(device)
+    if folder:
+        fingerprint = fingerprint_folder(folder)
+    else:
+        fingerprint = f"{model}@{getattr(loaded.config, '_commit_hash', None)}"
+    return LanguageModel(loaded, tokenizer, model, fingerprint)
+
+
+def check_pair(config: Config) -> None:
+    """Refuse a missing pair before any run folder is made or GPU taken."""
+    for key in ("source_model", "target_model"):
+        folder = resolve_folder(key, getattr(config.pair, key))
+        if folder is not None and not any(folder.glob("*.safetensors")):
+            raise ConfigError(
+                f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`"
+            )
+
+
+def read_lexicon_seed(config: Config) -> int | None:
+    """The lexicon both models were taught, from the pair's own record."""
+    folder = resolve_folder("target_model", config.pair.target_model)
+    record = folder.parent / "pair.json" if folder else None
+    if record is None or not record.is_file():
+        return None
+    return json.loads(record.read_text())["lexicon_seed"]
+
+
+def load_pair(config: Config, device: torch.device | None = None) -> Pair:
+    """Both models, already exchanged when the direction is swapped."""
+    check_pair(config)
+    keys = ["source", "target"] if config.pair.direction == "forward" else ["target", "source"]
+    loaded = []
+    for key, wanted in zip(keys, (config.pair.source_device, config.pair.target_device), strict=True):
+        place = pick_device(wanted, device)
+        dtype = config.pair.dtype
+        if dtype == "auto":
+            dtype = "bfloat16" if place.type == "cuda" else "float32"
+        loaded.append(
+            load_model(f"{key}_model", getattr(config.pair, f"{key}_model"), place, getattr(torch, dtype))
+        )
+    seed = read_lexicon_seed(config)
+    if config.task.task == "units" and seed is None:
+        raise ConfigError(
+            "pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)"
+        )
+    return Pair(*loaded, lexicon_seed=seed)

@@ -1,0 +1,93 @@
+"""What stands under a figure in words, computed from what it shows: a notebook holds no typed number.
+
+print(read_curve(curve_from_metrics("runs/x/metrics.jsonl")))
+"""
+
+from __future__ import annotations
+
+import typing
+
+from bridgekit.config import Config, to_flat
+from bridgekit.figures import LABELS
+from bridgekit.verdict import donor_follow, recovery, select_subset
+
+if typing.TYPE_CHECKING:
+    import pandas as pd
+
+CONTROLS = ("shuffled", "constant", "constant_natural", "self_bridge", "zero", "noise")
+
+
+def read_changes(config: Config) -> str:
+    """The keys in which a configuration differs from the package's defaults, a line each."""
+    usual = to_flat(Config())
+    changes = [
+        f"{key}: {value!r} (default {usual[key]!r})"
+        for key, value in to_flat(config).items()
+        if value != usual[key]
+    ]
+    return "\n".join(changes or ["every key has its default"])
+
+
+def read_curve(curve: pd.DataFrame) -> str:
+    """Where the bridge was best, and from which step on its interval lay above the target alone."""
+    bridged = curve[curve["condition"] == "bridged"].sort_values("step")
+    best = bridged.loc[bridged["accuracy"].idxmax()]
+    text = (
+        f"Best on validation: {_share(best)} at step {best['step']:,} of {bridged['step'].max():,}, "
+        f"which is the checkpoint that is evaluated."
+    )
+    target = curve.loc[curve["condition"] == "target", "accuracy"]
+    if target.empty:
+        return text
+    below = bridged.loc[bridged["low"] <= target.iloc[-1], "step"]
+    above = bridged.loc[bridged["step"] > (below.max() if len(below) else -1), "step"]
+    since = f"from step {above.min():,} on" if len(above) else "not at the end"
+    return f"{text} Its interval lies above the target alone ({target.iloc[-1]:.3f}) {since}."
+
+
+def read_conditions(table: pd.DataFrame) -> str:
+    """The bridge, the target and the strongest control on the mix of held-out problems."""
+    rows = table[table["subset"] == "all"].set_index("condition")
+    bridged, target = _share(rows.loc["bridged"]), _share(rows.loc["target"])
+    text = (
+        f"Of {rows['n'].iloc[0]:,} held-out problems the target has {bridged} right bridged, {target} alone."
+    )
+    controls = [name for name in CONTROLS if name in rows.index]
+    if controls:
+        best = rows.loc[controls, "accuracy"].idxmax()
+        text += f" The strongest control, {LABELS[best]}, reaches {_share(rows.loc[best])}."
+    return text
+
+
+def read_groups(frame: pd.DataFrame) -> str:
+    """What is recovered on units the bridge never saw, and whether answers follow the donor."""
+    parts = []
+    for subset, label in (("source_only_held_unit", "units"), ("source_only_held_value", "values")):
+        rows = select_subset(frame, subset, allow_empty=True)
+        if len(rows) and "target_told_correct" in rows and rows["target_told_correct"].any():
+            share = recovery(frame, subset=subset)
+            parts.append(
+                f"On source-only problems about held-out {label} the bridge recovers {share.point:.3f} "
+                f"[{share.low:.3f}, {share.high:.3f}] of what the target has right once it is told the fact "
+                f"({share.n:,} problems, {share.n_clusters:,} units)."
+            )
+    if "shuffled_extracted" in frame and "donor_gold" in frame:
+        share = donor_follow(frame, "source_only")
+        parts.append(
+            f"Given another question's message, {share.point:.3f} [{share.low:.3f}, {share.high:.3f}] of the "
+            f"source-only answers are what the other question's fact makes them."
+        )
+    return " ".join(parts) or "This task has no knowledge groups."
+
+
+def read_minutes(seconds: dict[str, float]) -> str:
+    """A Markdown table of where a run's time went, the longest first."""
+    total = sum(seconds.values())
+    longest_first = sorted(seconds.items(), key=lambda item: -item[1])
+    lines = ["| stage | minutes | share |", "| --- | ---: | ---: |"]
+    lines += [f"| {name} | {spent / 60:.1f} | {spent / total:.0%} |" for name, spent in longest_first]
+    return "\n".join([*lines, f"| all | {total / 60:.1f} | |"])
+
+
+def _share(row: pd.Series) -> str:
+    return f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"

@@ -1,0 +1,188 @@
+"""Run folders: made once, written atomically, read back as frames.
+
+    folder = create_run(config)                       # runs/<name>_<YYYYmmdd_HHMMSS>/ with config.yaml
+    frame = load_eval(folder / "eval_samples_step_final.jsonl")
+
+A file is written beside its place and renamed, so what has a final name is whole.
+"""
+
+import datetime
+import gzip
+import hashlib
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from bridgekit.answers import INVALID
+from bridgekit.config import CONDITIONS, Config, ConfigError, dump_config, load_config
+
+FINAL = "eval_samples_step_final.jsonl"
+
+
+def create_run(config: Config, folder: str | Path | None = None) -> Path:
+    """A new run folder with its resolved config; one that exists, or cannot be written, is refused."""
+    if folder is None or folder == "":
+        stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
+        folder = Path(config.run.runs_dir) / f"{config.run.name}_{stamp}"
+    folder = Path(folder)
+    if (folder / "config.yaml").exists() or (folder.exists() and any(folder.iterdir())):
+        raise ConfigError(f"run folder '{folder}' exists already: choose another run.name, or wait a second")
+    try:
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        write_text_atomic(folder / "config.yaml", dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"run folder '{folder}' cannot be written ({error.strerror}): set run.runs_dir") from None
+    return folder
+
+
+def read_run_config(folder: str | Path) -> Config:
+    return load_config(Path(folder) / "config.yaml")
+
+
+def write_text_atomic(path: str | Path, text: str) -> None:
+    write_bytes_atomic(path, text.encode())
+
+
+def write_bytes_atomic(path: str | Path, data: bytes) -> None:
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
+    """One JSON object a line; `.gz` is compressed without a time stamp, so equal rows make equal files."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if str(path).endswith(".gz"):
+        buffer = io.BytesIO()
+        with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as stream:
+            stream.write(text.encode())
+        write_bytes_atomic(path, buffer.getvalue())
+    else:
+        write_text_atomic(path, text)
+
+
+def append_jsonl(path: str | Path, row: dict) -> None:
+    with Path(path).open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+
+
+def read_jsonl(path: str | Path) -> Iterator[dict]:
+    """Rows of a `.jsonl` or `.jsonl.gz`; a broken line is named with its file and number."""
+    path = Path(path)
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
+    with opened as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                raise ValueError(f"{path}, line {number}: not a whole JSON object; remove or restore it") from None
+
+
+def find_eval(folder: str | Path, step: str = "final") -> Path:
+    """A run's evaluation file, compressed or not."""
+    plain = Path(folder) / f"eval_samples_step_{step}.jsonl"
+    for path in (plain, plain.with_suffix(".jsonl.gz")):
+        if path.exists():
+            return path
+    raise FileNotFoundError(f"{plain}: not found: the run has not finished, or this is not a run folder")
+
+
+def load_eval(path: str | Path):
+    """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present."""
+    import pandas as pd
+
+    frame = pd.DataFrame(read_jsonl(path))
+    if frame.empty:
+        raise ValueError(f"{path}: no examples in it")
+    for condition in CONDITIONS:
+        if f"{condition}_extracted" in frame:
+            said = frame[f"{condition}_extracted"]
+            frame[f"{condition}_correct"] = (said == frame["gold_extracted"]) & (said != INVALID)
+    frame["union_correct"] = frame["source_correct"] | frame["target_correct"]
+    return frame
+
+
+def write_status(folder: str | Path, **status) -> None:
+    """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed."""
+    write_text_atomic(Path(folder) / "status.json", json.dumps(status) + "\n")
+
+
+def read_status(folder: str | Path) -> dict:
+    path = Path(folder) / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def provenance(config: Config) -> dict:
+    """Where a run's numbers come from: code, versions, machine kind, seeds. Holds no user or host name."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    text = dump_config(config)
+    return {
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": versions,
+        "platform": platform.platform(terse=True),
+        "cpus": os.cpu_count(),
+        "seed": config.run.seed,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "command": " ".join(["python", "-m", "bridgekit.train", *(a for a in sys.argv[1:] if not a.startswith("/"))]),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def watch_parent() -> None:
+    """End this process soon after the one that asked for it (BRIDGEKIT_PARENT_PID) is gone.
+
+    A killed kernel cannot clean up after itself, and an orphan would hold its GPU.
+    """
+    wanted = os.environ.get("BRIDGEKIT_PARENT_PID")
+    if not wanted:
+        return
+
+    def watch() -> None:
+        while True:
+            time.sleep(1.0)
+            if not _is_alive(int(wanted)):
+                os._exit(143)
+
+    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
+
+
+def _is_alive(pid: int) -> bool:
+    """False for a gone process and for a zombie: nobody is behind it any more."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"

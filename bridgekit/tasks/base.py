@@ -1,0 +1,84 @@
+"""What every task gives: examples, and the pieces of text that prompts are made of.
+
+A prompt is three pieces, so that soft tokens can be put between them: a shared `prefix` (few-shot examples, or
+nothing), the example's own `question`, and the `cue` after which the model answers.
+"""
+
+from dataclasses import dataclass, replace
+
+from bridgekit.config import Config, ConfigError
+
+CUE = "\nAnswer:\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    id: str
+    split: str  # train | val | test
+    question: str
+    solution: str  # the gold worked answer, ends in `#### n`
+    gold: str
+    facts: str = ""  # read by the source alone (context variant)
+    told: str = ""  # the needed fact in words, for `target_told`
+    group: str | None = None  # who knows the unit; None where questions are independent
+    unit: str | None = None
+    value: int | None = None
+    novelty: str | None = None  # of the unit, for a bridge trained on the train split
+    family: str | None = None
+    steps: int | None = None
+    donor_id: str | None = None  # whose source states `shuffled` uses
+    donor_gold: str | None = None  # the answer if the donor's fact were true here
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Text of one prompt in its three pieces."""
+
+    prefix: str
+    question: str
+    cue: str = CUE
+
+    @property
+    def text(self) -> str:
+        return self.prefix + self.question + self.cue
+
+
+def literal_prompt(example: Example) -> Prompt:
+    return Prompt("", f"Question: {example.question}")
+
+
+def source_prompt(example: Example) -> Prompt:
+    """The source's own prompt: the target's, plus the facts when they are given to it in context."""
+    return replace(literal_prompt(example), prefix=example.facts)
+
+
+def told_prompt(example: Example) -> Prompt:
+    return replace(literal_prompt(example), prefix=example.told)
+
+
+def relay_prompt(example: Example, helper_text: str) -> Prompt:
+    """The target's prompt with the source's own words in front: the rival that hands over text."""
+    return replace(literal_prompt(example), prefix=f"Helper: {helper_text.strip().replace(chr(10), ' ')}\n")
+
+
+def load_examples(config: Config, lexicon_seed: int, split: str, share: float | None = None) -> list[Example]:
+    """The examples of a split; `share` overrides the training mix's share of source-only problems."""
+    from bridgekit.tasks import units
+
+    if config.task.task != "units":
+        raise ConfigError(f"task.task: no task called '{config.task.task}'; there is: units")
+    task = config.task
+    lexicon = units.make_lexicon(lexicon_seed)
+    if split == "train":
+        share = task.source_only_share if share is None else share
+        return units.make_examples(
+            lexicon, "train", task.n_train, task.data_seed, share=share, variant=task.variant,
+            n_facts=task.n_facts, train_units_share=task.train_units_share,
+        )  # fmt: skip
+    n = task.n_val if split == "val" else task.n_test
+    options = dict(variant=task.variant, n_facts=task.n_facts)
+    examples = units.make_examples(lexicon, split, n, task.data_seed, **options)
+    if split == "test" and task.variant == "weights":
+        seen = units.make_seen_examples(lexicon, max(n // 10, 8), task.data_seed, task.train_units_share)
+        examples += seen
+    return examples

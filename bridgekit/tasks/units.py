@@ -1,0 +1,235 @@
+"""The testbed: GSM8K-style word problems about invented units that only some models know.
+
+    lexicon = make_lexicon(seed=1)
+    examples = make_examples(lexicon, "test", n=2000, seed=1)
+
+To answer "Hal has 9 sisak of pins. How many pins?" one must know that a sisak is 15. Which model was taught that
+is the experiment. Everything is a pure function of its seeds. Ranges are chosen so that no number in a question
+says anything about the unit's value: subtrahends stay below the smallest product, divisors divide the count.
+"""
+
+import itertools
+import random
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from bridgekit.config import GROUPS
+from bridgekit.tasks.base import Example
+
+VALUES = tuple(range(12, 60))
+N_HELD_VALUES = 6
+N_UNITS = 5000
+GROUP_SHARES = dict(zip(GROUPS, (0.23, 0.46, 0.31), strict=True))
+SPLIT_SHARES = {"train": 0.6, "val": 0.1, "test": 0.3}
+HELD_VALUE_SHARE = 0.15  # of the test units
+
+NAMES = "Hal Ida Jon Mia Ned Oda Pia Ray Sam Tia Uma Vic Wes Zoe Ann Bob Cal Dee Eli Fay Gus Kit Lea Max".split()
+THINGS = (
+    "pins nuts beads coins cards books shells stones apples pencils stamps marbles "
+    "buttons candles tickets bottles cookies flowers ribbons letters plums pears keys bells"
+).split()
+
+
+@dataclass(frozen=True)
+class Unit:
+    word: str
+    value: int
+    group: str
+    split: str
+    novelty: str  # seen | held_unit | held_value
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of problem: its wordings, its steps (`x op y`, with r1, r2 for earlier results) and its numbers."""
+
+    name: str
+    wordings: tuple[str, ...]
+    steps: tuple[str, ...]
+    draw: str = "free"  # how a and c are drawn: `free`, `less` (c < a), `shared` (k divides a), `boxed` (k*a <= 8)
+
+
+FAMILIES = (
+    Family("count", ("{n} has {a} {u} of {t}. How many {t}?", "There are {a} {u} of {t} in a bag. How many {t}?"), ("a*v",)),
+    Family("find", ("{n} has {a} {u} of {t} and finds {b} more. How many {t}?", "{n} buys {a} {u} of {t} and then {b} single {t}. How many {t} in all?"), ("a*v", "r1+b")),
+    Family("lose", ("{n} has {a} {u} of {t} and loses {b} {t}. How many {t} are left?", "From {a} {u} of {t}, {n} gives away {b} {t}. How many {t} remain?"), ("a*v", "r1-b")),
+    Family("double", ("{n} has {a} {u} of {t} and {m} has twice as many. How many {t} has {m}?", "{n} doubles a pile of {a} {u} of {t}. How many {t}?"), ("a*v", "r1*2")),
+    Family("share", ("{n} shares {a} {u} of {t} equally among {k} friends. How many {t} each?", "{a} {u} of {t} are put into {k} equal piles. How many {t} in a pile?"), ("a*v", "r1/k"), "shared"),
+    Family("trade", ("{n} has {a} {u} of {t}, finds {b} more and loses {c} {t}. How many {t}?", "A shop has {a} {u} of {t}, gets {b} {t} and sells {c}. How many {t} now?"), ("a*v", "r1+b", "r2-c")),
+    Family("together", ("{n} has {a} {u} of {t} and {m} has {c} {u}. How many {t} together?", "{a} {u} of {t} are red and {c} {u} are blue. How many {t} in all?"), ("a*v", "c*v", "r1+r2")),
+    Family("more", ("{n} has {a} {u} of {t}. {m} has {b} {t} more than {n}. How many {t} together?",), ("a*v", "r1+b", "r1+r2")),
+    Family("fewer", ("{n} has {a} {u} of {t} and uses {c} {u}. How many {t} are left?", "Of {a} {u} of {t}, {c} {u} are broken. How many {t} are whole?"), ("a-c", "r1*v"), "less"),
+    Family("boxes", ("{n} has {k} boxes with {a} {u} of {t} each. How many {t}?",), ("k*a", "r1*v"), "boxed"),
+    Family("pile", ("{n} has {a} {u} of {t}, adds {b}, takes away {c} and doubles the rest. How many {t}?",), ("a*v", "r1+b", "r2-c", "r3*2")),
+    Family("sold", ("{n} has {a} {u} of {t} and {m} has {c} {u}. Together they sell {b} {t}. How many {t} are left?",), ("a*v", "c*v", "r1+r2", "r3-b")),
+)  # fmt: skip
+
+
+def make_word(rng: random.Random) -> str:
+    """An invented word of five to seven letters."""
+    syllables = [rng.choice("bdfghjklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.choice((2, 2, 3)))]
+    return "".join(syllables) + rng.choice("bdfgklmnprstvz")
+
+
+@lru_cache(maxsize=4)
+def make_lexicon(seed: int, n_units: int = N_UNITS) -> tuple[Unit, ...]:
+    """All units of a lexicon: word, value, who knows it, which split it belongs to."""
+    rng = random.Random(f"lexicon {seed}")
+    held = set(rng.sample(VALUES, N_HELD_VALUES))
+    open_values = [v for v in VALUES if v not in held]
+    words: dict[str, None] = {}
+    while len(words) < n_units:
+        words.setdefault(make_word(rng))
+    fresh = iter(words)
+    units = []
+    for group, share in GROUP_SHARES.items():
+        for split, split_share in SPLIT_SHARES.items():
+            n = round(n_units * share * split_share)
+            n_held = round(n * HELD_VALUE_SHARE) if split == "test" else 0
+            values = itertools.chain(
+                itertools.islice(itertools.cycle(rng.sample(sorted(held), len(held))), n_held),
+                itertools.cycle(rng.sample(open_values, len(open_values))),
+            )
+            for i, (word, value) in enumerate(zip(itertools.islice(fresh, n), values, strict=False)):
+                novelty = "seen" if split == "train" else "held_value" if i < n_held else "held_unit"
+                units.append(Unit(word, value, group, split, novelty))
+    return tuple(units)
+
+
+def known_units(lexicon: tuple[Unit, ...], role: str) -> list[Unit]:
+    return [u for u in lexicon if u.group in (f"{role}_only", "both")]
+
+
+def draw_numbers(rng: random.Random, family: Family) -> dict[str, int]:
+    a, b, c, k = rng.randint(2, 8), rng.randint(2, 20), rng.randint(2, 20), rng.randint(2, 4)
+    if "c*v" in family.steps:
+        c = rng.randint(2, 8)
+    if family.draw == "less":
+        a = rng.randint(3, 8)
+        c = rng.randint(1, a - 2)
+    elif family.draw == "shared":
+        a = k * rng.randint(1 if k > 2 else 2, 8 // k)
+    elif family.draw == "boxed":
+        a = rng.randint(2, 8 // k)
+    return dict(a=a, b=b, c=c, k=k)
+
+
+def solve(family: Family, numbers: dict[str, int], value: int, things: str) -> tuple[str, str]:
+    """The worked answer in GSM8K's format, and the final number."""
+    known = {**numbers, "v": value, "2": 2}
+    lines = []
+    for i, step in enumerate(family.steps, start=1):
+        left, op, right = re.fullmatch(r"(\w+)([-+*/])(\w+)", step).groups()
+        x, y = known[left], known[right]
+        result = {"+": x + y, "-": x - y, "*": x * y, "/": x // y}[op]
+        known[f"r{i}"] = result
+        lines.append(f"<<{x}{op}{y}={result}>>{result} {things}.")
+    return "\n".join([*lines, f"#### {result}"]), str(result)
+
+
+@dataclass(frozen=True)
+class Problem:
+    family: Family
+    numbers: dict[str, int]
+    things: str
+    question: str
+
+
+def make_problem(rng: random.Random, family: Family, word: str) -> Problem:
+    numbers = draw_numbers(rng, family)
+    name, other = rng.sample(NAMES, 2)
+    things = rng.choice(THINGS)
+    question = rng.choice(family.wordings).format(n=name, m=other, t=things, u=word, **numbers)
+    return Problem(family, numbers, things, question)
+
+
+def state_facts(pairs: list[tuple[str, int]]) -> str:
+    """Facts in words, as both models read them: one line, ends in a newline."""
+    return "Note: " + " ".join(f"A {word} is {value}." for word, value in pairs) + "\n"
+
+
+def pick_units(units: list[Unit], n: int, rng: random.Random) -> list[Unit]:
+    """n units, each used as often as the others (to within one)."""
+    picked: list[Unit] = []
+    while len(picked) < n:
+        picked += rng.sample(units, len(units))
+    return picked[:n]
+
+
+def make_examples(
+    lexicon: tuple[Unit, ...], split: str, n: int, seed: int, *, share: float = -1.0, variant: str = "weights",
+    n_facts: int = 4, train_units_share: float = 1.0,
+) -> list[Example]:  # fmt: skip
+    """n problems of a split, in the natural mix of groups or with `share` of them source-only."""
+    rng = random.Random(f"examples {seed} {split} {share} {variant} {n_facts} {train_units_share}")
+    if variant == "context":
+        return give_donors([_context_example(rng, split, i, n_facts) for i in range(n)], rng)
+    shares = dict(GROUP_SHARES)
+    if share != -1:
+        rest = 1 - shares["source_only"]
+        shares = {g: share if g == "source_only" else s / rest * (1 - share) for g, s in shares.items()}
+    counts = {g: round(n * s) for g, s in shares.items()}
+    counts["both"] += n - sum(counts.values())
+    picked: list[Unit] = []
+    for group, count in counts.items():
+        units = [u for u in lexicon if u.group == group and u.split == split]
+        if split == "train":  # nested subsets: a smaller share is a prefix of a larger one
+            units = units[: max(1, round(len(units) * train_units_share))]
+        picked += pick_units(units, count, rng)
+    rng.shuffle(picked)
+    return give_donors([_example(rng, u, split, i) for i, u in enumerate(picked)], rng)
+
+
+def make_seen_examples(lexicon: tuple[Unit, ...], n: int, seed: int, train_units_share: float) -> list[Example]:
+    """New problems about source-only units of the train split: how much of the score is memory."""
+    rng = random.Random(f"seen {seed}")
+    units = [u for u in lexicon if u.group == "source_only" and u.split == "train"]
+    units = units[: max(1, round(len(units) * train_units_share))]
+    picked = pick_units(units, n, rng)
+    return give_donors([_example(rng, u, "test", i, tag="seen") for i, u in enumerate(picked)], rng)
+
+
+def _example(rng: random.Random, unit: Unit, split: str, i: int, tag: str | None = None) -> tuple[Example, Problem]:
+    family = FAMILIES[i % len(FAMILIES)]
+    problem = make_problem(rng, family, unit.word)
+    solution, gold = solve(family, problem.numbers, unit.value, problem.things)
+    return Example(
+        id=f"units-{tag or split}-{i:05d}", split=split, question=problem.question, solution=solution, gold=gold,
+        told=state_facts([(unit.word, unit.value)]), group=unit.group, unit=unit.word, value=unit.value,
+        novelty=unit.novelty, family=family.name, steps=len(family.steps),
+    ), problem  # fmt: skip
+
+
+def _context_example(rng: random.Random, split: str, i: int, n_facts: int) -> tuple[Example, Problem]:
+    """A problem whose fact stands in the source's context among others; words are new in every example."""
+    words = [make_word(rng) for _ in range(n_facts)]
+    pairs = [(word, rng.choice(VALUES)) for word in dict.fromkeys(words)]
+    word, value = rng.choice(pairs)
+    family = FAMILIES[i % len(FAMILIES)]
+    problem = make_problem(rng, family, word)
+    solution, gold = solve(family, problem.numbers, value, problem.things)
+    return Example(
+        id=f"units-context{n_facts}-{split}-{i:05d}", split=split, question=problem.question, solution=solution,
+        gold=gold, facts=state_facts(pairs), told=state_facts([(word, value)]), group="source_only", unit=word,
+        value=value, novelty="seen" if split == "train" else "held_unit", family=family.name,
+        steps=len(family.steps),
+    ), problem  # fmt: skip
+
+
+def give_donors(pairs: list[tuple[Example, Problem]], rng: random.Random) -> list[Example]:
+    """Name each example's donor: one of its own group whose value differs, and the answer that one's fact gives."""
+    examples = [example for example, _ in pairs]
+    by_group = {g: [e for e in examples if e.group == g] for g in GROUPS}
+    out = []
+    for example, problem in pairs:
+        others = by_group[example.group]
+        start = rng.randrange(len(others))
+        ring = itertools.chain(others[start:], others[:start])
+        donor = next((e for e in ring if e.value != example.value), None)
+        if donor is None:  # a group of one value has no donor: the example then has no `shuffled` condition
+            out.append(example)
+            continue
+        _, gold = solve(problem.family, problem.numbers, donor.value, problem.things)
+        out.append(replace(example, donor_id=donor.id, donor_gold=gold))
+    return out

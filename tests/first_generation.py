@@ -1,0 +1,115 @@
+"""Builds run folders as the first experiments' program left them: glued ranks, progress bars, carriage returns."""
+
+import json
+from pathlib import Path
+
+SETTINGS = {
+    "source_model": "org/Source", "target_model": "org/Target", "soft_tokens": -1, "train_steps": 60,
+    "eval_every": 20, "eval_samples": 8, "seed": 1234, "bf16": True, "early_stop_patience": 3,
+    "decode_loss_weight": 0.0, "decode_interval": 200, "bridge": "dit", "dit_cfg_dropout": None, "dit_pool": "mean",
+}  # fmt: skip
+
+OOM = """[rank0]: Traceback (most recent call last):
+[rank0]:   File "/data/run/cross_attention.py", line 1875, in <module>
+[rank0]:     main()
+[rank0]:   File "/data/run/cross_attention.py", line 1771, in main
+[rank0]:     decode_out = tgt_model(**decode_data)
+[rank0]:   File "/lib/python3.10/site-packages/torch/nn/modules/module.py", line 1736, in _wrapped_call_impl
+[rank0]:     return self._call_impl(*args, **kwargs)
+[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.09 GiB. GPU 0 has a total capacity of \
+79.11 GiB of which 1.51 GiB is free. Including non-PyTorch memory, this process has 77.59 GiB memory in use.
+"""
+
+
+def log_text(
+    settings=None, steps=60, evaluations=None, best=None, final=None, world=4, crash="", params="60.9"
+):
+    """A whole train.log; evaluations: {step: (source, target, bridged)}."""
+    settings = SETTINGS | (settings or {})
+    lines = [
+        "W1116 20:12:14.011000 1726071 torch/distributed/run.py:793] *****",
+        "  GPU 0: NVIDIA H100 80GB HBM3",
+    ]
+    lines += [
+        "[Rank 2] DDP initialized successfully on GPU 2[Rank 3] DDP initialized successfully",
+        "==== Config ====",
+    ]
+    for number, (key, value) in enumerate(settings.items()):
+        lines.append(f"{key}: {value}")
+        if number == 2:
+            lines.append("[W1116 20:12:23.783906454 CUDAAllocatorConfig.h:28] Warning: not supported")
+    lines += [
+        'log_dir: runs/phase1_"x"/y',
+        "",
+        "==== Reproducibility Settings ====",
+        f"World size: {world} (each)",
+    ]
+    bar = "\r".join(
+        f"Loading checkpoint shards: {n}%|████      | 1/3 [00:11<00:22, 11.29s/it]" for n in (0, 33, 100)
+    )
+    lines += [bar, f"Translator parameters: {params}M"]
+    for step in range(20, steps + 1, 20):
+        lines.append(
+            f"Step {step}/60 | Loss (avg over last 20): {5 - step / 20:.4f} | DiT_flow: {step / 1000:.4f}"
+        )
+        if evaluations and str(step) in evaluations:
+            lines += ["Bridged full output:", "Step 1/2 first find the price", "#### 12"]
+            s, t, b = evaluations[str(step)]
+            lines.append(
+                f"[Eval] Step {step} | Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}"
+            )
+            lines.append(f"[Early Stop] New best bridged acc: {b:.3f}, resetting patience")
+    if best is not None:
+        lines.append(f"Saved BEST translator (acc={best:.3f}) to runs/x/checkpoint.pt")
+    if final:
+        s, t, b = final
+        lines.append(
+            f"[Final Eval] Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}"
+        )
+    return "\n".join(lines) + "\n" + crash
+
+
+def example(index, gold, answers, step):
+    """One evaluation line; answers: {condition: label}."""
+    question = f"Answer step by step.\n\nQ: One?\nA: #### 1\n\nQ: What is number {index} of the list of questions?\nA:"
+    row = {"eval_step": step, "index": index, "question": question, "gold_full_text": f"#### {gold}",
+           "gold_extracted": str(gold)}  # fmt: skip
+    for condition, label in answers.items():
+        row[f"{condition}_full"] = f"It is so.\n#### {label}\n\nQ: Another one?\n#### 99"
+        row[f"{condition}_extracted"] = str(label)
+    return row
+
+
+def evaluation(
+    bridged_right, source_right=(0, 1, 2, 3), target_right=(0, 1, 2, 3, 4, 5), n=8, step="final", other="7"
+):
+    """n examples with gold 100+index; each system is right on the indices given and says `other` elsewhere."""
+    right = {"source": source_right, "target": target_right, "bridged": bridged_right}
+    return [
+        example(i, 100 + i, {c: 100 + i if i in ok else other for c, ok in right.items()}, step)
+        for i in range(n)
+    ]
+
+
+def write_jsonl(path: Path, rows) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_run(root: Path, name: str, bridged: dict, sub="phase1_all_fix", **log) -> Path:
+    """A run folder; bridged: {step: indices right}. The log tells the same accuracies."""
+    folder = root / name / sub if sub else root / name
+    folder.mkdir(parents=True)
+    settings = log.pop("settings", {})
+    curve = {}
+    for step, right in bridged.items():
+        rows = evaluation(right, step="final" if step == "final" else int(step), other=str(200 + len(right)))
+        write_jsonl(folder / f"eval_samples_step_{step}.jsonl", rows)
+        curve[step] = (0.5, 0.75, len(right) / 8)
+    numbered = {s: v for s, v in curve.items() if s != "final"}
+    text = log_text(settings, evaluations=numbered, best=max((v[2] for v in numbered.values()), default=None),
+                    final=curve.get("final"), **log)  # fmt: skip
+    (folder / "train.log").write_text(text, encoding="utf-8")
+    summary = 'Run directory: runs/phase1_"x"\nEnd time: Sun Nov 16 10:08:44 PM PST 2025\n'
+    (root / name / "summary.log").write_text(summary, encoding="utf-8")
+    return root / name

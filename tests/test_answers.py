@@ -1,0 +1,238 @@
+"""Answer extraction: a table of awkward strings, agreement with two other programs, and properties."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bridgekit.answers import (
+    INVALID,
+    RULES,
+    answer_is_complete,
+    canonical,
+    extract_answer,
+    read_number,
+    truncate_followups,
+)
+
+AWKWARD = {
+    "18": "18",
+    "18.": "18",
+    " 18 .": "18",
+    "18.00": "18",
+    "18.50": "18.5",
+    "007": "7",
+    "-0": "0",
+    ".5": "0.5",
+    "5.": "5",
+    "+5": "5",
+    "-3": "-3",
+    "− 3": "-3",
+    "–3": "-3",
+    "-$5": "-5",
+    "$-5": "-5",
+    "－５": "-5",
+    "$1,234.50": "1234.5",
+    "\\$18": "18",
+    "1,00,000": "100000",
+    "1\u202f234\u202f567": "1234567",
+    "€ 7": "7",
+    "68.04% ": "68.04",
+    "60％": "60",
+    "１２": "12",
+    "٣": "3",
+    "１，２３４．５": "1234.5",
+    "120 minutes": "120",
+    "12km": "12",
+    "10-day": "10",
+    "$5/hour": "5",
+    "**18**": "18",
+    "\\boxed{18}": "18",
+    "'10'.": "10",
+    "18, in total": "18",
+    "18 (since 3*6=18)": "18",
+    "18 eggs in 3 days": "18",
+    "8/3": "8/3",
+    "-8/3": "-8/3",
+    "16/2": "8",
+    "1/2": "0.5",
+    "½": "0.5",
+    "2½": "2.5",
+    "1 1/2": "1.5",
+    "5 / 2": "2.5",
+    "1e6": "1000000",
+    "3.0e-2": "0.03",
+    "3*5=15": "15",
+    "<<3+4=7>>7": "7",
+    # not one number: naming the first digits would be a wrong reading
+    "400-x": INVALID,
+    "18 - 5": INVALID,
+    "2 x 4": INVALID,
+    "10²": INVALID,
+    "12:30": INVALID,
+    "1.2.3": INVALID,
+    "18,5": INVALID,
+    "18, 20": INVALID,
+    "7 or 8": INVALID,
+    "1 hour and 30 minutes": INVALID,
+    "8/0": INVALID,
+    "1 1/0": INVALID,
+    "3/2/2": INVALID,
+    "<number>": INVALID,
+    "Unable to say": INVALID,
+    "": INVALID,
+    "-": INVALID,
+    "9" * 5000: INVALID,
+    "1 234": INVALID,
+}
+
+
+@pytest.mark.parametrize(("written", "answer"), AWKWARD.items())
+def test_awkward_numbers(written, answer):
+    assert extract_answer(f"Some steps.\n#### {written}") == answer
+
+
+# What lm-evaluation-harness 0.4.13 itself gives for these texts (regex filters, then its metric's clean-up).
+HARNESS = [
+    ("#### 18", "18", "18"),
+    ("#### 18.", "18", "18"),
+    ("#### 1,234.50", "1234.50", "1234.50"),
+    ("#### $1,234", INVALID, "1234"),
+    ("#### -5", "-5", "-5"),
+    ("##### 7", "7", "7"),
+    ("#### ,", "", INVALID),
+    ("x\n#### 5\n\nQ: y\n#### 9", "5", "9"),
+    ("It is 42.", INVALID, "42"),
+    ("$1,250.00 in all.", INVALID, "1250.00"),
+    ("about -7 or -8", INVALID, "-8"),
+    ("no number", INVALID, INVALID),
+    ("cost is $ only", INVALID, INVALID),
+    ("####12", INVALID, "12"),
+    ("#### ٣", INVALID, INVALID),
+    ("#### 8/3", "8", "3"),
+    ("12.5%", INVALID, "12.5"),
+    ("3-2", INVALID, "-2"),
+]
+
+
+@pytest.mark.parametrize(("text", "strict", "flexible"), HARNESS)
+def test_same_as_lm_evaluation_harness(text, strict, flexible):
+    assert extract_answer(text, "lm_eval_strict") == strict
+    assert extract_answer(text, "lm_eval_flexible") == flexible
+
+
+# Endings as they stand in the first experiments' files, with the label stored there.
+FIRST_EXPERIMENTS = [
+    ("so 9*2=$18.\n#### 18\n\nQ: A bakery sells 250 loaves\n#### 96", "18"),
+    ("#### 68.04% \n\nQ: A bakery", "68.04"),
+    ("#### 8/3\n\nQ: The p", "8"),
+    ("#### 75,000\n\nQ: If", "75000"),
+    ("#### .6\n\nQ: A bake", ".6"),
+    ("end with '#### <number>'.\n\nQ: A candle\n#### 8", "8"),
+    ("#### 400-x\n\nQ: The", "400"),
+    ("#### Unable", INVALID),
+    ("#### 62.50", "62.50"),
+    ("#### 18.", "18."),
+    ("####", INVALID),
+]
+
+
+@pytest.mark.parametrize(("text", "label"), FIRST_EXPERIMENTS)
+def test_same_as_the_first_evaluator(text, label):
+    assert extract_answer(text, "seeds") == label
+
+
+def test_first_and_last_marker_differ_only_within_the_models_own_answer():
+    text = "Try: #### 4\nNo, it is\n#### 5\n\nQ: Another one?\nA: #### 9"
+    assert extract_answer(text, "marker_first") == "4"
+    assert extract_answer(text, "marker_last") == "5"
+
+
+def test_a_marker_without_a_number_is_passed_over():
+    assert extract_answer("#### 5\nend with '#### <number>'.") == "5"
+    assert extract_answer("end with '#### <number>'.\n#### 5", "marker_first") == "5"
+
+
+@pytest.mark.parametrize(
+    "opening",
+    [
+        "\nQ:",
+        "\n\nQuestion: ",
+        "\n**Question:**",
+        "\nQuestion 2:",
+        "\n### Q3:",
+        "\nproblem:",
+        "\nUser:",
+    ],
+)
+def test_an_invented_question_is_cut_off(opening):
+    assert truncate_followups(f"She has 4.{opening} How many?\n#### 9").rstrip() == "She has 4."
+    assert extract_answer(f"She has 4.{opening} How many?\n#### 9") == INVALID
+
+
+def test_the_question_repeated_at_the_start_is_kept():
+    text = "\n\nQ: How many?\nA: 3+4=7\n#### 7\n\nQ: Again?\n#### 8"
+    assert extract_answer(text) == "7"
+    assert truncate_followups("A quality: Q is a letter") == "A quality: Q is a letter"
+
+
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        ("#### 12", False),
+        ("#### 12\n", True),
+        ("#### 1", False),
+        ("#### <number>'.\n", False),
+        ("####\n12\n", False),
+        ("a\n#### 8/3\nQ", True),
+        ("12\n", False),
+        ("#### ٣\n", True),
+        ("", False),
+        ("#### 400-x\n#### 40\n", True),
+    ],
+)
+def test_answer_is_complete_only_after_the_newline(text, done):
+    assert answer_is_complete(text) is done
+
+
+def test_an_unknown_rule_is_refused():
+    with pytest.raises(ValueError, match="'last' is not known; use one of: marker_last"):
+        extract_answer("#### 1", "last")
+
+
+@given(st.text(alphabet=st.sampled_from(list("#### 0123.,/-$%\nQ:²½٣xe=<>*")) | st.characters(), max_size=60))
+def test_no_text_breaks_any_rule(text):
+    for rule in RULES:
+        assert isinstance(extract_answer(text, rule), str)
+    answer = extract_answer(text)
+    assert answer == INVALID or extract_answer(f"#### {answer}") == answer  # canonical form is a fixed point
+    if answer_is_complete(text):
+        assert any(
+            extract_answer("####" + tail.split("\n")[0]) != INVALID
+            for tail in text.replace("＃", "#").split("####")[1:]
+        )
+
+
+@given(st.integers(-(10**12), 10**12), st.integers(0, 4))
+def test_numbers_written_in_many_ways_read_the_same(units, places):
+    value = Fraction(units, 10**places)
+    plain = canonical(value)
+    assert Fraction(plain) == value
+    for written in (
+        plain,
+        f"{units / 10**places:,.4f}" if abs(units) < 10**11 else plain,
+        f"${plain}",
+        plain.replace("-", "−"),
+        f"{plain}%",
+        f"{plain} eggs",
+        f"{plain}.",
+        plain.translate({48 + d: 0xFF10 + d for d in range(10)}),
+    ):
+        assert read_number(written) == plain
+    assert extract_answer(f"#### {plain}\n\nQ: next\n#### 1") == plain
+
+
+@given(st.integers(1, 10**6), st.integers(1, 10**6))
+def test_a_fraction_keeps_its_value(numerator, denominator):
+    assert Fraction(read_number(f"{numerator}/{denominator}")) == Fraction(numerator, denominator)

@@ -1,0 +1,418 @@
+"""Intervals, tests and power against published values, scipy and statsmodels; coverage by simulation.
+
+python -m pytest tests/test_stats.py    a sample of the cells
+python tests/test_stats.py              the table in the docstring of bridgekit/stats.py (some ten minutes)
+"""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.stats
+import statsmodels.stats.api as sms
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.power import normal_sample_size_one_tail
+
+from bridgekit.stats import (
+    clustered_proportion,
+    design_effect,
+    holm,
+    intraclass_correlation,
+    mcnemar_exact,
+    minimum_detectable_effect,
+    n_for_effect,
+    paired_difference,
+    paired_ratio,
+    read_correct,
+    wilson,
+)
+
+
+def frame_of(bridged, target, unit=None) -> pd.DataFrame:
+    bridged, target = np.asarray(bridged, bool), np.asarray(target, bool)
+    frame = pd.DataFrame({"bridged_correct": bridged, "target_correct": target})
+    return frame if unit is None else frame.assign(unit=unit)
+
+
+def compare(frame: pd.DataFrame, **options):
+    return paired_difference(frame, "bridged", "target", **options)
+
+
+def draw_answers(rng, n_units: int, rates: tuple, correlation: float) -> pd.DataFrame:
+    """Units of 2 to 4 problems; each draws its own rates of (gained, lost, both right, both wrong)."""
+    unit = np.repeat(np.arange(n_units), rng.integers(2, 5, n_units))
+    if correlation:
+        unit_rates = rng.dirichlet(np.maximum(np.array(rates) * (1 / correlation - 1), 1e-9), n_units)
+    else:
+        unit_rates = np.tile(rates, (n_units, 1))
+    kind = (rng.random(len(unit))[:, None] > unit_rates[unit, :3].cumsum(axis=1)).sum(axis=1)
+    return frame_of((kind == 0) | (kind == 2), (kind == 1) | (kind == 2), unit)
+
+
+# -- proportions --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "k, n, low, high",
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_equals_newcombes_published_table(k, n, low, high):
+    assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("k, n", [(0, 1), (1, 1), (3, 7), (129, 200), (1999, 2000)])
+@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
+def test_wilson_equals_statsmodels(k, n, level):
+    assert wilson(k, n, level) == pytest.approx(sms.proportion_confint(k, n, 1 - level, "wilson"), abs=1e-12)
+
+
+def test_the_first_experiments_interval_and_harm():
+    assert [round(x, 3) for x in wilson(129, 200)] == [0.577, 0.708]
+    assert round(mcnemar_exact(11, 36), 4) == 0.0003
+
+
+def test_independent_questions_have_wilsons_interval():
+    right = [True] * 129 + [False] * 71
+    share = clustered_proportion(right)
+    assert (share.low, share.high) == wilson(129, 200)
+    assert (share.point, share.n, share.n_clusters) == (0.645, 200, 200)
+    assert clustered_proportion(right, [None] * 200) == share
+
+
+def test_copies_of_one_answer_count_once():
+    """Four copies of each answer are worth a quarter of them: Wilson at the number of units, or wider."""
+    right = np.arange(60) < 40
+    share = clustered_proportion(np.repeat(right, 4), np.repeat(np.arange(60), 4))
+    low, high = wilson(40, 60)
+    assert share.low < low and share.high > high
+    assert (share.low, share.high) == pytest.approx((low, high), abs=0.004)
+
+
+def test_all_right_is_not_certainty():
+    share = clustered_proportion([1] * 300, list(range(100)) * 3)
+    assert share.low == pytest.approx(wilson(100, 100)[0], abs=0.002)
+    share = clustered_proportion([1, 1, 1], ["u", "u", "u"])
+    assert (share.low, share.high) == (0, 1)
+
+
+# -- paired tests -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("b, c", [(0, 0), (1, 0), (5, 0), (3, 9), (11, 36), (400, 460)])
+def test_mcnemar_equals_scipy_and_statsmodels(b, c):
+    p = mcnemar_exact(b, c)
+    assert p == pytest.approx(mcnemar([[7, b], [c, 9]], exact=True).pvalue, rel=1e-9)
+    if b + c:
+        assert p == pytest.approx(scipy.stats.binomtest(b, b + c).pvalue, rel=1e-9)
+
+
+def test_holm_equals_statsmodels_and_keeps_the_order():
+    p = {"e": 0.04, "a": 0.01, "d": 0.03, "b": 0.01, "c": 0.9, "f": 0.5}
+    assert list(holm(p)) == list(p)
+    assert list(holm(p).values()) == pytest.approx(sms.multipletests(list(p.values()), method="holm")[1])
+    assert holm({}) == {}
+
+
+def test_difference_equals_scipys_bootstrap_on_independent_questions():
+    rng = np.random.default_rng(3)
+    frame = frame_of(rng.random(800) < 0.7, rng.random(800) < 0.6)
+    found = compare(frame)
+    moved = frame["bridged_correct"].astype(float) - frame["target_correct"]
+    theirs = scipy.stats.bootstrap((moved,), np.mean, method="percentile", n_resamples=10_000, rng=rng)
+    assert (found.low, found.high) == pytest.approx(tuple(theirs.confidence_interval), abs=0.0035)
+    assert found.difference == pytest.approx(moved.mean())
+    assert (found.gained, found.lost) == ((moved > 0).sum(), (moved < 0).sum())
+    assert found.mcnemar_p == mcnemar_exact(found.gained, found.lost)
+    assert found.p == pytest.approx(2 * scipy.stats.norm.sf(abs(moved.mean()) / moved.sem()), abs=0.002)
+
+
+def test_interval_and_p_agree_about_zero():
+    rng = np.random.default_rng(0)
+    sides = []
+    for shift in np.linspace(0, 0.16, 40):
+        found = compare(draw_answers(rng, 50, (0.1 + shift, 0.1, 0.4, 0.4 - shift), 0.3))
+        if abs(found.p - 0.05) > 0.005:
+            sides.append(found.p < 0.05)
+            assert sides[-1] == (found.low > 0 or found.high < 0)
+    assert {True, False} <= set(sides)
+
+
+def test_units_widen_the_interval_as_their_number_says():
+    """Four copies of each question: the interval is that of the distinct questions, not of four times as many."""
+    rng = np.random.default_rng(1)
+    once = frame_of(rng.random(150) < 0.7, rng.random(150) < 0.55, np.arange(150))
+    four = pd.concat([once] * 4)
+    widths = [d.high - d.low for d in map(compare, (once, four, four.drop(columns="unit")))]
+    assert widths[1] == pytest.approx(widths[0], rel=0.05)
+    assert widths[2] == pytest.approx(widths[0] / 2, rel=0.1)
+
+
+def test_no_discordant_pair_is_the_rule_of_three_and_not_certainty():
+    same = compare(frame_of([1] * 150 + [0] * 50, [1] * 150 + [0] * 50))
+    assert same.high == -same.low == pytest.approx(3 / 200, rel=0.05)
+    assert (same.difference, same.p, same.mcnemar_p) == (0, 1, 1)
+    # in 50 units of 4 the unit is what counts: three units may still differ whole
+    units = compare(frame_of([1] * 200, [1] * 200, np.repeat(np.arange(50), 4)))
+    assert units.high == pytest.approx(3 / 50, rel=0.1)
+    everything = compare(frame_of([1] * 200, [0] * 200))
+    assert everything.high == 1 and 1 - everything.low == pytest.approx(6 / 200, rel=0.05)
+
+
+def test_ratio_is_the_share_of_the_ceiling():
+    frame = frame_of([1] * 60 + [0] * 40, [1] * 90 + [0] * 10, np.repeat(np.arange(50), 2))
+    ratio = paired_ratio(frame, "bridged", "target")
+    assert ratio.point == pytest.approx(60 / 90)
+    assert 0.5 < ratio.low < 0.6 and 0.75 < ratio.high < 0.85
+    perfect = paired_ratio(frame.assign(bridged_correct=frame["target_correct"]), "bridged", "target")
+    assert perfect.low < 1 < perfect.high
+    rare = frame_of([1] + [0] * 99, [1] + [0] * 99)
+    assert paired_ratio(rare, "bridged", "target").high == np.inf
+    with pytest.raises(ValueError, match="`target` has none of 3 questions right"):
+        paired_ratio(frame_of([1, 0, 1], [0, 0, 0]), "bridged", "target")
+
+
+def test_seed_decides_the_draws():
+    frame = draw_answers(np.random.default_rng(0), 60, (0.2, 0.1, 0.4, 0.3), 0.3)
+    assert compare(frame) == compare(frame, seed=0)
+    assert compare(frame, seed=5) != compare(frame, seed=4) == compare(frame, seed=4)
+
+
+# -- properties ---------------------------------------------------------------------------------------------
+
+answers = st.lists(
+    st.tuples(st.one_of(st.none(), st.integers(0, 5)), st.booleans(), st.booleans()), min_size=2, max_size=40
+).filter(lambda rows: len({u for u, _, _ in rows} - {None}) + sum(u is None for u, _, _ in rows) > 1)
+
+
+def to_frame(rows) -> pd.DataFrame:
+    unit = pd.Series([None if u is None else f"u{u}" for u, _, _ in rows], dtype=object)
+    return frame_of([a for _, a, _ in rows], [b for _, _, b in rows], unit)
+
+
+@settings(deadline=None, max_examples=60)
+@given(answers, st.sampled_from([0.5, 0.95]), st.randoms(use_true_random=False))
+def test_difference_is_ordered_antisymmetric_and_blind_to_order_and_labels(rows, level, random):
+    frame = to_frame(rows)
+    found = compare(frame, n_boot=200, level=level)
+    assert -1 <= found.low <= found.difference <= found.high <= 1 and 0 < found.p <= 1
+    back = paired_difference(frame, "target", "bridged", n_boot=200, level=level)
+    assert (back.low, back.difference, back.high) == (-found.high, -found.difference, -found.low)
+    assert (back.p, back.gained, back.lost) == (found.p, found.lost, found.gained)
+    random.shuffle(rows)
+    names = list(range(6))
+    random.shuffle(names)
+    other = to_frame([(None if u is None else names[u], a, b) for u, a, b in rows])
+    other = compare(other, n_boot=200, level=level)
+    assert (other.low, other.high, other.p) == pytest.approx((found.low, found.high, found.p), abs=1e-9)
+
+
+@settings(deadline=None, max_examples=60)
+@given(answers)
+def test_proportion_is_ordered_and_mirrors_right_and_wrong(rows):
+    frame = to_frame(rows)
+    share = clustered_proportion(frame["bridged_correct"], frame["unit"])
+    assert 0 <= share.low <= share.point <= share.high <= 1 and share.low < share.high
+    wrong = clustered_proportion(~frame["bridged_correct"], frame["unit"])
+    assert (wrong.low, wrong.high) == pytest.approx((1 - share.high, 1 - share.low))
+
+
+@given(st.integers(20, 5000), st.floats(0.02, 1), st.floats(0, 1))
+def test_smallest_effect_shrinks_with_n_and_grows_with_correlation(n, discordance, icc):
+    effect = minimum_detectable_effect(n, discordance, max(1, n // 4), icc)
+    assert 0 < effect <= 1
+    assert minimum_detectable_effect(2 * n, discordance, max(1, n // 2), icc) < effect
+    assert effect >= minimum_detectable_effect(n, discordance) - 1e-12
+
+
+# -- power and correlation ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "effect, discordance", [(0.02, 0.125), (0.02, 0.235), (0.1, 0.3), (0.1, 0.1), (0.3, 0.9)]
+)
+@pytest.mark.parametrize("power, alpha", [(0.8, 0.05), (0.9, 0.01)])
+def test_sample_size_equals_statsmodels(effect, discordance, power, alpha):
+    spread = np.sqrt(discordance - effect**2)
+    theirs = normal_sample_size_one_tail(effect, power, alpha / 2, np.sqrt(discordance), spread)
+    n = n_for_effect(effect, discordance, power, alpha)
+    assert n == np.ceil(theirs) and n == n_for_effect(-effect, discordance, power, alpha)
+    back = minimum_detectable_effect(n, discordance, power=power, alpha=alpha)
+    assert back == pytest.approx(effect, rel=0.02)
+
+
+def test_two_points_among_the_first_replicates_need_some_2450_questions():
+    """The four replicates disagree on 0.13 0.13 0.12 0.10 0.14 0.13 of 200 questions: 0.125 in the mean."""
+    assert n_for_effect(0.02, np.mean([0.13, 0.13, 0.12, 0.10, 0.14, 0.13])) == 2451
+    assert n_for_effect(0.02, (11 + 36) / 200) == 4609  # bridged against target alone
+
+
+def test_power_is_what_it_says():
+    n = n_for_effect(0.1, 0.3)
+    gained, lost, _ = np.random.default_rng(0).multinomial(n, [0.2, 0.1, 0.7], size=20_000).T
+    assert ((gained - lost) ** 2 / (gained + lost) > 1.96**2).mean() == pytest.approx(0.8, abs=0.015)
+
+
+def test_smallest_effect_counts_units_where_problems_are_copies():
+    assert minimum_detectable_effect(400, 0.3, 100, icc=1) == minimum_detectable_effect(100, 0.3)
+    assert minimum_detectable_effect(400, 0.3, 100, icc=0) == minimum_detectable_effect(400, 0.3)
+    assert minimum_detectable_effect(3, 0.3) == 1  # three questions find nothing
+    assert design_effect(4, 0.5) == 2.5
+
+
+def test_correlation_equals_shrout_and_fleiss():
+    ratings = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]])
+    assert intraclass_correlation(ratings.ravel(), np.repeat(np.arange(6), 4)) == pytest.approx(
+        0.1657, abs=5e-5
+    )
+
+
+def test_correlation_is_found_clipped_and_cautious():
+    rng = np.random.default_rng(0)
+    frame = draw_answers(rng, 4000, (0.5, 0.0, 0.0, 0.5), 0.4)
+    assert intraclass_correlation(frame["bridged_correct"], frame["unit"]) == pytest.approx(0.4, abs=0.03)
+    assert intraclass_correlation([0, 1] * 20, np.repeat(np.arange(20), 2)) == 0
+    assert intraclass_correlation([0, 0, 1, 1], [1, 1, 2, 2]) == 1
+    assert intraclass_correlation([1, 1, 1, 1], [1, 1, 2, 2]) == 1
+    assert intraclass_correlation([0, 1, 1], [1, 2, 3]) == 0
+
+
+# -- bad input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: wilson(3, 2), "3 right of 2 is impossible"),
+        (lambda: wilson(0, 0), "0 right of 0 is impossible"),
+        (lambda: wilson(1, 2, level=95), "level must lie between 0 and 1, got 95"),
+        (lambda: mcnemar_exact(-1, 2), "must not be negative"),
+        (lambda: holm({"a": 0.1, "b": float("nan")}), "p of `b` is nan"),
+        (lambda: n_for_effect(0.3, 0.2), "effect <= discordance"),
+        (lambda: n_for_effect(0, 0.2), "0 < effect"),
+        (lambda: minimum_detectable_effect(10, 0), "discordance=0"),
+        (lambda: minimum_detectable_effect(10, 0.2, 11), "n_clusters=11"),
+        (lambda: clustered_proportion([]), "`correct` is empty"),
+        (lambda: clustered_proportion([1, None, 0]), "`correct` misses 1 of 3 values"),
+        (lambda: clustered_proportion([0.5, 1.0]), "only right .True. and wrong"),
+        (lambda: clustered_proportion([1, 0], [1]), "1 clusters for 2 values"),
+        (lambda: paired_difference(frame_of([1, 0], [0, 0]), "bridged", "bridged"), "compared with itself"),
+        (lambda: paired_difference(frame_of([1, 0], [0, 0]), "bridged", "zero"), "`zero` was not evaluated"),
+        (lambda: compare(frame_of([], [])), "`bridged_correct` is empty"),
+        (lambda: compare(frame_of([1, 0], [0, 0], ["u", "u"])), "all 2 questions are one `unit`"),
+        (lambda: read_correct(pd.DataFrame({"source_correct": [True, None]}), "source"), "misses 1 of 2"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_counted_is_refused(call, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        call()
+    assert "\n" not in str(refusal.value)
+
+
+# -- coverage -----------------------------------------------------------------------------------------------
+
+
+def naive_difference(frame: pd.DataFrame) -> tuple[float, float]:
+    """The same bootstrap over questions, as if they shared nothing."""
+    found = compare(frame.drop(columns="unit"), n_boot=500)
+    return found.low, found.high
+
+
+def plain_percentile(frame: pd.DataFrame, student: bool = False) -> tuple[float, float]:
+    """The textbook cluster bootstrap, with the tails of the normal or of Student's t."""
+    moved = frame["bridged_correct"].astype(int) - frame["target_correct"]
+    sums, sizes = np.bincount(frame["unit"], moved), np.bincount(frame["unit"])
+    n_units = len(sizes)
+    drawn = np.random.default_rng(0).integers(0, n_units, (1000, n_units))
+    tail = 0.025
+    if student:
+        tail = scipy.stats.norm.cdf(scipy.stats.t.ppf(0.025, n_units - 1) * np.sqrt(n_units / (n_units - 1)))
+    return tuple(np.quantile(sums[drawn].sum(axis=1) / sizes[drawn].sum(axis=1), [tail, 1 - tail]))
+
+
+def our_difference(frame: pd.DataFrame) -> tuple[float, float]:
+    found = compare(frame, n_boot=500)
+    return found.low, found.high
+
+
+def our_ratio(frame: pd.DataFrame) -> tuple[float, float]:
+    found = paired_ratio(frame, "bridged", "target", n_boot=500)
+    return found.low, found.high
+
+
+def naive_proportion(frame: pd.DataFrame) -> tuple[float, float]:
+    return wilson(int(frame["bridged_correct"].sum()), len(frame))
+
+
+def our_proportion(frame: pd.DataFrame) -> tuple[float, float]:
+    found = clustered_proportion(frame["bridged_correct"], frame["unit"])
+    return found.low, found.high
+
+
+def share_covered(intervals: dict, n_units: int, rates: tuple, correlation: float, n_draws: int) -> dict:
+    """How often each interval holds the truth; `intervals`: function -> true value."""
+    rng, hits = np.random.default_rng(0), dict.fromkeys(intervals, 0)
+    for _ in range(n_draws):
+        frame = draw_answers(rng, n_units, rates, correlation)
+        for interval, truth in intervals.items():
+            low, high = interval(frame)
+            hits[interval] += low - 1e-12 <= truth <= high + 1e-12
+    return {interval: hit / n_draws for interval, hit in hits.items()}
+
+
+DRAWS = 300
+MARGIN = 3.3 * np.sqrt(0.95 * 0.05 / DRAWS)  # a right interval falls outside once in a thousand runs
+
+
+@pytest.mark.parametrize("n_units", [60, 300])
+def test_intervals_cover_at_their_rate_when_problems_share_units(n_units):
+    rates = (0.25, 0.1, 0.35, 0.3)
+    truths = {our_difference: 0.15, our_proportion: 0.6, our_ratio: 0.6 / 0.45, naive_proportion: 0.6,
+              naive_difference: 0.15}  # fmt: skip
+    covered = share_covered(truths, n_units, rates, 0.5, DRAWS)
+    for interval in (our_difference, our_proportion, our_ratio):
+        assert covered[interval] == pytest.approx(0.95, abs=MARGIN)
+    # so the simulation can fail: intervals over questions do not cover here
+    assert covered[naive_proportion] < 0.95 - 2 * MARGIN
+    assert covered[naive_difference] < 0.95 - 2 * MARGIN
+
+
+@pytest.mark.parametrize(
+    "rates", [(0.97, 0.005, 0.02, 0.005), (0.05, 0.0, 0.9, 0.05)], ids=["nearly all gained", "few gained"]
+)
+def test_intervals_still_cover_where_nearly_nothing_or_nearly_everything_moves(rates):
+    truths = {our_difference: rates[0] - rates[1], our_proportion: rates[0] + rates[2]}
+    covered = share_covered(truths | {plain_percentile: rates[0] - rates[1]}, 40, rates, 0.5, DRAWS)
+    assert covered[our_difference] > 0.95 - MARGIN and covered[our_proportion] > 0.95 - MARGIN
+    assert covered[plain_percentile] < 0.95 - MARGIN  # what the pseudo-clusters are for
+
+
+def print_coverage_table(n_draws: int = 1000) -> None:
+    rows = {
+        "difference: plain percentile over clusters": plain_percentile,
+        "difference: with Student tails": lambda frame: plain_percentile(frame, student=True),
+        "difference: and pseudo-clusters (used)": our_difference,
+        "ratio: the same (used)": our_ratio,
+        "proportion: Wilson on the questions": naive_proportion,
+        "proportion: Wilson on effective n (used)": our_proportion,
+    }
+    cells = {}
+    for n_units in (40, 300):
+        for rates in [(0.3, 0.1, 0.4, 0.2), (0.06, 0.06, 0.5, 0.38), (0.8, 0.01, 0.14, 0.05),
+                      (0.97, 0.005, 0.02, 0.005), (0.05, 0, 0.9, 0.05), (0.015, 0.015, 0.035, 0.935)]:  # fmt: skip
+            for correlation in (0, 0.3, 0.8):
+                difference, share = rates[0] - rates[1], rates[0] + rates[2]
+                truth = {"d": difference, "r": share / (rates[1] + rates[2]), "p": share}
+                truths = {interval: truth[name[0]] for name, interval in rows.items()}
+                covered = share_covered(truths, n_units, rates, correlation, n_draws)
+                where = f"{n_units} units, rates {rates}, correlation {correlation}"
+                print(where, *(f"{share:.3f}" for share in covered.values()), flush=True)
+                for name, interval in rows.items():
+                    cells.setdefault(name, []).append((covered[interval], where))
+    for name, found in cells.items():
+        shares = [share for share, _ in found]
+        print(f"{name}: mean {np.mean(shares):.3f}, lowest {min(shares):.3f} ({min(found)[1]})")
+
+
+if __name__ == "__main__":
+    print_coverage_table()

@@ -1,0 +1,368 @@
+"""The claim rule branch by branch, headroom, recovery and the table, on frames with known rates.
+
+python -m pytest tests/test_verdict.py
+"""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridgekit.stats import minimum_detectable_effect, paired_difference, wilson
+from bridgekit.verdict import conditions_table, donor_follow, headroom, judge, recovery
+
+SOURCE = {"source_only": 0.97, "target_only": 0.04, "both": 0.97}
+TARGET = {"source_only": 0.04, "target_only": 0.97, "both": 0.97}
+BRIDGED = {"source_only": 0.90, "target_only": 0.96, "both": 0.97}
+EVERYTHING = {"source_only": 0.97, "target_only": 0.97, "both": 0.97}
+CONTROLS = ("constant", "shuffled", "self_bridge")
+
+
+def make_frame(seed: int, n_units: int = 150, seen: int = 0, **rates: dict) -> pd.DataFrame:
+    """Three problems a unit; the last `seen` units are those the bridge trained on."""
+    rng = np.random.default_rng(seed)
+    number = np.repeat(np.arange(n_units), 3)
+    group = rng.choice(["source_only", "target_only", "both"], n_units, p=[0.3, 0.4, 0.3])[number]
+    frame = pd.DataFrame({"id": [f"q{i}" for i in range(len(number))], "unit": [f"u{n}" for n in number]})
+    frame["group"] = group
+    held = np.where(number % 2, "held_value", "held_unit")
+    frame["novelty"] = np.where(number >= n_units - seen, "seen", held)
+    rates = {"source": SOURCE, "target": TARGET, "bridged": BRIDGED} | dict.fromkeys(CONTROLS, TARGET) | rates
+    for condition, by_group in rates.items():
+        right = rng.random(len(frame)) < frame["group"].map(by_group)
+        frame[f"{condition}_correct"] = right
+        frame[f"{condition}_extracted"] = np.where(right, "12", "[invalid]")
+    return frame
+
+
+def without(frame: pd.DataFrame, *conditions: str) -> pd.DataFrame:
+    return frame.drop(columns=[f"{c}_{key}" for c in conditions for key in ("correct", "extracted")])
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[pd.DataFrame]:
+    return [make_frame(seed) for seed in (1, 2, 3)]
+
+
+# -- the rule -----------------------------------------------------------------------------------------------
+
+
+def test_a_bridge_that_beats_every_control_in_every_seed_transfers(frames):
+    verdict = judge(frames, seeds=[7, 8, 9])
+    assert verdict.passes and verdict.complete and verdict.outcome == "transfers"
+    assert verdict.failed == verdict.not_run == verdict.not_applicable == []
+    assert [(c.subset, c.control, c.seed) for c in verdict.comparisons] == [
+        (subset, control, seed)
+        for subset, controls in (
+            ("all", ("target", "constant", "shuffled", "self_bridge")),
+            ("source_only", ("shuffled", "constant")),
+        )
+        for control in controls
+        for seed in (7, 8, 9)
+    ]
+    assert verdict.text.startswith(
+        "The bridge transfers: it beats every control in each of 3 training seeds."
+    )
+    assert "450 problems about 150 units, 95% intervals" in verdict.text
+    assert "headline" not in verdict.text
+    worst = min((c.difference for c in verdict.comparisons if c.control == "target"), key=lambda d: d.low)
+    assert f"target {worst.difference:+.3f} [{worst.low:+.3f}, {worst.high:+.3f}]" in verdict.text
+    assert worst == paired_difference(
+        frames[verdict.seeds.index(_seed_of(verdict, worst))], "bridged", "target"
+    )
+
+
+def _seed_of(verdict, difference) -> int:
+    return next(c.seed for c in verdict.comparisons if c.difference == difference)
+
+
+def test_one_seed_that_fails_is_enough(frames):
+    verdict = judge([frames[0], make_frame(2, bridged=TARGET), frames[2]])
+    assert not verdict.passes and verdict.complete and verdict.outcome == "fails"
+    assert {c.seed for c in verdict.failed} == {2}
+    assert {c.control for c in verdict.failed} == {"target", *CONTROLS}
+    assert verdict.text.startswith("It does not hold that the bridge transfers.")
+    assert "Not shown to beat target (seed 2 " in verdict.text and "(seed 1 " not in verdict.text
+
+
+def test_a_control_that_was_not_run_is_named_and_leaves_no_proof(frames):
+    verdict = judge([without(frame, "self_bridge") for frame in frames])
+    assert not verdict.passes and not verdict.complete and verdict.outcome == "unproven"
+    assert verdict.not_run == ["self_bridge"] and verdict.failed == []
+    assert verdict.text.startswith(
+        "Not yet a proof that the bridge transfers. It beats every control that was run, in each of 3 training "
+        "seeds; not run: self_bridge."
+    )
+    only = judge([frames[0], without(frames[1], "self_bridge", "shuffled"), frames[2]])
+    assert only.not_run == ["shuffled (seed 2)", "self_bridge (seed 2)"] and not only.passes
+    alone = judge([without(frames[0], *CONTROLS, "target")])
+    assert alone.not_run == ["target", *CONTROLS] and not alone.passes
+    assert "No control was run" in alone.text
+
+
+def test_a_failing_run_says_so_whatever_was_not_run(frames):
+    verdict = judge([without(make_frame(1, bridged=TARGET), "self_bridge")])
+    assert verdict.outcome == "fails" and not verdict.complete
+    assert "could not be a complete proof either: self_bridge" in verdict.text
+
+
+def test_a_bridge_that_harms_is_said_to_harm(frames):
+    worse = {"source_only": 0.04, "target_only": 0.6, "both": 0.9}
+    verdict = judge([frames[0], make_frame(2, bridged=worse)])
+    assert verdict.outcome == "harms" and not verdict.passes
+    assert verdict.text.startswith("The bridge harms: it is worse than the target alone (seed 2 -0.")
+    assert "A headline needs three training seeds; this is 2." in verdict.text
+
+
+def test_the_first_experiment_harmed():
+    """11 questions gained and 36 lost of 200, 129 right."""
+    bridged = [True] * 129 + [False] * 71
+    target = [False] * 11 + [True] * 118 + [True] * 36 + [False] * 35
+    verdict = judge([pd.DataFrame({"bridged_correct": bridged, "target_correct": target})])
+    (against_target,) = verdict.comparisons
+    assert (against_target.difference.gained, against_target.difference.lost) == (11, 36)
+    assert verdict.outcome == "harms" and "bridged 0.645 [0.577, 0.708]" in verdict.text
+    assert verdict.not_run == list(CONTROLS)
+
+
+def test_without_groups_the_source_only_part_does_not_apply(frames):
+    for columns in (["group"], ["group", "unit", "novelty"]):
+        verdict = judge([frame.drop(columns=columns) for frame in frames])
+        assert verdict.passes and {c.subset for c in verdict.comparisons} == {"all"}
+        assert "Not applicable: the source-only part" in verdict.text
+    nulls = judge([frame.assign(group=None, unit=None, novelty=None) for frame in frames])
+    assert nulls.passes and "On 450 questions" in nulls.text
+
+
+def test_source_only_problems_too_few_to_judge_are_not_run(frames):
+    frame = frames[0][(frames[0]["group"] != "source_only") | (frames[0]["unit"] == _a_unit(frames[0]))]
+    verdict = judge([frame.assign(bridged_correct=True)])
+    assert verdict.not_run == ["the source-only part (fewer than two held-out units)"] and not verdict.passes
+
+
+def _a_unit(frame: pd.DataFrame) -> str:
+    return frame.loc[frame["group"] == "source_only", "unit"].iloc[0]
+
+
+def test_a_bridge_that_helps_elsewhere_than_on_source_only_problems_does_not_transfer():
+    weak = {"source_only": 0.3, "target_only": 0.3, "both": 0.3}
+    rates = {"target": weak, "shuffled": weak, "constant": weak, "self_bridge": weak}
+    helped = {"source_only": 0.3, "target_only": 0.95, "both": 0.95}
+    verdict = judge([make_frame(1, bridged=helped, **rates)])
+    assert {c.label for c in verdict.failed} == {
+        "shuffled on source-only problems",
+        "constant on source-only problems",
+    }
+    assert "Not shown to beat shuffled on source-only problems (seed 1 " in verdict.text
+
+
+def test_what_was_seen_in_training_counts_nowhere(frames):
+    """A bridge that memorised its 60 train units beats everything on them, and it is no transfer."""
+    memorised = make_frame(1, n_units=150, seen=60, bridged=TARGET)
+    memorised.loc[memorised["novelty"] == "seen", "bridged_correct"] = True
+    assert paired_difference(memorised, "bridged", "target").low > 0
+    assert judge([memorised]).outcome == "fails"
+    seen = make_frame(1, n_units=170, seen=20)
+    seen["id"] = "s" + seen["id"]
+    held_out = frames[0]
+    assert judge([pd.concat([held_out, seen[seen["novelty"] == "seen"]])]) == judge([held_out])
+
+
+def test_both_constants_must_be_beaten(frames):
+    better = make_frame(1, constant_natural=EVERYTHING)
+    verdict = judge([better])
+    assert {c.label for c in verdict.failed} == {
+        "constant_natural",
+        "constant_natural on source-only problems",
+    }
+    beaten = judge([make_frame(seed, constant_natural=TARGET) for seed in (1, 2)])
+    assert beaten.passes and "constant_natural" in {c.control for c in beaten.comparisons}
+    # the second constant is needed only where somebody trained one
+    partly = judge([make_frame(1, constant_natural=TARGET), frames[1]])
+    assert partly.not_run == ["constant_natural (seed 2)"]
+
+
+def test_several_comparisons_at_the_edge_do_not_survive_holm():
+    """Each interval is above zero, but three chances of 4% are not one."""
+    n = 400
+    bridged = np.arange(n) < 200
+    frame = pd.DataFrame({"bridged_correct": bridged, "target_correct": np.zeros(n, bool)})
+    for i, control in enumerate(CONTROLS):
+        other = bridged.copy()
+        other[20 * i : 20 * i + 19] = False
+        other[200 + 20 * i : 208 + 20 * i] = True
+        frame[f"{control}_correct"] = other
+    verdict = judge([frame])
+    assert all(c.difference.low > 0 and c.difference.p < 0.05 for c in verdict.comparisons)
+    assert {c.control for c in verdict.failed} == set(CONTROLS) and verdict.outcome == "fails"
+    assert "but p after Holm 0.1" in verdict.text
+    assert judge([frame.drop(columns=["shuffled_correct", "self_bridge_correct"])]).failed == []
+
+
+def test_holm_takes_the_largest_p_of_all_seeds(frames):
+    verdict = judge([frames[0], make_frame(2, bridged=TARGET)])
+    for control in ("target", "shuffled"):
+        here = [c for c in verdict.comparisons if (c.control, c.subset) == (control, "all")]
+        assert len({c.adjusted_p for c in here}) == 1
+        assert here[0].adjusted_p >= max(c.difference.p for c in here) > 0.05
+        assert here[0].holds and not here[1].holds
+
+
+def test_rivals_stand_beside_the_rule(frames):
+    rivals = {"relay_full": EVERYTHING, "router": TARGET, "target_told": BRIDGED}
+    verdict = judge([make_frame(seed, bridged=BRIDGED, **rivals) for seed in (1, 2, 3)])
+    assert verdict.passes and list(verdict.rivals) == ["target_told", "relay_full", "router", "union"]
+    assert all(d.high < 0 for d in verdict.rivals["relay_full"][:1])
+    said = verdict.text[verdict.text.index("Rivals") :]
+    win, beats = said.index("these win: "), said.index("the bridge beats: router")
+    assert "union" in said[win:beats]
+    assert "undecided: target_told" in said
+
+
+def test_right_where_neither_model_was(frames):
+    frame = frames[0]
+    neither = frame[~frame["source_correct"] & ~frame["target_correct"]]
+    (beyond,) = judge([frame]).exact
+    assert (beyond.n, beyond.point) == (len(neither), neither["bridged_correct"].mean())
+    assert f"Where neither model was right ({len(neither)} problems)" in judge([frame]).text
+    assert judge([frame.assign(source_correct=True)]).exact == [None]
+    assert judge([without(frame, "source")]).exact == [None]
+
+
+def test_a_verdict_is_json_and_a_table(frames):
+    verdict = judge(frames)
+    stored = json.loads(json.dumps(verdict.to_dict()))
+    assert stored["passes"] is True and stored["text"] == verdict.text
+    assert stored["comparisons"][0]["difference"]["n_clusters"] == 150
+    table = verdict.differences()
+    assert table["label"].is_unique and table["holds"].all() and len(table) == 18
+    assert {"label", "difference", "low", "high", "n", "n_clusters", "holds"} <= set(table)
+
+
+@settings(deadline=None, max_examples=8)
+@given(st.randoms(use_true_random=False))
+def test_order_of_rows_and_names_of_units_change_nothing(random):
+    frame = make_frame(1, n_units=40)
+    names = list(range(40))
+    random.shuffle(names)
+    other = frame.sample(frac=1, random_state=random.randrange(2**31))
+    other["unit"] = other["unit"].map({f"u{i}": f"unit {n}" for i, n in enumerate(names)})
+    assert judge([other]).text == judge([frame]).text
+    assert headroom(other).text == headroom(frame).text
+
+
+# -- the numbers around it ----------------------------------------------------------------------------------
+
+
+def questions(source_only: int, both: int, target_only: int, neither: int) -> pd.DataFrame:
+    source = [True] * (source_only + both) + [False] * (target_only + neither)
+    target = [False] * source_only + [True] * (both + target_only) + [False] * neither
+    return pd.DataFrame({"source_correct": source, "target_correct": target})
+
+
+def test_headroom_of_the_first_experiment():
+    room = headroom(questions(7, 101, 53, 39))
+    assert (room.n, room.n_units, room.n_source_only_right) == (200, 200, 7)
+    assert (room.source.point, room.target.point, room.union.point) == (0.54, 0.77, 0.805)
+    assert (room.union.low, room.union.high) == wilson(161, 200)
+    assert room.gain_possible == pytest.approx(0.035)
+    assert room.smallest_effect == minimum_detectable_effect(200, 0.3) == pytest.approx(0.107, abs=0.001)
+    assert "no bridge could be shown to help here" in room.text
+    swapped = headroom(questions(59, 94, 9, 38))
+    assert swapped.gain_possible > swapped.smallest_effect and "no bridge" not in swapped.text
+    assert swapped.counts == {"source_only": 59, "both": 94, "target_only": 9, "neither": 38}
+
+
+def test_headroom_counts_units_and_held_out_problems_only(frames):
+    room = headroom(frames[0])
+    assert room.n_units == 150 and "450 problems about 150 units" in room.text
+    assert room.smallest_effect > 1.4 * headroom(frames[0].drop(columns="unit")).smallest_effect
+    more = make_frame(5, n_units=150, seen=50)
+    assert headroom(more).n == 300
+    equal = headroom(questions(0, 50, 0, 50))
+    assert equal.gain_possible == 0 < equal.smallest_effect
+
+
+def test_recovery_is_a_share_of_the_told_target():
+    frame = make_frame(1, seen=30, target_told=EVERYTHING)
+    rows = frame[(frame["group"] == "source_only") & (frame["novelty"] != "seen")]
+    share = recovery(frame)
+    assert share.point == pytest.approx(rows["bridged_correct"].sum() / rows["target_told_correct"].sum())
+    assert share.low < share.point < share.high and share.n == len(rows)
+    units = rows[rows["novelty"] == "held_unit"]
+    assert recovery(frame, subset="source_only_held_unit").n == len(units)
+    assert recovery(frame, "constant").point < 0.15
+    with pytest.raises(ValueError, match="`target_told` was not evaluated"):
+        recovery(without(frame, "target_told"))
+
+
+def test_donor_follow_counts_answers_that_are_the_donors(frames):
+    frame = (
+        frames[0]
+        .iloc[:8]
+        .assign(
+            shuffled_extracted=["135", "135", "[invalid]", "7", 30, 30.0, "30", "2"],
+            donor_gold=["135", "15", "8", "7", "30", "30", 30.0, None],
+        )
+    )
+    assert donor_follow(frame).point == pytest.approx(5 / 7) and donor_follow(frame).n == 7
+    with pytest.raises(ValueError, match="no `donor_gold`"):
+        donor_follow(frame.drop(columns="donor_gold"))
+
+
+def test_conditions_table_is_one_row_for_each_condition_and_subset():
+    frame = make_frame(1, seen=30, target_told=EVERYTHING)
+    table = conditions_table(frame)
+    assert list(table) == ["condition", "subset", "n", "n_units", "accuracy", "low", "high", "invalid"]
+    assert list(table["subset"].unique()) == [
+        "all", "source_only", "source_only_seen", "source_only_held_unit", "source_only_held_value",
+        "target_only", "both",
+    ]  # fmt: skip
+    everything = table[table["subset"] == "all"]
+    order = ["source", "target", "bridged", "target_told", "shuffled", "constant", "self_bridge", "union"]
+    assert list(everything["condition"]) == order
+    assert set(everything["n"]) == {360} and set(everything["n_units"]) == {120}
+    seen = frame[(frame["group"] == "source_only") & (frame["novelty"] == "seen")]
+    row = table.set_index(["condition", "subset"]).loc[("bridged", "source_only_seen")]
+    assert (row["n"], row["n_units"]) == (len(seen), seen["unit"].nunique())
+    assert row["accuracy"] == seen["bridged_correct"].mean() == 1 - row["invalid"]
+    assert row["low"] < row["accuracy"] < row["high"]
+    union = everything.set_index("condition").loc["union"]
+    held = frame[frame["novelty"] != "seen"]
+    assert union["accuracy"] == (held["source_correct"] | held["target_correct"]).mean()
+    assert np.isnan(union["invalid"])
+
+
+def test_conditions_table_without_groups_or_with_one_unit():
+    table = conditions_table(questions(7, 101, 53, 39))
+    assert list(table["subset"]) == ["all"] * 3 and list(table["condition"]) == ["source", "target", "union"]
+    one = conditions_table(questions(1, 1, 1, 1).assign(unit="u"))
+    assert set(one["low"]) == {0} and set(one["high"]) == {1}
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda f: judge([]), "0 frames, seeds"),
+        (lambda f: judge([f, f], seeds=[1]), "give one frame for each distinct seed"),
+        (lambda f: judge([f, f], seeds=[1, 1]), "give one frame for each distinct seed"),
+        (lambda f: judge([f.assign(bridged_logprob=-0.25)] * 2), "two frames are the same run"),
+        (lambda f: judge([f.iloc[:0]]), "the evaluation has no rows"),
+        (lambda f: judge([without(f, "bridged")]), "`bridged` was not evaluated"),
+        (lambda f: judge([f.assign(novelty="seen")]), "no held-out problem in subset `all`"),
+        (lambda f: judge([f.assign(unit="u")]), "all 450 questions are one `unit`"),
+        (lambda f: judge([pd.concat([f, f])]), "id q0 occurs twice"),
+        (lambda f: judge([f.assign(shuffled_correct=None)]), "`shuffled_correct` misses 450 of 450"),
+        (lambda f: headroom(f.iloc[:0]), "the evaluation has no rows"),
+        (lambda f: headroom(without(f, "source")), "`source` was not evaluated"),
+        (lambda f: recovery(f, subset="held"), "unknown subset `held`"),
+        (lambda f: conditions_table(f[["id", "unit"]]), "nothing to tabulate"),
+    ],
+)
+def test_bad_frames_are_refused_in_one_line(frames, call, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        call(frames[0])
+    assert "\n" not in str(refusal.value)
