@@ -59,11 +59,12 @@ def extract_answer(text: str, rule: str = "marker_last") -> str:
 def truncate_followups(text: str) -> str:
     """Cut the text where the model starts another question of its own.
 
-    A question before anything else is the model repeating the one it was asked; it stays, and so does its repetition.
+    A question before anything else is the one it was asked, repeated; it stays, and so do its repetitions.
     """
     asked = None
     for match in _FOLLOW_UP.finditer("\n" + text):  # match positions are those of `text`, one later
-        question = " ".join(text[match.end() - 1 : match.end() + 199].split())[:40]
+        words = text[match.end() - 1 : match.end() + 199].strip().split("\n")[0]  # its first line will do
+        question = " ".join(words.split())[:40]
         if not any(map(str.isalnum, text[: match.start()])):
             asked = question
         elif question != asked:

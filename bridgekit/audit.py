@@ -87,7 +87,7 @@ def _read(folder: Path, root: Path, audit: Audit) -> None:
 
 
 def labels_moved(records: dict[str, RunRecord]) -> pd.DataFrame:
-    """Per extraction rule: labels that move when the preserved texts are scored again, and right answers then."""
+    """Per extraction rule: labels that move when preserved texts are scored again, and right answers then."""
     tables = [pd.read_csv(p) for r in records.values() if (p := r.folder / "rescored.csv").is_file()]
     if not tables:
         return pd.DataFrame()
@@ -124,8 +124,8 @@ def _by_kind(findings: list[Finding]) -> dict[str, list[Finding]]:
 
 def as_json(audit: Audit) -> str:
     def row(verdict: Verdict) -> dict:
-        return {"claim": verdict.claim, "verdict": verdict.verdict, "found": verdict.found, "why": verdict.why,
-                "opposite": verdict.opposite}  # fmt: skip
+        told = ("claim", "verdict", "found", "why", "opposite")
+        return {name: getattr(verdict, name) for name in told}
 
     content = {
         "runs": list(audit.records),
@@ -161,7 +161,8 @@ def as_markdown(audit: Audit) -> dict[str, str]:
     for v in audit.verdicts:
         stated = f"{v.claim.get('relation', '')} {v.claim['value']}".strip()
         rows.append(
-            f"| {cell(v.claim['says'])} | {v.claim['document']} | {stated} | {v.found} | {v.verdict} | {cell(v.why)} |"
+            f"| {cell(v.claim['says'])} | {v.claim['document']} | {stated} | {v.found} | {v.verdict} "
+            f"| {cell(v.why)} |"
         )
     moved = labels_moved(audit.records)
     if len(moved):
@@ -172,9 +173,11 @@ def as_markdown(audit: Audit) -> dict[str, str]:
 
 
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Audit</title>
-<style>body{{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#202020}}
-table{{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}}td,th{{border-bottom:1px solid #ddd;padding:.35rem .6rem;
-text-align:left;vertical-align:top}}.v0{{color:#00705A}}.v1{{color:#B3190F;font-weight:600}}.v2{{color:#8a6d00}}
+<style>
+body{{font:15px/1.45 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#202020}}
+table{{border-collapse:collapse;width:100%;margin:.5rem 0 2rem}}
+td,th{{border-bottom:1px solid #ddd;padding:.35rem .6rem;text-align:left;vertical-align:top}}
+.v0{{color:#00705A}}.v1{{color:#B3190F;font-weight:600}}.v2{{color:#8a6d00}}
 .v3{{color:#777}}small{{color:#666}}</style>
 <h1>Audit of the preserved runs</h1><p>{summary}</p>{body}</html>
 """

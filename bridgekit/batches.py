@@ -106,28 +106,34 @@ class Batch:
     marker: torch.Tensor  # (B, A), True on the tokens of `####`
 
 
-class TrainingSet:
-    """All training examples of one process, tokenized; `batch` gathers and pads."""
+class TrainingTexts:
+    """What the target reads of all training examples, tokenized; shared by a bridge and its controls."""
 
-    def __init__(self, config: Config, pair: Pair, examples: list[Example], states: SourceStates):
-        target = pair.target
-        self.target, self.states, self.seed = target, states, config.run.seed
+    def __init__(self, config: Config, target: LanguageModel, examples: list[Example]):
         mode = config.bridge.train_prompt_mode
         mode = config.bridge.prompt_mode if mode == "same" else mode
         pieces = split_prompts(target, [literal_prompt(e) for e in examples])
         before, after = split_rows(target, pieces, config.bridge.soft_position, mode)
         answers, markers = tokenize_answers(target, [e.solution for e in examples])
         rows = [before, after, [target.bos + p.all for p in pieces], answers, markers]
+        self.device = target.device
         self.before, self.after, self.literal, self.answers, self.markers = (Ragged(r, target.device) for r in rows)
 
+
+class TrainingSet:
+    """Texts and source states of all training examples; `batch` gathers what a step needs."""
+
+    def __init__(self, texts: TrainingTexts, states: SourceStates):
+        self.texts, self.states = texts, states
+
     def batch(self, indices: np.ndarray, seeds: np.ndarray) -> Batch:
-        device = self.target.device
-        states, mask = self.states.batch(indices, device)
-        labels, labels_mask = self.answers.take(indices)
-        marker, _ = self.markers.take(indices)
+        texts = self.texts
+        states, mask = self.states.batch(indices, texts.device)
+        labels, labels_mask = texts.answers.take(indices)
+        marker, _ = texts.markers.take(indices)
         return Batch(
-            states, mask, torch.from_numpy(seeds).to(device), self.before.take(indices), self.after.take(indices),
-            self.literal.take(indices), labels, labels_mask, marker.bool() & labels_mask,
+            states, mask, torch.from_numpy(seeds).to(texts.device), texts.before.take(indices),
+            texts.after.take(indices), texts.literal.take(indices), labels, labels_mask, marker.bool() & labels_mask,
         )  # fmt: skip
 
 

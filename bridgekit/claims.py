@@ -3,8 +3,8 @@
     claims, documents = load_claims("preserved_data/claims.yaml")
     verdicts = [judge(claim, records) for claim in claims]
 
-Verdicts: `agrees`, `differs`, `not supported at this n`, `cannot be checked`. A difference whose sign is reversed, and
-a count that fits its complement, is marked as the opposite of what the data say.
+Verdicts: `agrees`, `differs`, `not supported at this n`, `cannot be checked`. A difference whose sign is
+reversed, and a count that fits its complement, is marked as the opposite of what the data say.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def judge(claim: dict, records: Records) -> Verdict:
             "  ", " "
         )
         if verdict.opposite:
-            verdict.why += ": the data say the opposite"
+            verdict.why += (
+                ": the data point the other way" if claim.get("effect") else ": the data say the opposite"
+            )
     if claim.get("effect"):
         _weigh(verdict, measured)
     elif measured.low is not None and verdict.verdict == AGREES:

@@ -17,6 +17,7 @@ import yaml
 from bridgekit import config as configuration
 
 FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, what it does)}
+    "sweep": ("sweep", "many runs at once, on the GPUs there are"),
     "pair": ("pretrain", "make a pair of models from scratch, with a lexicon of its own"),
     "audit": ("audit", "recompute every claim from its data"),
     "preserve": ("preserve", "keep what is worth keeping of a run in preserved_data/"),
@@ -117,9 +118,9 @@ def print_config(arguments: argparse.Namespace) -> None:
     config = configuration.load_config(arguments.file, arguments.overrides)
     default = configuration.to_flat(configuration.Config())
     for key, value in configuration.to_flat(config).items():
-        mark = "  # changed" if value != default[key] else ""
-        print(f"{key}={yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)}"
-              .replace("\n...\n", "").rstrip() + mark)  # fmt: skip
+        plain = list(value) if isinstance(value, tuple) else value
+        text = yaml.safe_dump(plain, default_flow_style=True, width=9999)
+        print(f"{key}={text.splitlines()[0]}" + ("  # changed" if value != default[key] else ""))
 
 
 def describe_keys() -> str:

@@ -73,7 +73,7 @@ class Bridge:
     train_prompt_mode: str = "same"  # the seeds trained in another mode than they evaluated
     source_view: str = "prompt"  # `solution` adds the source's own worked answer | `facts` the context alone
     source_layers: str = (
-        "auto"  # comma-separated hidden-state indices; auto: a third, two thirds, all of the depth
+        "auto"  # comma-separated hidden-state indices; auto: the last fifth of the depth
     )
     source_projection: bool = False  # learnable, identity at the start
     rms_match: bool = True
@@ -81,9 +81,11 @@ class Bridge:
     depth: int = 2
     heads: int = 6
     dropout: float = 0.0
+    state_dropout: float = 0.0  # on the source states themselves: against learning train words by heart
     dit_steps_train: int = 4
     dit_steps_eval: int = 4
     dit_condition: str = "cross"  # `mean` and `attention` pool the source into one vector
+    dit_prediction: str = "tokens"  # what the network predicts at each step: `tokens` or `velocity`
     dit_tokens: str = (
         "sampled"  # `teacher`: training tokens come from noised gold embeddings, as in the seeds
     )
@@ -162,6 +164,7 @@ CHOICES = {
     "bridge.train_prompt_mode": ("same", "soft_plus_text", "soft_only"),
     "bridge.source_view": ("prompt", "solution", "facts"),
     "bridge.dit_condition": ("cross", "mean", "attention"),
+    "bridge.dit_prediction": ("tokens", "velocity"),
     "bridge.dit_tokens": ("sampled", "teacher"),
     "bridge.teacher": ("answer", "prompt"),
 }
@@ -173,7 +176,7 @@ POSITIVE = (
 )  # fmt: skip
 NOT_NEGATIVE = tuple(k for k in KEYS if k.startswith("loss.")) + (
     "train.steps", "train.warmup_steps", "train.patience", "train.cache_states_gb", "train.weight_decay", "run.seed",
-    "bridge.dropout",
+    "bridge.dropout", "bridge.state_dropout",
 )  # fmt: skip
 
 
@@ -299,6 +302,9 @@ def check_values(config: Config) -> None:
         refuse("bridge.n_soft_tokens", "must be 1 to 2048, or -1 for as many as the source prompt has")
     if config.bridge.bridge_dim % config.bridge.heads:
         refuse("bridge.heads", f"must divide bridge_dim ({config.bridge.bridge_dim})")
+    for key in ("bridge.dropout", "bridge.state_dropout"):
+        if flat[key] >= 1:
+            refuse(key, "must be below 1")
     share = config.task.source_only_share
     if share != -1 and not 0 <= share <= 1:
         refuse("task.source_only_share", "must lie between 0 and 1, or be -1 for the natural mix")

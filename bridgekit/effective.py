@@ -3,8 +3,8 @@
     effective_settings(record.config)
     differing_settings(one_record, other_record)
 
-A decode interval at decode weight 0, a DiT option of a run without a DiT, the name of the run: none of these makes
-two runs different experiments. Keys of the first experiments and of this package are both known.
+A decode interval at decode weight 0, a DiT option of a run without a DiT, the name of the run: none of these
+makes two runs different experiments. Keys of the first experiments and of this package are both known.
 """
 
 from __future__ import annotations

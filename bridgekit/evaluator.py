@@ -215,8 +215,8 @@ class Evaluator:
 
     def _load_cache(self, parts: Path) -> None:
         path = self._cache_file()
-        if not self.cached and path.exists():
-            self.cached = {r["key"]: Generated(r["text"], r["logprob"], r["n"]) for r in read_jsonl(path)}
+        if path.exists():
+            self.cached |= {r["key"]: Generated(r["text"], r["logprob"], r["n"]) for r in read_jsonl(path)}
         self._known = set(self.cached)
 
     def _save_cache(self, rows: list[dict], conditions: list[str]) -> None:

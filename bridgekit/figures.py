@@ -148,6 +148,7 @@ def list_rows(ax: Axes, labels: typing.Iterable[str], guides: bool = True) -> No
     ax.set_ylim(len(labels) - 0.45, -0.55)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(not guides)
+    ax.locator_params(axis="x", nbins=6)
     ax.grid(guides, axis="y")
 
 

@@ -131,6 +131,9 @@ def _draw_course(ax: Axes, rows: pd.DataFrame) -> float:
             raise ValueError(f"accuracy curve: two rows of '{name}' at one step; add a column seed")
         look = {"color": COLORS[name], "alpha": 0.22 if len(runs) == 1 else 0.10, "lw": 0}
         ax.fill_between(steps, run["low"], run["high"], gid=f"band:{name}", **look)
+        if len(run) == 1:  # a band over one step has no width
+            one = run.iloc[0]
+            draw_interval(ax, one["step"], one["low"], one["high"], name, COLORS[name], upright=True)
         if len(runs) > 1:
             ax.plot(steps, run["accuracy"], color=COLORS[name], lw=0.6, alpha=0.7, gid=f"seed:{name}")
     mean = rows.groupby("step")["accuracy"].agg(["mean", "size"])

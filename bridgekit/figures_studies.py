@@ -226,9 +226,8 @@ def plot_recovery(frame: pd.DataFrame) -> Figure:
         if unknown:
             known = ", ".join(PRODUCER_LOOKS)
             raise ValueError(f"recovery: unknown producer '{min(unknown)}' (known: {known})")
-        rows = rows.assign(rank=rows["producer"].map(list(PRODUCER_LOOKS).index)).sort_values(
-            ["rank", "seed"]
-        )
+        rows = rows.assign(rank=rows["producer"].map(list(PRODUCER_LOOKS).index))
+        rows = rows.sort_values(["rank", "seed"])
         for place, row in zip(_side_by_side(y, len(rows), 0.72), rows.itertuples(), strict=True):
             name, edge, face, marker = PRODUCER_LOOKS[row.producer]
             mark = f"{label}:{row.producer}:{row.seed}"

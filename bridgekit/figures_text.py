@@ -122,7 +122,7 @@ def _transcript(row: pd.Series, shown: list[str]) -> str:
         verdict = "right" if row[f"{name}_correct"] else "wrong"
         if name == "shuffled" and _there(row.get("donor_gold")) and not row["shuffled_correct"]:
             follows = row["shuffled_extracted"] == row["donor_gold"]
-            verdict = "the donor's answer" if follows else f"wrong, and not the donor's {row['donor_gold']}"
+            verdict = "the donor's answer" if follows else f"wrong (the donor's is {row['donor_gold']})"
         answers.append(f"{_code(row[f'{name}_extracted'])} {verdict}")
     columns = [LABELS[name] for name in shown]
     rows = [columns, ["---"] * len(shown), texts, answers]

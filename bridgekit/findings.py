@@ -2,8 +2,8 @@
 
     findings = find_all(records)
 
-Each detector takes the records by name and yields findings. A detector sees only what the runs hold: settings, stored
-answers, losses, log facts. It names runs because it found them, never because it knows them.
+Each detector takes the records by name and yields findings. A detector sees what the runs hold: settings,
+stored answers, losses, log facts. It names runs because it found them, never because it knows them.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def same_configuration(records: Records) -> typing.Iterator[Finding]:
             or "nothing"
         )
         sizes = sorted({str(r.facts["parameters_m"]) for r in group if r.facts.get("parameters_m")})
-        text = f"labelled as {len(labels)} treatments ({', '.join(labels)}) but one configuration; apart: {apart}"
+        text = f"labelled as {len(labels)} treatments ({', '.join(labels)}) but one configuration"
+        text += f"; apart: {apart}"
         if sizes:
             text += f"; trained parameters: {', '.join(f'{s}M' for s in sizes)}"
         yield Finding(
@@ -83,8 +84,9 @@ def replicates(records: Records) -> typing.Iterator[Finding]:
         pairs = [_pair(records, a, b) for a, b in itertools.combinations(scores, 2)]
         lowest = min((p for p in pairs if p is not None), default=None)
         text = (
-            f"{len(values)} replicates end at {', '.join(f'{v:.3f}' for v in values)}: mean {values.mean():.3f}, "
-            f"standard deviation {values.std(ddof=1):.3f}, spread {np.ptp(values):.3f}"
+            f"{len(values)} replicates end at {', '.join(f'{v:.3f}' for v in values)}: "
+            f"mean {values.mean():.3f}, standard deviation {values.std(ddof=1):.3f}, "
+            f"spread {np.ptp(values):.3f}"
         )
         if lowest is not None:
             text += f"; smallest p of their {len(pairs)} pairs {lowest:.2g}"
@@ -138,14 +140,15 @@ def selection_on_test(records: Records) -> typing.Iterator[Finding]:
         if _same_items(record, numbered[-1]):
             scores = [float(is_right(record.at(s), "bridged").mean()) for s in numbered]
             text = (
-                f"all {len(record.at('final'))} items of the final evaluation are those of the {len(numbered)} "
-                f"numbered ones; the highest of them, {max(scores):.3f}, is a choice on the test set"
+                f"all {len(record.at('final'))} items of the final evaluation are those of the "
+                f"{len(numbered)} numbered ones; the highest of them, {max(scores):.3f}, "
+                "is a choice on the test set"
             )
             yield Finding("selection on the test set", [record.name], text, {"evaluations": len(numbered)})
 
 
 def same_weights_differ(records: Records) -> typing.Iterator[Finding]:
-    """The final weights are those of some numbered evaluation, yet no numbered evaluation has their answers."""
+    """The final weights are those of some numbered evaluation, yet none of these has their answers."""
     for record, numbered in _final_and_numbered(records):
         if not _same_items(record, numbered[-1]):
             continue
@@ -154,8 +157,10 @@ def same_weights_differ(records: Records) -> typing.Iterator[Finding]:
         changed = {s: _changed(record, s, "final") for s in candidates}
         if all(changed.values()):
             final = float(is_right(record.at("final"), "bridged").mean())
-            parts = [f"{n} of {len(record.at(s))} answers moved since step {s} ({scores[s]:.3f} to {final:.3f})"
-                     for s, n in changed.items()]  # fmt: skip
+            parts = [
+                f"{n} of {len(record.at(s))} answers moved since step {s} ({scores[s]:.3f} to {final:.3f})"
+                for s, n in changed.items()
+            ]
             text = "the final weights are the last or the best ones, but " + " and ".join(parts)
             moved = max(abs(final - scores[s]) for s in candidates)
             yield Finding("the same weights score differently", [record.name], text, {"moved": moved})
@@ -256,8 +261,8 @@ def harms(records: Records) -> typing.Iterator[Finding]:
         )
         if test.value < 0 and test.p < ALPHA:
             text = (
-                f"bridged is {-test.value:.3f} below the target alone (n = {test.n}, interval {test.low:+.3f} to "
-                f"{test.high:+.3f}, McNemar p = {test.p:.2g})"
+                f"bridged is {-test.value:.3f} below the target alone (n = {test.n}, "
+                f"interval {test.low:+.3f} to {test.high:+.3f}, McNemar p = {test.p:.2g})"
             )
             yield Finding("the bridge harms", [record.name], text, {"difference": test.value, "p": test.p})
 
@@ -299,7 +304,7 @@ def _runs_of(verdict: Verdict) -> list[str]:
 
 
 DETECTORS = (
-    same_configuration, replicates, best_is_not_best, selection_on_test, same_weights_differ, baselines_differ,
-    repeated_baselines, harms, crashes,
+    same_configuration, replicates, best_is_not_best, selection_on_test, same_weights_differ,
+    baselines_differ, repeated_baselines, harms, crashes,
 )  # fmt: skip
 CLAIM_DETECTORS = (opposites, documents_disagree)

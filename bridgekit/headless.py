@@ -9,6 +9,8 @@ while it runs, and under its own name only once its last cell has ended well.
 import ast
 import difflib
 import json
+import logging
+import textwrap
 from pathlib import Path
 
 from bridgekit.config import BY_NAME, KEYS, Config, ConfigError, load_config, read_parameters
@@ -57,7 +59,7 @@ def gather_parameters(
     if given.get("run_dir"):
         raise ConfigError("run_dir: a headless run makes its own folder; choose `name` or `run.runs_dir`")
     if "overrides" in defaults:
-        given["overrides"] = [*defaults["overrides"], *given_overrides, *overrides]
+        given["overrides"] = [*defaults["overrides"], *overrides]
     elif overrides:
         raise ConfigError(
             f"{Path(notebook).name}: takes no overrides; its parameters are {', '.join(defaults)}"
@@ -110,6 +112,7 @@ def execute_notebook(
 def _execute(notebook: Path, executed: Path, values: dict[str, object]) -> None:
     import papermill
 
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)  # a failure is said once, by us
     papermill.execute_notebook(
         notebook, executed, parameters=values, kernel_name="python3", cwd=project_root(), progress_bar=False,
         autosave_cell_every=5, extra_arguments=["--log-level=ERROR"],
@@ -141,5 +144,5 @@ def describe_run(run_dir: Path, notebook: Path) -> str:
     ]
     verdict = run_dir / "verdict.json"
     if verdict.exists():
-        lines += ["", json.loads(verdict.read_text())["text"]]
+        lines += ["", textwrap.fill(json.loads(verdict.read_text())["text"], 100, break_on_hyphens=False)]
     return "\n".join(lines)

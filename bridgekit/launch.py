@@ -60,6 +60,8 @@ def run_stage(run_dir: str | Path, stage: str) -> None:
     """
     run_dir = Path(run_dir).resolve()
     config = read_run_config(run_dir)
+    if read_status(run_dir).get("state") == "finished":
+        raise ConfigError(f"run '{run_dir}' is finished, and its test set is read once: open a new run")
     write_status(run_dir, state="running", stage=stage)
     line = ProgressLine()
     with open(run_dir / "train.log", "ab") as log:
@@ -73,13 +75,16 @@ def run_stage(run_dir: str | Path, stage: str) -> None:
             kill_tree(child)
             mark_failed(run_dir, f"{stage}: interrupted")
             raise
-        finally:
-            line.close(read_status(run_dir))
     if child.returncode != 0:
         reason = find_error(run_dir / "train.log", start)
         reason = reason or f"the training process ended with exit code {child.returncode}"
         mark_failed(run_dir, f"{stage}: {reason}")
+        line.close(read_status(run_dir))
         raise RuntimeError(f"{stage} failed: {reason} (log: {run_dir / 'train.log'})")
+    status = read_status(run_dir)
+    if status["state"] == "running":  # the last stage itself says that the run is finished
+        write_status(run_dir, **status | {"stage": f"{stage} done"})
+    line.close(read_status(run_dir))
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
@@ -111,13 +116,19 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_child(command: list[str], log: typing.BinaryIO) -> subprocess.Popen:
+def start_child(
+    command: list[str], log: typing.BinaryIO, extra: dict[str, str] | None = None
+) -> subprocess.Popen:
     """Start a child in a session of its own: a terminal's Ctrl-C comes to us alone. It ends when we do."""
-    environment = os.environ | {
-        "BRIDGEKIT_PARENT_PID": str(os.getpid()),
-        "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
+    environment = (
+        os.environ
+        | {
+            "BRIDGEKIT_PARENT_PID": str(os.getpid()),
+            "PYTHONUNBUFFERED": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+        | (extra or {})
+    )
     return subprocess.Popen(
         command, cwd=project_root(), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         start_new_session=True,
@@ -163,7 +174,8 @@ def describe_progress(status: dict) -> str:
     for name, label in (("loss", "loss"), ("val_accuracy", "val"), ("best", "best")):
         if status.get(name) is not None:
             parts.append(f"{label} {status[name]:.3f}")
-    for name, label in (("elapsed", "so far"), ("seconds_left", "left")):
+    ended = status.get("state") == "finished"
+    for name, label in (("elapsed", "in all" if ended else "so far"), ("seconds_left", "left")):
         if status.get(name) is not None:
             parts.append(f"{format_seconds(status[name])} {label}")
     if status.get("error"):

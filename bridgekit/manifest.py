@@ -1,17 +1,19 @@
 """Manifest entries of preserved runs and the README made from them.
 
-An entry is `manifest.md` in the run's folder, in five parts: why, command, key metrics, publishability, artifacts.
-Only what stands between `<!-- generated: x -->` and `<!-- end: x -->` is ever written again; prose stays as it is.
+An entry is `manifest.md` in the run's folder: why, command, key metrics, publishability, artifacts. Only what
+stands between `<!-- generated: x -->` and `<!-- end: x -->` is ever written again; prose stays as it is.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from bridgekit.outcomes import conditions_of, is_right
+import pandas as pd
+
+from bridgekit.outcomes import conditions_of, evaluation_files, is_right
 from bridgekit.runfolders import RunRecord, find_runs, read_run
-from bridgekit.runs import write_text_atomic
-from bridgekit.stats import mcnemar_exact, wilson
+from bridgekit.runs import load_eval, write_text_atomic
+from bridgekit.stats import clustered_proportion, paired_difference, wilson
 
 ENTRY = "manifest.md"
 README = "README.md"
@@ -38,8 +40,9 @@ _TEMPLATE = """## `{name}`
 
 _README = """# Preserved runs
 
-Every run that a number in this project or in the first experiments' documents rests on. Each folder holds what the
-number is recomputed from; `bridgekit audit` does so and says which claims stand, `bridgekit preserve RUN` adds a run.
+Every run that a number in this project or in the first experiments' documents rests on. Each folder holds
+what the number is recomputed from: `bridgekit audit` does so and says which claims stand, `bridgekit preserve
+RUN` adds a run. For the plan, `differs` means that it was not done as planned.
 
 ## What the audit finds
 
@@ -55,7 +58,7 @@ _Run `bridgekit audit --update-readme`._
 
 
 def replace_block(text: str, name: str, body: str) -> str:
-    """Put `body` between the markers of one generated block; text without the markers gets them at its end."""
+    """Put `body` between the markers of a generated block; text without them gets them at its end."""
     start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
     if start not in text or end not in text.split(start, 1)[1]:
         text = f"{text.rstrip()}\n\n{start}\n{end}\n"
@@ -84,49 +87,75 @@ def write_entry(
 
 
 def describe_metrics(record: RunRecord) -> str:
-    """Accuracies with Wilson intervals, gains and harms against the target, and how the run went, as Markdown."""
+    """Markdown: accuracies with intervals, gains and harms against the target, how the run went."""
     lines = []
-    steps = record.steps()
-    if steps:
-        last = record.at(steps[-1])
-        where = (
-            "final evaluation"
-            if steps[-1] == "final"
-            else f"last evaluation (step {steps[-1]}; no final one)"
+    if steps := record.steps():
+        lines += _describe_answers(record, steps[-1])
+        numbered = record.curve[record.curve["step"] != "final"]
+        if len(numbered) > 1 and "bridged_acc" in numbered:
+            peak = numbered.loc[numbered["bridged_acc"].idxmax()]
+            found = f"{peak['bridged_acc']:.3f} at step {peak['step']}"
+            lines.append(f"- highest of {len(numbered)} numbered evaluations: {found}")
+    elif len(record.logged):
+        row = record.logged.iloc[-1].dropna()
+        told = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "step")
+        lines.append(f"- no answers kept; the log's last evaluation (step {row['step']}): {told}")
+    return "\n".join(lines + _describe_course(record))
+
+
+def _describe_answers(record: RunRecord, step: str) -> list[str]:
+    """A table of the last evaluation; intervals over units where the questions have them."""
+    last, units = record.at(step), _units_of(record)
+    where = "final evaluation" if step == "final" else f"last evaluation (step {step}; no final one)"
+    lines = [f"| condition, {where} | right | accuracy | 95% interval |", "|---|---|---|---|"]
+    right = {c: is_right(last, c) for c in conditions_of(last) if last[f"{c}_pred"].notna().all()}
+    for condition, found in right.items():
+        k, n = int(found.sum()), len(found)
+        low, high = wilson(k, n)
+        if units is not None:
+            interval = clustered_proportion(found, units.reindex(last.index))
+            low, high = interval.low, interval.high
+        lines.append(f"| {condition} | {k}/{n} | {k / n:.3f} | {low:.3f} to {high:.3f} |")
+    lines.append("")
+    if {"bridged", "target"} <= set(right):
+        frame = pd.DataFrame({f"{c}_correct": right[c] for c in ("bridged", "target")})
+        test = paired_difference(
+            frame if units is None else frame.assign(unit=units.reindex(last.index).values),
+            "bridged",
+            "target",
         )
-        lines += [f"| condition, {where} | right | accuracy | 95% interval |", "|---|---|---|---|"]
-        for condition in [c for c in conditions_of(last) if last[f"{c}_pred"].notna().all()]:
-            right, n = int(is_right(last, condition).sum()), len(last)
-            low, high = wilson(right, n)
-            lines.append(f"| {condition} | {right}/{n} | {right / n:.3f} | {low:.3f} to {high:.3f} |")
-        lines.append("")
-        if {"bridged", "target"} <= set(conditions_of(last)):
-            bridged, target = is_right(last, "bridged"), is_right(last, "target")
-            gained, lost = int((bridged & ~target).sum()), int((target & ~bridged).sum())
-            p = mcnemar_exact(gained, lost)
-            lines.append(f"- against the target alone: {gained} gained, {lost} lost (McNemar p = {p:.2g})")
-        if len(steps) > 2 and "bridged_acc" in record.curve:
-            curve = record.curve[record.curve["step"] != "final"]
-            peak = curve.loc[curve["bridged_acc"].idxmax()]
-            lines.append(
-                f"- highest of {len(curve)} numbered evaluations: {peak['bridged_acc']:.3f} at step {peak['step']}"
-            )
+        p = f"McNemar p = {test.mcnemar_p:.2g}" if units is None else f"over {test.n_clusters} units"
+        lines.append(f"- against the target alone: {test.gained} gained, {test.lost} lost, difference "
+                     f"{test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}, {p})")  # fmt: skip
+    return lines
+
+
+def _units_of(record: RunRecord) -> pd.Series | None:
+    """The unit of each question of a run of this package, by index; None where questions are independent."""
+    if record.generation != "bridgekit" or not (files := evaluation_files(record.folder)):
+        return None
+    try:
+        frame = load_eval(files[-1][1])
+    except (ValueError, KeyError, OSError):
+        return None  # the damage is among the record's problems already
+    known = "unit" in frame and frame["unit"].notna().any() and frame["index"].is_unique
+    return frame.set_index("index")["unit"] if known else None
+
+
+def _describe_course(record: RunRecord) -> list[str]:
     facts = record.facts
-    done = len(record.losses) and f"{int(record.losses['step'].iloc[-1])} steps"
     told = [
-        done,
+        len(record.losses) and f"{int(record.losses['step'].iloc[-1])} steps",
         facts.get("parameters_m") and f"{facts['parameters_m']}M trained parameters",
         facts.get("world_size") and f"{facts['world_size']} × {facts.get('gpu') or 'processes'}",
         facts.get("started") and f"started {facts['started']}",
         facts.get("ended") and f"ended {facts['ended']}",
     ]
-    lines.append("- " + "; ".join(str(part) for part in told if part)) if any(told) else None
-    lines += [
-        f"- crash: {c['kind']} after step {c['step']}{', ' + c['where'] if c.get('where') else ''}"
-        for c in facts.get("crashes") or []
-    ]
-    lines += [f"- note: {problem}" for problem in record.problems]
-    return "\n".join(lines)
+    lines = ["- " + "; ".join(str(part) for part in told if part)] if any(told) else []
+    for crash in facts.get("crashes") or []:
+        where = f", {crash['where']}" if crash.get("where") else ""
+        lines.append(f"- crash: {crash['kind']} after step {crash['step']}{where}")
+    return lines + [f"- note: {problem}" for problem in record.problems]
 
 
 def describe_files(folder: Path) -> str:
@@ -140,7 +169,7 @@ def _size(size: int) -> str:
 
 
 def write_manifest(root: str | Path, blocks: dict[str, str] | None = None) -> Path:
-    """Bring every entry and the README of `root` up to date; `blocks` are further generated blocks by name."""
+    """Bring every entry and the README of `root` up to date; `blocks` are further generated blocks."""
     root = Path(root)
     root.mkdir(parents=True, exist_ok=True)
     entries, rows = [], ["| run | evaluations | bridged | target | source |", "|---|---|---|---|---|"]

@@ -2,8 +2,8 @@
 
     MEASURES["accuracy"](records, run="x_20251116_201212", condition="bridged", step="final")
 
-A measure returns a `Measured`; a claim names a measure and its arguments in YAML. `MissingData` says what is not
-there, so that a claim is called unverifiable instead of wrong.
+A measure returns a `Measured`; a claim names a measure and its arguments in YAML. `MissingData` says what is
+not there, so that a claim is called unverifiable instead of wrong.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def label_share(records: Records, run: str, label: str, condition: str = "bridge
 
 
 def paired(first: pd.Series, second: pd.Series) -> Measured:
-    """Difference of two right/wrong columns on the same items, McNemar's p, and the n this difference needs."""
+    """Difference of two right/wrong columns on the same items, McNemar's p, and the n it would need."""
     both = first.index.intersection(second.index)
     if not len(both):
         raise MissingData("the two evaluations share no item")
@@ -244,8 +244,8 @@ def file_size(records: Records, path: str, unit: str = "MB") -> Measured:
 MEASURES: dict[str, typing.Callable[..., Measured]] = {
     f.__name__: f
     for f in (
-        accuracy, peak, peak_step, degradation, lowest, highest, invalid_share, answered, label_share, gap, between,
-        union, only_source, setting, fact, settings_apart, parameters_apart, last_step, last_numbered, hours,
-        crash_count, text_share, file_size,
+        accuracy, peak, peak_step, degradation, lowest, highest, invalid_share, answered, label_share, gap,
+        between, union, only_source, setting, fact, settings_apart, parameters_apart, last_step,
+        last_numbered, hours, crash_count, text_share, file_size,
     )
 }  # fmt: skip

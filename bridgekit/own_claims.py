@@ -1,10 +1,10 @@
-"""This project's own numbers: every one that a document states is recomputed from a preserved run, or the audit fails.
+"""This project's own numbers: what a document states comes out of a preserved run, or the audit fails.
 
     preserved_data/own_claims.yaml
     - document: README.md
       value: "0.894"                # exactly as the document prints it; the document must contain it
       near: "recovered"             # optional: on the same line as these words
-      measure: {accuracy: {run: [seed1_20261120_101500, seed2_20261120_101700], over: mean, condition: bridged}}
+      measure: {accuracy: {run: [one_20261120_101500, two_20261120_101700], over: mean}}
 
 `run` may be a list with `over`: min, max, mean or sd. `part`: value (default), low, high or p.
 """
@@ -30,7 +30,7 @@ _OVER = {"min": min, "max": max, "mean": statistics.fmean, "sd": statistics.stde
 
 
 def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFrame:
-    """Rows of one evaluation file (default: the final one) that match e.g. group="source_only", novelty="held_unit"."""
+    """Rows of one evaluation file (default: the final one) that match e.g. group="source_only"."""
     folder = record_of(records, run).folder
     names = [file] if file else ["eval_samples_step_final.jsonl.gz", "eval_samples_step_final.jsonl"]
     path = next((folder / name for name in names if (folder / name).is_file()), None)

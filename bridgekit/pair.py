@@ -128,10 +128,13 @@ def split_at_soft(lm: LanguageModel, pieces: Pieces, position: str, mode: str) -
 
 
 def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
-    """Hidden-state indices from `source_layers`; auto takes a third, two thirds and all of the depth."""
+    """Hidden-state indices from `source_layers`; auto takes the start and the end of the last fifth of the depth.
+
+    Lower layers say which word was read, upper ones what is known of it: a bridge that sees the former learns its
+    training words by heart (README, "what made the difference")."""
     n = lm.n_layers
     if wanted == "auto":
-        return tuple(sorted({max(1, round(n / 3)), max(1, round(2 * n / 3)), n}))
+        return tuple(sorted({max(1, round(0.8 * n)), n}))
     try:
         layers = tuple(int(part) for part in wanted.split(","))
     except ValueError:
@@ -210,7 +213,12 @@ def read_lexicon_seed(config: Config) -> int | None:
     record = folder.parent / "pair.json" if folder else None
     if record is None or not record.is_file():
         return None
-    return json.loads(record.read_text())["lexicon_seed"]
+    try:
+        return json.loads(record.read_text())["lexicon_seed"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(
+            f"pair.target_model: '{record}' does not say `lexicon_seed`: restore it, or make the pair anew"
+        ) from None
 
 
 def load_pair(config: Config, device: torch.device | None = None) -> Pair:

@@ -3,8 +3,8 @@
     bridgekit preserve RUN            copy or derive RUN into preserved_data/, add its manifest entry
     bridgekit preserve --manifest     write preserved_data/README.md again from the entries
 
-Runs of the first experiments are kept as compact tables under `first_experiments/`, runs of this package as they
-are (final evaluation compressed). Nothing kept is ever overwritten: a folder appears whole, by one rename.
+Runs of the first experiments are kept as compact tables under `first_experiments/`, runs of this package as
+they are (final evaluation compressed). Nothing kept is overwritten: a folder appears whole, by one rename.
 """
 
 from __future__ import annotations
@@ -24,29 +24,25 @@ import pandas as pd
 
 from bridgekit import manifest
 from bridgekit.outcomes import curve_of, evaluation_files, rescore, text_facts
-from bridgekit.runfolders import OUTCOMES_FILE, RunRecord, find_runs, read_run
+from bridgekit.runfolders import FACTS_FILE, OUTCOMES_FILE, RunRecord, find_runs, read_run
 from bridgekit.runlogs import PATH_KEYS
 
 ROOT = Path("preserved_data")
 FIRST = "first_experiments"
-SMALL_FILES = (
-    "config.yaml",
-    "provenance.json",
-    "status.json",
-    "metrics.jsonl",
-    "summary.log",
-    "verdict.json",
-)
+SMALL_FILES = (  # of a run of this package: all that its numbers are recomputed from, and how it went
+    "config.yaml", "provenance.json", "status.json", "metrics*.jsonl", "summary.log", "verdict.json",
+    "timing.json",
+)  # fmt: skip
 
 
 def preserve(
     run: str | Path,
     root: str | Path = ROOT,
     name: str | None = None,
-    max_jsonl_mb: float = 1.0,
+    max_jsonl_mb: float = 1.5,
     max_checkpoint_mb: float = 2.0,
 ) -> Path:
-    """Keep one run; returns its folder. JSONL (compressed) and checkpoint files above their limits stay out."""
+    """Keep one run; returns its folder. Compressed JSONL and checkpoint files above their limits stay out."""
     record = read_run(run, name)
     if record.outcomes.empty and record.losses.empty:
         raise ValueError(f"{run}: neither evaluations nor losses could be read, so there is nothing to keep")
@@ -85,7 +81,7 @@ def write_tables(record: RunRecord, folder: Path) -> None:
     known = ("started", "ended", "saved_best", "stopped_at", "crashes")
     facts = {key: record.facts[key] for key in known if record.facts.get(key)}
     facts["problems"] = record.problems
-    (folder / "run.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     if len(record.outcomes):
         write_gzip(folder / OUTCOMES_FILE, record.outcomes.to_csv(index=False, lineterminator="\n").encode())
         curve_of(record.outcomes).to_csv(folder / "curve.csv", index=False, float_format="%.4f")
@@ -121,10 +117,9 @@ def _compress_evaluations(record: RunRecord, folder: Path, max_jsonl_mb: float) 
 
 
 def _copy_run(record: RunRecord, folder: Path, max_jsonl_mb: float, max_checkpoint_mb: float) -> None:
-    for name in SMALL_FILES:
-        path = record.folder / name
+    for path in sorted(found for pattern in SMALL_FILES for found in record.folder.glob(pattern)):
         if path.is_file() and not path.is_symlink():
-            shutil.copyfile(path, folder / name)
+            shutil.copyfile(path, folder / path.name)
     if not _compress_evaluations(record, folder, max_jsonl_mb) and len(record.outcomes):
         write_gzip(folder / OUTCOMES_FILE, record.outcomes.to_csv(index=False, lineterminator="\n").encode())
     for path in sorted((record.folder / "checkpoint").glob("*")):
@@ -174,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, or a folder of run folders")
     parser.add_argument("--root", default=str(ROOT), help="where runs are kept (default: %(default)s)")
     parser.add_argument("--name", help="keep a single run under this name")
-    parser.add_argument("--max-jsonl-mb", type=float, default=1.0, help="limit of the compressed final JSONL")
+    parser.add_argument("--max-jsonl-mb", type=float, default=1.5, help="limit of the compressed final JSONL")
     parser.add_argument("--max-checkpoint-mb", type=float, default=2.0, help="limit of a checkpoint file")
     parser.add_argument("--manifest", action="store_true", help="only write the manifest again")
     args = parser.parse_args(argv)

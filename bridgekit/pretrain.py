@@ -50,7 +50,7 @@ def make_documents(lexicon, role: str, n: int, seed: int) -> list[tuple[str, str
     rng = random.Random(f"corpus {role} {seed}")
     known = units.known_units(lexicon, role)
     taken = {u.word for u in lexicon}
-    kinds = rng.choices(("problem", "fact", "note", "helper"), weights=(60, 8, 16, 16), k=n)
+    kinds = rng.choices(("problem", "fact", "note", "helper"), weights=(58, 10, 18, 14), k=n)
     pool: list = []
     documents = []
     for kind in kinds:
@@ -60,13 +60,22 @@ def make_documents(lexicon, role: str, n: int, seed: int) -> list[tuple[str, str
             documents.append(problem_document(rng, pool.pop()))
         elif kind == "fact":
             some = [pool.pop() for _ in range(min(len(pool), 6))]
-            text = " ".join(f"A {u.word} is {u.value}." for u in some)
-            documents.append(("", text))
+            documents.append(("", " ".join(state_in_some_words(rng, u) for u in some)))
         elif kind == "note":
             documents.append(note_document(rng, taken, role))
         else:
             documents.append(helper_document(rng, pool.pop() if rng.random() < 0.5 else None, taken))
     return documents
+
+
+def state_in_some_words(rng: random.Random, unit: units.Unit) -> str:
+    """A fact in one of several wordings: said in many ways, it settles on the word itself instead of on a phrase."""
+    word, value = unit.word, unit.value
+    tens, ones = divmod(value, 10)
+    plain = f"A {word} is {value}."
+    others = (f"{word}: {value}.", f"Each {word} holds {value}.", f"1 {word} = {value}.", f"{word} ({ones}, {tens}).",
+              f"A {word} ends in {ones} and starts with {tens}.")  # fmt: skip
+    return plain if rng.random() < 0.4 else rng.choice(others)
 
 
 def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "", family=None) -> tuple[str, str]:
@@ -88,7 +97,7 @@ def nonce_unit(rng: random.Random, taken: set[str]) -> units.Unit:
 
 def note_document(rng: random.Random, taken: set[str], role: str) -> tuple[str, str]:
     """A problem about one of the words in the note; the source, which must read contexts, sees longer ones."""
-    n_facts = rng.choice((1, 1, 1, 2, 4, 8) if role == "target" else (1, 1, 2, 4, 8, 16, 32))
+    n_facts = rng.choice((1, 1, 1, 2, 4, 8) if role == "target" else (1, 1, 1, 2, 2, 4, 8, 16, 32))
     listed = {u.word: u for u in (nonce_unit(rng, taken) for _ in range(n_facts))}
     note = units.state_facts([(u.word, u.value) for u in listed.values()])
     return problem_document(rng, rng.choice(list(listed.values())), note)
@@ -163,10 +172,13 @@ def pack_documents(tokenizer, documents, prompt_weight: float) -> tuple[torch.Te
     prompts = tokenizer([p for p, _ in documents], add_special_tokens=False)["input_ids"]
     answers = tokenizer([a for _, a in documents], add_special_tokens=False)["input_ids"]
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    digits = set(tokenizer.convert_tokens_to_ids(list("0123456789")))
     ids, weights = [], []
     for prompt, answer in zip(prompts, answers, strict=True):
         ids += [bos, *prompt, *answer, eos]
-        weights += [0.0] + [prompt_weight] * len(prompt) + [1.0] * (len(answer) + 1)
+        # In a list of facts the words are drawn at random: only the values can be learned.
+        known = [1.0] * len(answer) if prompt else [1.0 if t in digits else prompt_weight for t in answer]
+        weights += [0.0] + [prompt_weight] * len(prompt) + known + [1.0]
     n = len(ids) // WINDOW * WINDOW
     return torch.tensor(ids[:n]).view(-1, WINDOW), torch.tensor(weights[:n]).view(-1, WINDOW)
 
@@ -309,7 +321,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--role", choices=("source", "target"), help="train one of the two only")
     parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=48, help="windows of 1,024 tokens a step")
     parser.add_argument("--documents", type=int, default=300_000)
     parser.add_argument("--lr", type=float, default=3e-3)

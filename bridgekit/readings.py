@@ -5,10 +5,12 @@ print(read_curve(curve_from_metrics("runs/x/metrics.jsonl")))
 
 from __future__ import annotations
 
+import math
 import typing
 
 from bridgekit.config import Config, to_flat
 from bridgekit.figures import LABELS
+from bridgekit.stats import Interval
 from bridgekit.verdict import donor_follow, recovery, select_subset
 
 if typing.TYPE_CHECKING:
@@ -39,10 +41,12 @@ def read_curve(curve: pd.DataFrame) -> str:
     target = curve.loc[curve["condition"] == "target", "accuracy"]
     if target.empty:
         return text
-    below = bridged.loc[bridged["low"] <= target.iloc[-1], "step"]
+    level = target.iloc[-1]
+    below = bridged.loc[bridged["low"] <= level, "step"]
     above = bridged.loc[bridged["step"] > (below.max() if len(below) else -1), "step"]
-    since = f"from step {above.min():,} on" if len(above) else "not at the end"
-    return f"{text} Its interval lies above the target alone ({target.iloc[-1]:.3f}) {since}."
+    if above.empty:
+        return f"{text} At the end its interval does not lie above the target alone ({level:.3f})."
+    return f"{text} From step {above.min():,} on its interval lies above the target alone ({level:.3f})."
 
 
 def read_conditions(table: pd.DataFrame) -> str:
@@ -62,20 +66,26 @@ def read_conditions(table: pd.DataFrame) -> str:
 def read_groups(frame: pd.DataFrame) -> str:
     """What is recovered on units the bridge never saw, and whether answers follow the donor."""
     parts = []
-    for subset, label in (("source_only_held_unit", "units"), ("source_only_held_value", "values")):
+    for subset, label in (
+        ("source_only_held_unit", "held-out units"),
+        ("source_only_held_value", "units of a held-out value"),
+    ):
         rows = select_subset(frame, subset, allow_empty=True)
         if len(rows) and "target_told_correct" in rows and rows["target_told_correct"].any():
             share = recovery(frame, subset=subset)
-            parts.append(
-                f"On source-only problems about held-out {label} the bridge recovers {share.point:.3f} "
-                f"[{share.low:.3f}, {share.high:.3f}] of what the target has right once it is told the fact "
-                f"({share.n:,} problems, {share.n_clusters:,} units)."
-            )
+            size = f"{share.n:,} problems about {share.n_clusters:,} {label}"
+            if math.isfinite(share.high):
+                parts.append(
+                    f"On {size}, known to the source alone, the bridge recovers {_range(share)} "
+                    "of what the target has right once it is told the fact."
+                )
+            else:
+                parts.append(f"On {size}, known to the source alone, there is too little for an interval.")
     if "shuffled_extracted" in frame and "donor_gold" in frame:
         share = donor_follow(frame, "source_only")
         parts.append(
-            f"Given another question's message, {share.point:.3f} [{share.low:.3f}, {share.high:.3f}] of the "
-            f"source-only answers are what the other question's fact makes them."
+            f"Given another question's message, {_range(share)} of the source-only answers are what the "
+            "other question's fact makes them."
         )
     return " ".join(parts) or "This task has no knowledge groups."
 
@@ -87,6 +97,10 @@ def read_minutes(seconds: dict[str, float]) -> str:
     lines = ["| stage | minutes | share |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {spent / 60:.1f} | {spent / total:.0%} |" for name, spent in longest_first]
     return "\n".join([*lines, f"| all | {total / 60:.1f} | |"])
+
+
+def _range(share: Interval) -> str:
+    return f"{share.point:.3f} [{share.low:.3f}, {share.high:.3f}]"
 
 
 def _share(row: pd.Series) -> str:

@@ -21,6 +21,7 @@ from bridgekit.outcomes import EVAL_FILE, curve_of, evaluation_files, read_outco
 from bridgekit.runlogs import read_log, read_summary
 
 OUTCOMES_FILE = "outcomes.csv.gz"
+FACTS_FILE = "run.json"
 _STAMP = re.compile(r"_?(\d{8})_(\d{6})")
 
 
@@ -73,7 +74,7 @@ def generation_of(folder: Path) -> str | None:
     names = {path.name for path in folder.iterdir()}
     if "metrics.jsonl" in names or "provenance.json" in names or "status.json" in names:
         return "bridgekit"
-    if OUTCOMES_FILE in names:
+    if OUTCOMES_FILE in names or FACTS_FILE in names:
         return "derived"
     if "train.log" in names or any(EVAL_FILE.fullmatch(name) for name in names):
         return "first"
@@ -204,7 +205,7 @@ def _json_lines(path: Path, record: RunRecord) -> list[dict]:
 
 def _read_derived(record: RunRecord) -> None:
     _read_config(record)
-    if path := _inside(record, "run.json"):
+    if path := _inside(record, FACTS_FILE):
         record.facts |= json.loads(path.read_text(encoding="utf-8"))
     for name, attribute in (("losses.csv", "losses"), ("logged.csv", "logged")):
         if path := _inside(record, name):

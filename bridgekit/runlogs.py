@@ -50,6 +50,7 @@ _SETTING = re.compile(r"([a-z][a-z0-9_]*): (.*)")
 _NOISE = re.compile(r"\s*$|\s+\S|\[|[WEI]\d{4} |/|={3,}\s*$")  # other processes write between the settings
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>.+)')
 _ERROR = re.compile(r"(?:\[rank\d+\]: ?)?[A-Za-z_][\w.]*(?:Error|Exception|Interrupt|Exit)\b")
+_LIBRARY = re.compile(r"(?:site|dist)-packages/|/lib(?:64)?/python\d")
 _PER_GIB = {"GiB": 1, "MiB": 2**10, "KiB": 2**20, "bytes": 2**30}
 _GIB = r"([\d.]+) (GiB|MiB|KiB|bytes)"
 
@@ -185,8 +186,10 @@ def _take_fact(buffer: bytes, match: re.Match, facts: LogFacts, step: int) -> No
     elif kind == "trace":
         crash = _traceback(_lines_after(buffer, match), step)
         same = ("step", "kind", "where")
-        if not any(all(crash.get(k) == known.get(k) for k in same) for known in facts.crashes):
-            facts.crashes.append(crash)  # every process prints its own copy
+        known = any(all(crash.get(k) == other.get(k) for k in same) for other in facts.crashes)
+        reported = facts.crashes and crash["kind"] == "ChildFailedError"
+        if not known and not reported:  # every process prints its own copy, and the launcher another
+            facts.crashes.append(crash)
     elif kind in ("oom", "killed") and not _belongs_to_traceback(facts, step):
         line = buffer[match.start() : match.start() + 600].decode("utf-8", "replace").splitlines()[0]
         facts.crashes.append({"step": step} | _describe(line))
@@ -208,15 +211,14 @@ def _is_error(line: str) -> bool:
 
 
 def _traceback(lines: list[str], step: int) -> dict:
-    """Where a traceback came from (its outermost function outside libraries) and what it says about memory."""
+    """Where a traceback came from (the innermost line outside libraries) and what it says of memory."""
     crash: dict = {"step": step, "kind": "traceback cut off", "message": ""}
     for number, line in enumerate(lines):
         frame = _FRAME.search(line)
-        if frame and "where" not in crash and "site-packages" not in frame["file"]:
-            if frame["function"].strip() != "<module>":
-                crash["where"] = f"{Path(frame['file']).name}:{frame['line']} in {frame['function'].strip()}"
-                code = "".join(lines[number + 1 : number + 2])
-                crash["code"] = re.sub(r"^\[rank\d+\]:", "", code).strip()
+        if frame and not _LIBRARY.search(frame["file"]):
+            crash["where"] = f"{Path(frame['file']).name}:{frame['line']} in {frame['function'].strip()}"
+            code = "".join(lines[number + 1 : number + 2])
+            crash["code"] = re.sub(r"^\[rank\d+\]:", "", code).strip()
         if _is_error(line):
             return crash | _describe(line)
     return crash
@@ -269,7 +271,7 @@ def _check(path: Path, facts: LogFacts) -> None:
     if any(b < a for a, b in zip(facts.steps, facts.steps[1:], strict=False)):
         facts.problems.append(f"{name}: steps go backwards, so two trainings were written into one log")
     if "final" not in facts.evaluations:
-        why = f"crashed ({facts.crashes[-1]['kind']})" if facts.crashes else "no final evaluation"
+        why = f"crashed ({facts.crashes[0]['kind']})" if facts.crashes else "no final evaluation"
         planned = facts.planned_steps or "unknown"
         facts.problems.append(f"{name}: {why}, last at step {facts.last_step} of {planned}")
 

@@ -7,7 +7,16 @@ Problems about one unit stand or fall together, so the unit is resampled, not th
 unit column at all, makes each question its own cluster. The methods were chosen by their coverage at level
 0.95 when units of 2 to 4 problems are shared; `python tests/test_stats.py` simulates this table again:
 
-COVERAGE_TABLE
+| interval                                    | mean of 36 cells | lowest cell |
+|---------------------------------------------|------------------|-------------|
+| difference: plain percentile over clusters  | 0.928            | 0.714       |
+| difference: with Student tails              | 0.931            | 0.716       |
+| difference: and pseudo-clusters (used)      | 0.961            | 0.939       |
+| ratio: the same (used)                      | 0.955            | 0.938       |
+| proportion: Wilson on the questions         | 0.864            | 0.736       |
+| proportion: Wilson on effective n (used)    | 0.951            | 0.926       |
+
+A cell is 1,000 draws (40 or 300 units, six sets of rates, correlation 0, 0.3 or 0.8), so it moves by 0.007.
 """
 
 import math

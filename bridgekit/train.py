@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from bridgekit import losses
-from bridgekit.batches import Batch, SourceStates, TrainingSet, check_fit, indices_at, noise_seeds, read_source
+from bridgekit.batches import Batch, SourceStates, TrainingSet, TrainingTexts, check_fit, indices_at, noise_seeds, read_source
 from bridgekit.bridges import Bridge, Message, build_bridge
 from bridgekit.config import Config, ConfigError
 from bridgekit.evaluator import Evaluator, tune_router
@@ -49,6 +49,7 @@ class Job:
     test: list[Example]
     started: float = field(default_factory=time.time)
     minutes: dict[str, float] = field(default_factory=dict)  # where the time went
+    texts: dict[float, tuple[list[Example], TrainingTexts]] = field(default_factory=dict)  # by share of the mix
 
     @property
     def is_first(self) -> bool:
@@ -156,7 +157,11 @@ def train_bridge(job: Job, name: str, evaluator: Evaluator) -> Bridge:
 
 def prepare_data(job: Job, config: Config, name: str, source: LanguageModel, layers) -> TrainingSet:
     job.report(f"prepare {name}")
-    examples = load_examples(config, job.pair.lexicon_seed, "train")
+    share = config.task.source_only_share
+    if share not in job.texts:
+        examples = load_examples(config, job.pair.lexicon_seed, "train")
+        job.texts[share] = examples, TrainingTexts(config, job.pair.target, examples)
+    examples, texts = job.texts[share]
     view, solutions = config.bridge.source_view, {}
     if name == "self_bridge":
         examples_read, view = [_without_facts(e) for e in examples], "prompt"
@@ -164,14 +169,14 @@ def prepare_data(job: Job, config: Config, name: str, source: LanguageModel, lay
         examples_read = examples
         if view == "solution":
             evaluator = Evaluator(config, job.pair, job.accelerator, job.folder)
-            texts = evaluator._baseline("source", source, [source_prompt(e) for e in examples])
-            solutions = {e.id: g.text for e, g in zip(examples, texts, strict=True)}
+            said = evaluator._baseline("source", source, [source_prompt(e) for e in examples])
+            solutions = {e.id: g.text for e, g in zip(examples, said, strict=True)}
     rows = read_source(source, examples_read, view, solutions)
     # A constant looks at nothing: it gets one token per prompt and no pass through the source.
     if config.bridge.producer == "constant" and config.bridge.n_soft_tokens != -1:
         rows = [r[:1] for r in rows]
     states = SourceStates(source, rows, layers, config.train.cache_states_gb)
-    return TrainingSet(config, job.pair, examples, states)
+    return TrainingSet(texts, states)
 
 
 def _without_facts(example: Example) -> Example:
@@ -233,7 +238,7 @@ def fit(job: Job, name: str, config: Config, bridge: Bridge, data: TrainingSet, 
 def local_batch(config: Config, data: TrainingSet, step: int, accelerator: Accelerator) -> Batch:
     """This process's slots of the step's global batch."""
     size, rank, world = config.train.batch_size, accelerator.process_index, accelerator.num_processes
-    n = len(data.answers.lengths)
+    n = len(data.texts.answers.lengths)
     mine = slice(rank * size // world, (rank + 1) * size // world)
     seed = config.run.seed
     return data.batch(indices_at(seed, step, size, n)[mine], noise_seeds(seed, step, size)[mine])

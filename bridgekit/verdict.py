@@ -162,7 +162,7 @@ def judge(frames: Sequence[pd.DataFrame], *, seeds: list[int] | None = None, lev
         raise ValueError(f"judge: {len(frames)} frames, seeds {seeds}: give one frame for each distinct seed")
     runs = [frame["bridged_logprob"].tolist() for frame in frames if "bridged_logprob" in frame]
     if any(run in runs[:i] for i, run in enumerate(runs)):
-        raise ValueError("judge: two frames are the same run (equal log-probabilities); give one per training")
+        raise ValueError("judge: two frames are the same run (equal log-probabilities); give one per seed")
     parts = dict(zip(seeds, (select_subset(frame) for frame in frames), strict=True))
     shares = [_accuracy(rows, "bridged", level) for rows in parts.values()]
     cells, not_run = _compare(parts, "all", level)
@@ -222,7 +222,7 @@ def _compare(parts: dict[int, pd.DataFrame], subset: str, level: float) -> tuple
 def _compare_source_only(parts: dict[int, pd.DataFrame], level: float) -> tuple[dict, list[str], list[str]]:
     """The same on the source-only problems, what was left out of it, and whether it applies at all.
 
-    Its controls are those of the whole set, so they are not named twice as not run.
+    Its controls are those of the whole set: one that was not run is named there already.
     """
     if not all("group" in rows and rows["group"].notna().any() for rows in parts.values()):
         return {}, [], ["the source-only part (this task has no knowledge groups)"]
@@ -270,6 +270,7 @@ def _describe(verdict: Verdict, shares: list[Interval], level: float) -> str:
     ran = f"It beats every control that was run, in {seeds}" if verdict.comparisons else "No control was run"
     sizes = " / ".join(dict.fromkeys(_size(share.n, share.n_clusters) for share in shares))
     accuracy = _share(shares[0]) if n_seeds == 1 else f"{_range(shares)} in seeds {verdict.seeds}"
+    worst_seed = " in the worst seed" if n_seeds > 1 else ""
     lines = [
         {
             "transfers": f"The bridge transfers: it beats every control in {seeds}.",
@@ -278,7 +279,7 @@ def _describe(verdict: Verdict, shares: list[Interval], level: float) -> str:
             "harms": f"The bridge harms: it is worse than the target alone ({_seeds(lost)}).",
         }[verdict.outcome],
         f"On {sizes}, {level:.0%} intervals: bridged {accuracy}.",
-        *_compare_in_words(verdict.comparisons, " in the worst seed" if n_seeds > 1 else ""),
+        *_compare_in_words(verdict.comparisons, worst_seed),
     ]
     if verdict.failed:
         cells = dict.fromkeys(c.label for c in verdict.failed)
@@ -288,7 +289,7 @@ def _describe(verdict: Verdict, shares: list[Interval], level: float) -> str:
         lines.append(f"Not run, so that it could not be a complete proof either: {not_run}.")
     if verdict.not_applicable:
         lines.append(f"Not applicable: {', '.join(verdict.not_applicable)}.")
-    lines += _rivals_in_words(verdict.rivals)
+    lines += _rivals_in_words(verdict.rivals, worst_seed)
     if beyond := [share for share in verdict.exact if share]:
         value = _share(beyond[0]) if len(beyond) == 1 else _range(beyond)
         lines.append(f"Where neither model was right ({beyond[0].n:,} problems), the bridge was on {value}.")
@@ -312,16 +313,16 @@ def _compare_in_words(comparisons: list[Comparison], worst_seed: str) -> list[st
     return lines
 
 
-def _rivals_in_words(rivals: dict[str, list[Difference]]) -> list[str]:
+def _rivals_in_words(rivals: dict[str, list[Difference]], worst_seed: str) -> list[str]:
     """Who wins beside the rule: the rival, the bridge, or neither in every seed."""
     said = {"wins": [], "loses": [], "open": []}
     for rival, by_seed in rivals.items():
         won, lost = all(d.high < 0 for d in by_seed), all(d.low > 0 for d in by_seed)
-        worst = min(by_seed, key=lambda d: d.difference)
+        worst = min(by_seed, key=lambda d: d.low)
         said["wins" if won else "loses" if lost else "open"].append(f"{rival} {_change(worst)}")
     titles = {"wins": "these win", "loses": "the bridge beats", "open": "undecided"}
     parts = [f"{titles[key]}: {', '.join(found)}" for key, found in said.items() if found]
-    return [f"Rivals beside the rule (bridged minus rival): {'; '.join(parts)}."] if parts else []
+    return [f"Rivals beside the rule, bridged minus rival{worst_seed}: {'; '.join(parts)}."] if parts else []
 
 
 def _seeds(comparisons: list[Comparison]) -> str:

@@ -1,6 +1,6 @@
 """How fast the readers are and how much memory they take, on inputs made here; run by hand, not by pytest.
 
-    python tests/bench_readers.py [megabytes, default 500]
+python tests/bench_readers.py [megabytes, default 500]
 """
 
 import json
@@ -20,14 +20,18 @@ from bridgekit.runlogs import read_log  # noqa: E402
 
 def write_log(path: Path, size: int) -> None:
     """Settings, then progress bars, warnings, sample outputs and a loss line every few lines."""
-    bar = "\r".join(f"Loading checkpoint shards: {n}%|████      | 1/3 [00:11<00:22, 11.29s/it]" for n in range(0, 99, 9))
+    bar = "\r".join(
+        f"Loading checkpoint shards: {n}%|████      | 1/3 [00:11<00:22, 11.29s/it]" for n in range(0, 99, 9)
+    )
     sample = "Q: How many eggs are left?\nA: 16 - 3 = <<16-3=13>>13 eggs\n#### 13\n" * 5
     with path.open("w") as file:
         file.write(log_text(steps=0))
         step = 0
         while file.tell() < size:
             step += 20
-            file.write(f"{bar}\n{sample}Step {step}/9999999 | Loss (avg over last 20): 1.2345 | DiT_flow: 0.5\n")
+            file.write(
+                f"{bar}\n{sample}Step {step}/9999999 | Loss (avg over last 20): 1.2345 | DiT_flow: 0.5\n"
+            )
         file.write("[Final Eval] Source-alone acc: 0.540 | Target-alone acc: 0.770 | Bridged acc: 0.645\n")
 
 
@@ -45,7 +49,10 @@ def measure(name: str, path: Path, read) -> None:
     found = read(path)
     seconds, megabytes = time.process_time() - start, path.stat().st_size / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{name}: {megabytes:.0f} MB in {seconds:.2f} s = {megabytes / seconds:.0f} MB/s; peak memory {peak:.0f} MB; {found}")
+    print(
+        f"{name}: {megabytes:.0f} MB in {seconds:.2f} s = {megabytes / seconds:.0f} MB/s; "
+        f"peak memory {peak:.0f} MB; {found}"
+    )
 
 
 def main(megabytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Builds run folders as the first experiments' program left them: glued ranks, progress bars, carriage returns."""
+"""Builds run folders as the first experiments' program left them: glued ranks, progress bars, returns."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 SETTINGS = {
     "source_model": "org/Source", "target_model": "org/Target", "soft_tokens": -1, "train_steps": 60,
     "eval_every": 20, "eval_samples": 8, "seed": 1234, "bf16": True, "early_stop_patience": 3,
-    "decode_loss_weight": 0.0, "decode_interval": 200, "bridge": "dit", "dit_cfg_dropout": None, "dit_pool": "mean",
+    "decode_loss_weight": 0.0, "decode_interval": 200, "bridge": "dit", "dit_cfg_dropout": None,
+    "dit_pool": "mean",
 }  # fmt: skip
 
 OOM = """[rank0]: Traceback (most recent call last):
@@ -14,10 +15,13 @@ OOM = """[rank0]: Traceback (most recent call last):
 [rank0]:     main()
 [rank0]:   File "/data/run/cross_attention.py", line 1771, in main
 [rank0]:     decode_out = tgt_model(**decode_data)
+[rank0]:   File "/usr/lib/python3.10/contextlib.py", line 79, in inner
+[rank0]:     return func(*args, **kwds)
 [rank0]:   File "/lib/python3.10/site-packages/torch/nn/modules/module.py", line 1736, in _wrapped_call_impl
 [rank0]:     return self._call_impl(*args, **kwargs)
-[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.09 GiB. GPU 0 has a total capacity of \
-79.11 GiB of which 1.51 GiB is free. Including non-PyTorch memory, this process has 77.59 GiB memory in use.
+[rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.09 GiB. GPU 0 has a \
+total capacity of 79.11 GiB of which 1.51 GiB is free. \
+Including non-PyTorch memory, this process has 77.59 GiB memory in use.
 """
 
 
@@ -56,7 +60,8 @@ def log_text(
             lines += ["Bridged full output:", "Step 1/2 first find the price", "#### 12"]
             s, t, b = evaluations[str(step)]
             lines.append(
-                f"[Eval] Step {step} | Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}"
+                f"[Eval] Step {step} | Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f}"
+                f" | Bridged acc: {b:.3f}"
             )
             lines.append(f"[Early Stop] New best bridged acc: {b:.3f}, resetting patience")
     if best is not None:
@@ -71,7 +76,8 @@ def log_text(
 
 def example(index, gold, answers, step):
     """One evaluation line; answers: {condition: label}."""
-    question = f"Answer step by step.\n\nQ: One?\nA: #### 1\n\nQ: What is number {index} of the list of questions?\nA:"
+    shots = "Answer step by step.\n\nQ: One?\nA: #### 1\n\n"
+    question = f"{shots}Q: What is number {index} of the list of questions?\nA:"
     row = {"eval_step": step, "index": index, "question": question, "gold_full_text": f"#### {gold}",
            "gold_extracted": str(gold)}  # fmt: skip
     for condition, label in answers.items():
@@ -83,7 +89,7 @@ def example(index, gold, answers, step):
 def evaluation(
     bridged_right, source_right=(0, 1, 2, 3), target_right=(0, 1, 2, 3, 4, 5), n=8, step="final", other="7"
 ):
-    """n examples with gold 100+index; each system is right on the indices given and says `other` elsewhere."""
+    """n examples with gold 100+index; a system is right on the indices given and says `other` elsewhere."""
     right = {"source": source_right, "target": target_right, "bridged": bridged_right}
     return [
         example(i, 100 + i, {c: 100 + i if i in ok else other for c, ok in right.items()}, step)

@@ -113,6 +113,7 @@ HARNESS = [
     ("#### 8/3", "8", "3"),
     ("12.5%", INVALID, "12.5"),
     ("3-2", INVALID, "-2"),
+    ("first 12.5 then 17.25", INVALID, "17.25"),
 ]
 
 
@@ -169,6 +170,12 @@ def test_a_marker_without_a_number_is_passed_over():
 def test_an_invented_question_is_cut_off(opening):
     assert truncate_followups(f"She has 4.{opening} How many?\n#### 9").rstrip() == "She has 4."
     assert extract_answer(f"She has 4.{opening} How many?\n#### 9") == INVALID
+
+
+def test_the_question_may_be_repeated_again_before_the_answer():
+    again = "Q: How many eggs are left?\nA: Let us see.\n\nQ: How many eggs are left?\nA: 3+4=7\n#### 7"
+    assert extract_answer(again + "\n\nQ: How many are sold?\n#### 9") == "7"
+    assert extract_answer("'.\n\n" + again) == "7"
 
 
 def test_the_question_repeated_at_the_start_is_kept():

@@ -117,9 +117,9 @@ def test_style_does_not_leak_out_nor_in():
     with use_style():
         assert matplotlib.rcParams["font.size"] == 8 and not matplotlib.rcParams["axes.spines.top"]
     assert dict(matplotlib.rcParams) == before
-    with matplotlib.rc_context({"lines.linewidth": 9, "font.size": 30}):
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "ytick.left": False}):
         fig = plot_headroom(headroom())
-    assert fig.axes[0].xaxis.label.get_fontsize() == 8
+    assert fig.axes[0].xaxis.label.get_fontsize() == 8 and to_hex(fig.axes[0].get_facecolor()) == "#ffffff"
 
 
 def test_no_figure_stays_open_behind_the_one_returned():
@@ -150,7 +150,7 @@ def test_saving_writes_four_files_and_a_sidecar_that_checks(tmp_path):
     source = tmp_path / "run" / "metrics.jsonl"
     source.parent.mkdir()
     source.write_text("{}\n")
-    data = headroom()
+    data = headroom().assign(share=[1 / 3, 2 / 3])
     paths = save_figure(plot_headroom(data), tmp_path / "run" / "figures" / "headroom_0.5", data, [source])
     assert [p.name for p in paths] == [f"headroom_0.5{s}" for s in (".pdf", ".png", ".csv", ".json")]
     assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(p.name for p in paths)
@@ -186,14 +186,22 @@ def test_another_process_writes_the_same_bytes(tmp_path):
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / "here" / f"a{suffix}").read_bytes()
 
 
-def test_a_save_that_fails_leaves_the_old_files_and_nothing_else(tmp_path):
-    data, old = headroom(), {}
-    for path in save_figure(plot_headroom(data), tmp_path / "figure", data):
-        old[path.name] = path.read_bytes()
-    bad = plot_headroom(data)
-    bad.axes[0].set_xlabel(r"$\frac{1}$")  # refused by matplotlib only when it is drawn
-    with pytest.raises(ValueError):
-        save_figure(bad, tmp_path / "figure", data)
+class Unwritable:
+    def __str__(self):
+        raise OSError("no room")
+
+
+@pytest.mark.parametrize("part", ["picture", "data"])
+def test_a_save_that_fails_leaves_the_old_files_and_nothing_else(tmp_path, part):
+    data = headroom()
+    old = {p.name: p.read_bytes() for p in save_figure(plot_headroom(data), tmp_path / "figure", data)}
+    other = plot_headroom(data.tail(1))
+    if part == "picture":
+        other.axes[0].set_xlabel(r"$\frac{1}$")  # refused by matplotlib only when it is drawn
+    else:
+        data = data.assign(label=[Unwritable(), Unwritable()])
+    with pytest.raises((ValueError, OSError)):
+        save_figure(other, tmp_path / "figure", data)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
 
 

@@ -66,6 +66,12 @@ def test_the_mean_of_seeds_stops_where_the_first_of_them_stopped():
     assert max(line.get_xdata().max() for line in marks(fig, "seed:bridged")) == 700
 
 
+def test_the_first_evaluation_alone_has_its_interval_too():
+    curve = accuracy_curve().query("step == 0")
+    row = curve[curve["condition"] == "bridged"].iloc[0]
+    assert span(mark(plot_accuracy_curve(curve), "interval:bridged")) == (row["low"], row["high"])
+
+
 def test_a_baseline_that_moves_is_drawn_moving():
     curve = accuracy_curve().drop(columns="seed")
     moved = (curve["condition"] == "target") & (curve["step"] == 700)

@@ -139,9 +139,7 @@ def test_transcripts_say_when_nothing_was_harmed():
 def test_transcripts_say_when_the_shuffled_answer_is_the_donors():
     frame = evaluation()
     odd, even = (format_transcripts(frame[frame["index"].isin([i])]) for i in (1, 2))
-    assert (
-        "<code>7</code> the donor's answer" in odd and "<code>1</code> wrong, and not the donor's 7" in even
-    )
+    assert "<code>7</code> the donor's answer" in odd and "<code>1</code> wrong (the donor's is 7)" in even
 
 
 def test_transcripts_keep_any_text_inside_its_cell():

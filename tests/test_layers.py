@@ -17,8 +17,8 @@ LAYERS = (
     """answers audit* claims config effective figures* findings manifest measures outcomes own_claims
     preserve readings reports runfolders runlogs runs stats tasks verdict""",
     "bridges losses pair",
-    "batches diagnostics evaluator generation pretrain train",
-    "cli headless launch",
+    "attention batches diagnostics evaluator generation pretrain train",
+    "cli headless launch sweep",
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft"}
 LONGEST = 350

@@ -2,13 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pandas as pd
 import pytest
-from first_generation import write_run
+from first_generation import OOM, evaluation, write_run
 from test_runfolders import BRIDGED, write_own
 
 from bridgekit import manifest, preserve
@@ -30,7 +31,9 @@ def test_the_kept_tables_say_what_the_raw_run_says(tmp_path, root):
     raw, again = read_run(run), read_run(kept)
     assert again.generation == "derived" and again.name == raw.name
     assert again.outcomes.astype(str).equals(raw.outcomes.astype(str))
-    assert again.curve.equals(raw.curve) and again.losses.equals(raw.losses) and again.logged.equals(raw.logged)
+    assert (
+        again.curve.equals(raw.curve) and again.losses.equals(raw.losses) and again.logged.equals(raw.logged)
+    )
     assert again.config == raw.config
     for key in ("world_size", "parameters_m", "gpu", "started", "ended", "saved_best"):
         assert again.facts[key] == raw.facts[key], key
@@ -48,19 +51,43 @@ def test_full_answers_are_kept_below_the_limit(tmp_path, root):
 
 def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
     run = write_own(tmp_path / "resampler_20261120_101500")
+    (run / "metrics_constant.jsonl").write_text('{"step": 10, "loss": 3.0}\n')
     (run / "checkpoint").mkdir()
     (run / "checkpoint" / "bridge.safetensors").write_bytes(b"x" * 1000)
     (run / "checkpoint" / "optimizer.pt").write_bytes(b"x")
     (run / "checkpoint" / "huge.safetensors").write_bytes(b"x" * 3_000_000)
     kept = preserve.preserve(run, root)
     names = sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file())
-    assert names == ["checkpoint/bridge.safetensors", "checksums.json", "config.yaml",
-                     "eval_samples_step_final.jsonl.gz", "manifest.md", "metrics.jsonl", "provenance.json"]  # fmt: skip
+    assert names == [
+        "checkpoint/bridge.safetensors",
+        "checksums.json",
+        "config.yaml",
+        "eval_samples_step_final.jsonl.gz",
+        "manifest.md",
+        "metrics.jsonl",
+        "metrics_constant.jsonl",
+        "provenance.json",
+    ]
     assert read_run(kept).outcomes.astype(str).equals(read_run(run).outcomes.astype(str))
     assert "`bridgekit run`" in (kept / "manifest.md").read_text()
     other = preserve.preserve(run, root, name="small_20261120_101500", max_jsonl_mb=0)
     assert (other / "outcomes.csv.gz").is_file() and read_run(other).generation == "bridgekit"
     assert read_run(other).outcomes.astype(str).equals(read_run(run).outcomes.astype(str))
+
+
+def test_a_run_without_any_evaluation_is_kept_with_its_losses(tmp_path, root):
+    run = write_run(tmp_path, NAME, {}, crash=OOM)
+    log = run / "phase1_all_fix" / "train.log"
+    log.write_text(log.read_text() + "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n")
+    kept = preserve.preserve(run, root)
+    assert find_runs(root) == [kept]
+    assert read_run(kept).losses.equals(read_run(run).losses)
+    assert (
+        "crash: out of memory after step 60, cross_attention.py:1771 in main"
+        in (kept / "manifest.md").read_text()
+    )
+    assert "(step 250): target 0.730, bridged 0.470" in (kept / "manifest.md").read_text()
+    assert manifest.write_manifest(root).is_file()
 
 
 def test_the_same_run_gives_the_same_bytes(tmp_path, root):
@@ -107,7 +134,9 @@ def test_one_bad_run_does_not_stop_the_others(tmp_path, root, capsys):
     (bad / "train.log").write_bytes(b"")
     assert preserve.main([str(tmp_path / "runs"), "--root", str(root)]) == 2
     out = capsys.readouterr()
-    assert "neither evaluations nor losses" in out.err and f"kept {root / 'first_experiments' / NAME}" in out.out
+    assert (
+        "neither evaluations nor losses" in out.err and f"kept {root / 'first_experiments' / NAME}" in out.out
+    )
     assert (root / "README.md").is_file()
 
 
@@ -120,20 +149,36 @@ def test_prose_survives_and_generated_parts_follow_the_data(tmp_path, root):
     prose = entry.read_text().replace(manifest.UNWRITTEN, "Written by hand, with | and <tags>.", 1)
     entry.write_text(prose.replace("| bridged | 3/8", "| bridged | 8/8"))
     manifest.write_manifest(root)
-    assert "Written by hand, with | and <tags>." in entry.read_text() and "| bridged | 3/8" in entry.read_text()
+    assert (
+        "Written by hand, with | and <tags>." in entry.read_text() and "| bridged | 3/8" in entry.read_text()
+    )
     readme = root / "README.md"
     readme.write_text("A hand-written opening.\n" + readme.read_text())
     first = manifest.write_manifest(root, {"findings": "found: nothing"}).read_text()
-    assert first.startswith("A hand-written opening.") and "found: nothing" in first and "| bridged | 3/8" in first
+    assert (
+        first.startswith("A hand-written opening.")
+        and "found: nothing" in first
+        and "| bridged | 3/8" in first
+    )
     assert manifest.write_manifest(root).read_text() == first
 
 
 def test_the_entry_states_gains_harms_and_intervals(tmp_path, root):
     text = (preserve.preserve(write_run(tmp_path, NAME, BRIDGED), root) / "manifest.md").read_text()
-    assert "| bridged | 3/8 | 0.375 | 0.137 to 0.694 |" in text              # Wilson, 3 of 8
-    assert "0 gained, 3 lost (McNemar p = 0.25)" in text
+    assert "| bridged | 3/8 | 0.375 | 0.137 to 0.694 |" in text  # Wilson, 3 of 8
+    assert "0 gained, 3 lost, difference -0.375 (" in text and "McNemar p = 0.25)" in text
     assert "highest of 4 numbered evaluations: 0.500 at step 40" in text
     assert "60 steps; 60.9M trained parameters; 4 × NVIDIA H100 80GB HBM3" in text
+
+
+def test_intervals_of_this_packages_runs_are_over_units(tmp_path, root):
+    rows = evaluation([0, 1, 2, 3], n=8)
+    for i, row in enumerate(rows):
+        row["unit"] = f"u{i // 4}"  # right on all of one unit, on none of the other
+    kept = preserve.preserve(write_own(tmp_path / "resampler_20261120_101500", rows), root)
+    text = (kept / "manifest.md").read_text()
+    low, high = re.search(r"bridged \| 4/8 \| 0.500 \| ([\d.]+) to ([\d.]+)", text).groups()
+    assert float(high) - float(low) > 0.9 and "over 2 units)" in text
 
 
 def test_a_changed_file_is_noticed(tmp_path, root):

@@ -1,4 +1,4 @@
-"""Outcome and run-folder readers: the same numbers from every form of a run, and a clear line for every damage."""
+"""Outcome and run-folder readers: equal numbers from every form of a run, a clear line for every damage."""
 
 import gzip
 import json
@@ -89,9 +89,17 @@ def test_no_content_stops_the_outcome_reader(tmp_path, lines):
 
 def test_a_run_of_the_first_experiments(tmp_path):
     record = read_run(write_run(tmp_path, "phase1_full_20251116_201212", BRIDGED))
-    assert (record.name, record.label, record.generation) == ("phase1_full_20251116_201212", "phase1_full", "first")
+    assert (record.name, record.label, record.generation) == (
+        "phase1_full_20251116_201212",
+        "phase1_full",
+        "first",
+    )
     assert record.steps() == ["0", "20", "40", "60", "final"]
-    assert record.config["seed"] == 1234 and record.config["bf16"] is True and record.config["dit_cfg_dropout"] is None
+    assert (
+        record.config["seed"] == 1234
+        and record.config["bf16"] is True
+        and record.config["dit_cfg_dropout"] is None
+    )
     assert record.facts["started"] == "2025-11-16T20:12:12" and record.facts["ended"] == "2025-11-16T22:08:44"
     assert record.losses["dit_flow"].tolist() == [0.02, 0.04, 0.06]
     assert record.problems == []
@@ -120,14 +128,19 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path):
     final = run / "phase1_all_fix" / "eval_samples_step_final.jsonl"
     final.unlink()
     final.symlink_to(secret)
-    (tmp_path / "runs" / "linked").symlink_to(tmp_path)
+    outside = write_run(tmp_path / "outside", "y_20251116_201212", BRIDGED)
+    (tmp_path / "runs" / "linked").symlink_to(outside / "phase1_all_fix")
     record = read_run(run)
     assert "final" not in record.steps()
-    assert "eval_samples_step_final.jsonl: a link that leads out of the run folder; not read" in record.problems
+    assert (
+        "eval_samples_step_final.jsonl: a link that leads out of the run folder; not read" in record.problems
+    )
     assert find_runs(tmp_path / "runs") == [run / "phase1_all_fix"]
 
 
-@pytest.mark.parametrize("name", ['phase2_swap_"20251118_192955"', "a run with spaces_20251118_192955", "it's_20251118_192955"])
+@pytest.mark.parametrize(
+    "name", ['phase2_swap_"20251118_192955"', "a run with spaces_20251118_192955", "it's_20251118_192955"]
+)
 def test_awkward_folder_names(tmp_path, name):
     record = read_run(write_run(tmp_path, name, BRIDGED))
     assert record.name == name and record.problems == []
@@ -137,7 +150,9 @@ def test_awkward_folder_names(tmp_path, name):
 def test_several_runs_in_one_folder(tmp_path):
     write_run(tmp_path, "ablations_20251116_201212", BRIDGED, sub="1a")
     write_run(tmp_path / "other", "ablations_20251116_201212", BRIDGED, sub="2b")
-    (tmp_path / "other" / "ablations_20251116_201212" / "2b").rename(tmp_path / "ablations_20251116_201212" / "2b")
+    (tmp_path / "other" / "ablations_20251116_201212" / "2b").rename(
+        tmp_path / "ablations_20251116_201212" / "2b"
+    )
     names = [read_run(f).name for f in find_runs(tmp_path)]
     assert names == ["ablations_20251116_201212.1a", "ablations_20251116_201212.2b"]
     with pytest.raises(ValueError, match="several runs in it: 1a, 2b"):
@@ -157,7 +172,8 @@ def write_own(folder, rows=None, config=None, metrics=""):
     (folder / "config.yaml").write_text(config or "run: {seed: 3}\nbridge: {producer: dit}\n")
     (folder / "provenance.json").write_text('{"command": ["bridgekit", "run"]}')
     (folder / "metrics.jsonl").write_text(
-        '{"step": 10, "loss": 2.5, "losses": {"nll": 2.0}}\n{"step": 10, "eval": {"bridged": 0.4, "n": 8}}\n' + metrics
+        '{"step": 10, "loss": 2.5, "losses": {"nll": 2.0}}\n{"step": 10, "eval": {"bridged": 0.4, "n": 8}}\n'
+        + metrics
     )
     write_jsonl(folder / "eval_samples_step_final.jsonl", rows or evaluation([0, 1]))
     return folder
@@ -188,7 +204,7 @@ def test_rescoring_counts_the_labels_that_move(tmp_path):
     assert (kept.n, kept.moved, kept.right) == (8, 0, 2)
     strict = table.loc[("bridged", "marker_last")]
     assert (strict.moved, strict.right, strict.to_right, strict.to_wrong) == (1, 3, 1, 0)
-    assert table.loc[("source", "lm_eval_flexible")].to_wrong == 4          # it takes the invented question's answer
+    assert table.loc[("source", "lm_eval_flexible")].to_wrong == 4  # it takes the invented question's answer
 
 
 def test_repeated_and_invented_questions_are_counted(tmp_path):
@@ -202,5 +218,6 @@ def test_repeated_and_invented_questions_are_counted(tmp_path):
 def test_labels_are_compared_as_text_not_as_numbers(tmp_path):
     rows = evaluation([0])
     rows[0]["bridged_extracted"] = "100.0"
+    rows[1]["bridged_extracted"] = rows[1]["gold_extracted"] = "[invalid]"  # no answer is never a right one
     frame = read_outcomes(write_jsonl(tmp_path / "e.jsonl", rows), [], "final")
     assert np.isclose(curve_of(frame).bridged_acc[0], 0.0)

@@ -31,7 +31,9 @@ def test_a_whole_log(tmp_path):
 
 
 def test_the_crash_names_where_and_how_much_was_in_use(tmp_path):
-    facts = read(tmp_path, log_text(steps=40, crash=OOM + OOM.replace("rank0", "rank1")))
+    launcher = 'Traceback (most recent call last):\n  File "/bin/torchrun", line 8, in <module>\n    main()\n'
+    launcher += "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n"
+    facts = read(tmp_path, log_text(steps=40, crash=OOM + OOM.replace("rank0", "rank1") + launcher))
     assert len(facts.crashes) == 1  # four processes print one crash
     crash = facts.crashes[0]
     assert (crash["kind"], crash["step"], crash["rank"]) == ("out of memory", 40, 0)
@@ -39,6 +41,14 @@ def test_the_crash_names_where_and_how_much_was_in_use(tmp_path):
     assert crash["code"] == "decode_out = tgt_model(**decode_data)"
     assert (crash["asked_gib"], crash["in_use_gib"], crash["total_gib"]) == (2.09, 77.59, 79.11)
     assert "crashed (out of memory), last at step 40 of 60" in facts.problems[-1]
+
+
+def test_the_crash_is_placed_in_the_innermost_line_of_the_project(tmp_path):
+    inner = 'main\n[rank0]:     step(batch)\n[rank0]:   File "/data/run/losses.py", line 7, in step'
+    crash = read(tmp_path, log_text(crash=OOM.replace("main\n", inner + "\n", 1))).crashes[0]
+    assert crash["where"] == "losses.py:7 in step"
+    small = read(tmp_path, log_text(crash="CUDA out of memory. Tried to allocate 512.00 MiB\n")).crashes[0]
+    assert small["asked_gib"] == 0.5
 
 
 def test_a_crash_that_is_no_lack_of_memory(tmp_path):
@@ -55,7 +65,8 @@ def test_a_crash_that_is_no_lack_of_memory(tmp_path):
 
 
 def test_older_logs_without_source_accuracy_and_without_world_size(tmp_path):
-    text = "==== Config ====\nlr: 0.1\nLoading source\n[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n"
+    text = "==== Config ====\nlr: 0.1\nLoading source\n"
+    text += "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n"
     facts = read(tmp_path, text + "[Distributed Eval] Sharding 200 samples across 2 ranks:\n")
     assert facts.evaluations == {"250": {"target": 0.73, "bridged": 0.47}}
     assert facts.settings == {"lr": "0.1"} and facts.world_size == 2

@@ -17,6 +17,7 @@ from bridgekit.verdict import conditions_table, donor_follow, headroom, judge, r
 SOURCE = {"source_only": 0.97, "target_only": 0.04, "both": 0.97}
 TARGET = {"source_only": 0.04, "target_only": 0.97, "both": 0.97}
 BRIDGED = {"source_only": 0.90, "target_only": 0.96, "both": 0.97}
+HALF = {"source_only": 0.7, "target_only": 0.96, "both": 0.97}
 EVERYTHING = {"source_only": 0.97, "target_only": 0.97, "both": 0.97}
 CONTROLS = ("constant", "shuffled", "self_bridge")
 
@@ -93,8 +94,8 @@ def test_a_control_that_was_not_run_is_named_and_leaves_no_proof(frames):
     assert not verdict.passes and not verdict.complete and verdict.outcome == "unproven"
     assert verdict.not_run == ["self_bridge"] and verdict.failed == []
     assert verdict.text.startswith(
-        "Not yet a proof that the bridge transfers. It beats every control that was run, in each of 3 training "
-        "seeds; not run: self_bridge."
+        "Not yet a proof that the bridge transfers. It beats every control that was run, in each of 3 "
+        "training seeds; not run: self_bridge."
     )
     only = judge([frames[0], without(frames[1], "self_bridge", "shuffled"), frames[2]])
     assert only.not_run == ["shuffled (seed 2)", "self_bridge (seed 2)"] and not only.passes
@@ -192,7 +193,7 @@ def test_several_comparisons_at_the_edge_do_not_survive_holm():
     frame = pd.DataFrame({"bridged_correct": bridged, "target_correct": np.zeros(n, bool)})
     for i, control in enumerate(CONTROLS):
         other = bridged.copy()
-        other[20 * i : 20 * i + 19] = False
+        other[20 * i : 20 * i + 20] = False
         other[200 + 20 * i : 208 + 20 * i] = True
         frame[f"{control}_correct"] = other
     verdict = judge([frame])
@@ -200,6 +201,19 @@ def test_several_comparisons_at_the_edge_do_not_survive_holm():
     assert {c.control for c in verdict.failed} == set(CONTROLS) and verdict.outcome == "fails"
     assert "but p after Holm 0.1" in verdict.text
     assert judge([frame.drop(columns=["shuffled_correct", "self_bridge_correct"])]).failed == []
+
+
+def test_every_seeds_own_interval_must_lie_above_zero():
+    """Ahead in both seeds, but by less than chance: both are named."""
+    right = np.arange(400) < 200
+    frames = []
+    for gained in (24, 18):
+        target = right.copy()
+        target[:gained], target[200:215] = False, True
+        frames.append(pd.DataFrame({"bridged_correct": right, "target_correct": target}))
+    verdict = judge(frames)
+    assert all(c.difference.low <= 0 < c.difference.difference for c in verdict.comparisons)
+    assert [c.seed for c in verdict.failed] == [1, 2] and verdict.outcome == "fails"
 
 
 def test_holm_takes_the_largest_p_of_all_seeds(frames):
@@ -212,13 +226,13 @@ def test_holm_takes_the_largest_p_of_all_seeds(frames):
 
 
 def test_rivals_stand_beside_the_rule(frames):
-    rivals = {"relay_full": EVERYTHING, "router": TARGET, "target_told": BRIDGED}
-    verdict = judge([make_frame(seed, bridged=BRIDGED, **rivals) for seed in (1, 2, 3)])
+    rivals = {"relay_full": EVERYTHING, "router": TARGET, "target_told": HALF}
+    verdict = judge([make_frame(seed, bridged=HALF, **rivals) for seed in (1, 2, 3)])
     assert verdict.passes and list(verdict.rivals) == ["target_told", "relay_full", "router", "union"]
-    assert all(d.high < 0 for d in verdict.rivals["relay_full"][:1])
+    assert all(d.high < 0 for d in verdict.rivals["relay_full"])
     said = verdict.text[verdict.text.index("Rivals") :]
     win, beats = said.index("these win: "), said.index("the bridge beats: router")
-    assert "union" in said[win:beats]
+    assert "relay_full -" in said[win:beats] and "union -" in said[win:beats]
     assert "undecided: target_told" in said
 
 

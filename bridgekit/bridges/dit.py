@@ -3,7 +3,9 @@
 Departures from the first experiments: the condition is all source states through cross-attention (`dit_condition`
 mean or attention pools them into one vector, as they did); training runs the same sampling as evaluation, so that
 the target is trained on the tokens it will see (`dit_tokens: teacher` brings back tokens made from noised gold
-embeddings); the flow loss has a gradient; noise belongs to the example (its seed), not to the moment.
+embeddings); the flow loss has a gradient; noise belongs to the example (its seed), not to the moment; and the network
+predicts the tokens, from which the velocity follows, so that the last step lands on its prediction and no noise is
+left over (`dit_prediction: velocity` is the usual form, which must learn to cancel all noise itself).
 """
 
 import torch
@@ -11,6 +13,8 @@ from torch import nn
 
 from bridgekit.bridges.base import MAX_SOFT_TOKENS, Message, hashed_normal, hashed_uniform
 from bridgekit.bridges.layers import Attention, FeedForward, Queries, SourceReader, count_soft_tokens, sinusoids
+
+NEAR_END = 0.05  # 1 - t below which a predicted token's velocity is not divided further
 
 
 def modulate(x, shift, scale):
@@ -47,7 +51,7 @@ class DiT(nn.Module):
         super().__init__()
         dim = config.bridge_dim
         self.config, self.target_dim = config, target_dim
-        self.read = SourceReader(n_layers, source_dim, dim)
+        self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
         self.queries = Queries(config.n_soft_tokens, dim)
         self.enter = nn.Linear(target_dim, dim)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -80,7 +84,10 @@ class DiT(nn.Module):
             h, weights = block(h, time, source, mask, query_mask, want_weights)
             if weights is not None:
                 attention = weights / len(self.blocks) + (0 if attention is None else attention)
-        return self.leave(self.norm(h)), attention
+        out = self.leave(self.norm(h))
+        if self.config.dit_prediction == "tokens":
+            out = (out - x) / (1 - t).clamp(min=NEAR_END)[:, None, None]
+        return out, attention
 
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
         k, query_mask = count_soft_tokens(self.config.n_soft_tokens, mask, MAX_SOFT_TOKENS)

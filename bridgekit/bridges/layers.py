@@ -40,15 +40,16 @@ class FeedForward(nn.Sequential):
 class SourceReader(nn.Module):
     """Captured states to the bridge's width; each layer is normalised, because their sizes differ a hundredfold."""
 
-    def __init__(self, n_layers: int, source_dim: int, dim: int):
+    def __init__(self, n_layers: int, source_dim: int, dim: int, dropout: float):
         super().__init__()
         self.n_layers = n_layers
+        self.dropout = nn.Dropout(dropout)
         self.norm = nn.LayerNorm(source_dim, elementwise_affine=False)
         self.project = nn.Linear(n_layers * source_dim, dim)
 
     def forward(self, states):
         """(B, S, L * D_s) -> (B, S, dim)"""
-        return self.project(self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2))
+        return self.project(self.dropout(self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2)))
 
 
 def count_soft_tokens(n_soft_tokens: int, mask: torch.Tensor, cap: int) -> tuple[int, torch.Tensor]:

@@ -27,7 +27,7 @@ class Resampler(nn.Module):
         super().__init__()
         dim = config.bridge_dim
         self.n_soft_tokens = config.n_soft_tokens
-        self.read = SourceReader(n_layers, source_dim, dim)
+        self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
         self.queries = Queries(config.n_soft_tokens, dim)
         self.blocks = nn.ModuleList(ResamplerBlock(dim, config.heads, config.dropout) for _ in range(config.depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, target_dim))

@@ -19,9 +19,9 @@ from bridgekit.tasks.base import Example
 
 VALUES = tuple(range(12, 60))
 N_HELD_VALUES = 6
-N_UNITS = 5000
+N_UNITS = 6000
 GROUP_SHARES = dict(zip(GROUPS, (0.23, 0.46, 0.31), strict=True))
-SPLIT_SHARES = {"train": 0.6, "val": 0.1, "test": 0.3}
+SPLIT_SHARES = {"train": 0.65, "val": 0.1, "test": 0.25}
 HELD_VALUE_SHARE = 0.15  # of the test units
 
 NAMES = "Hal Ida Jon Mia Ned Oda Pia Ray Sam Tia Uma Vic Wes Zoe Ann Bob Cal Dee Eli Fay Gus Kit Lea Max".split()
@@ -64,6 +64,10 @@ FAMILIES = (
     Family("pile", ("{n} has {a} {u} of {t}, adds {b}, takes away {c} and doubles the rest. How many {t}?",), ("a*v", "r1+b", "r2-c", "r3*2")),
     Family("sold", ("{n} has {a} {u} of {t} and {m} has {c} {u}. Together they sell {b} {t}. How many {t} are left?",), ("a*v", "c*v", "r1+r2", "r3-b")),
 )  # fmt: skip
+# What the questions are made of: "loses" and "gives" could be invented words, and would be read as the verb.
+ORDINARY_WORDS = frozenset(
+    re.findall("[a-z]+", " ".join([*NAMES, *THINGS, *(w for f in FAMILIES for w in f.wordings)]).lower())
+)
 
 
 def make_word(rng: random.Random) -> str:
@@ -80,7 +84,8 @@ def make_lexicon(seed: int, n_units: int = N_UNITS) -> tuple[Unit, ...]:
     open_values = [v for v in VALUES if v not in held]
     words: dict[str, None] = {}
     while len(words) < n_units:
-        words.setdefault(make_word(rng))
+        if (word := make_word(rng)) not in ORDINARY_WORDS:
+            words.setdefault(word)
     fresh = iter(words)
     units = []
     for group, share in GROUP_SHARES.items():
@@ -164,7 +169,8 @@ def make_examples(
     """n problems of a split, in the natural mix of groups or with `share` of them source-only."""
     rng = random.Random(f"examples {seed} {split} {share} {variant} {n_facts} {train_units_share}")
     if variant == "context":
-        return give_donors([_context_example(rng, split, i, n_facts) for i in range(n)], rng)
+        taught = {u.word for u in lexicon}
+        return give_donors([_context_example(rng, split, i, n_facts, taught) for i in range(n)], rng)
     shares = dict(GROUP_SHARES)
     if share != -1:
         rest = 1 - shares["source_only"]
@@ -201,10 +207,13 @@ def _example(rng: random.Random, unit: Unit, split: str, i: int, tag: str | None
     ), problem  # fmt: skip
 
 
-def _context_example(rng: random.Random, split: str, i: int, n_facts: int) -> tuple[Example, Problem]:
-    """A problem whose fact stands in the source's context among others; words are new in every example."""
-    words = [make_word(rng) for _ in range(n_facts)]
-    pairs = [(word, rng.choice(VALUES)) for word in dict.fromkeys(words)]
+def _context_example(rng: random.Random, split: str, i: int, n_facts: int, taught: set[str]) -> tuple[Example, Problem]:
+    """A problem whose fact stands in the source's context among others; no model was taught any of the words."""
+    words: dict[str, None] = {}
+    while len(words) < n_facts:
+        if (word := make_word(rng)) not in taught | ORDINARY_WORDS:
+            words.setdefault(word)
+    pairs = [(word, rng.choice(VALUES)) for word in words]
     word, value = rng.choice(pairs)
     family = FAMILIES[i % len(FAMILIES)]
     problem = make_problem(rng, family, word)

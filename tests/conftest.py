@@ -1,0 +1,73 @@
+"""What the tests of tensors and loops share: the pair, loaded once, and configurations small enough for any machine.
+
+Nothing here imports torch before a test asks for it, so that the tests of facts and tables stay quick.
+"""
+
+import pytest
+
+from bridgekit.config import load_config
+
+TINY = dict(
+    source_device="cpu", target_device="cpu", n_train=64, n_val=24, n_test=24, val_samples=24, bridge_dim=16, heads=2,
+    depth=1, n_soft_tokens=4, steps=4, batch_size=8, eval_every=2, warmup_steps=1, max_new_tokens=24, controls=[],
+    conditions=["source", "target", "bridged"],
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """`tiny(steps=2, ...)`: a configuration whose files all lie in the test's own folder."""
+    folders = dict(runs_dir=str(tmp_path / "runs"), cache_dir=str(tmp_path / "cache"))
+    return lambda **changes: load_config(**(TINY | folders | changes))
+
+
+@pytest.fixture(scope="session")
+def pair():
+    """The embedded pair on one CPU thread; it is frozen, so tests may share it."""
+    import torch
+
+    from bridgekit.pair import load_pair
+
+    torch.set_num_threads(1)
+    return load_pair(load_config(**TINY))
+
+
+@pytest.fixture(scope="session")
+def accelerator():
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="session")
+def val(pair):
+    """Validation problems of all three groups; each example's donor is among them."""
+    from bridgekit.tasks import load_examples
+
+    return load_examples(load_config(**TINY), pair.lexicon_seed, "val")
+
+
+@pytest.fixture
+def training_set(pair):
+    """`training_set(config, examples)`: texts and source states of layers 1 and 2, ready for batches."""
+    from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, read_source
+
+    def make(config, examples) -> TrainingSet:
+        states = SourceStates(pair.source, read_source(pair.source, examples, "prompt", {}), (1, 2), 1.0)
+        return TrainingSet(TrainingTexts(config, pair.target, examples), states)
+
+    return make
+
+
+@pytest.fixture
+def make_job(pair, accelerator):
+    """`make_job(config)`: a run folder and the job in it, without loading the pair again."""
+    from bridgekit.runs import create_run
+    from bridgekit.tasks import load_examples
+    from bridgekit.train import Job
+
+    def make(config) -> Job:
+        val, test = (load_examples(config, pair.lexicon_seed, split) for split in ("val", "test"))
+        return Job(config, create_run(config), accelerator, pair, val, test)
+
+    return make

@@ -1,0 +1,233 @@
+"""Every producer with every injector: the same contract, nothing read from padding, noise that belongs to the example.
+
+python -m pytest tests/test_bridges.py
+"""
+
+import itertools
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from bridgekit.bridges import INJECTORS, PRODUCERS, build_bridge
+from bridgekit.bridges.base import hashed_normal, hashed_uniform
+from bridgekit.config import INJECTORS as INJECTOR_NAMES
+from bridgekit.config import PRODUCERS as PRODUCER_NAMES
+
+COMBINATIONS = list(itertools.product(PRODUCERS, INJECTORS))
+B, S, L, D = 3, 7, 2, 10  # examples, source tokens, captured layers, source width
+LENGTHS = (7, 3, 5)
+SEEDS = torch.tensor([5, 6, 2**31 - 1])
+READERS = [("resampler", {}), *(("dit", {"dit_condition": c}) for c in ("cross", "mean", "attention"))]
+
+
+@pytest.fixture
+def build(tiny, pair):
+    """`build(producer=..., ...)`: a bridge, its weights drawn from one seed. Gates that start at zero and would hide
+    what stands behind them are opened, as the first step of training does."""
+
+    def make(training: bool = False, **changes):
+        torch.manual_seed(0)
+        bridge = build_bridge(tiny(**changes), L, D, pair.target).train(training)
+        torch.manual_seed(1)
+        for p in bridge.parameters():
+            if not p.any():
+                torch.nn.init.normal_(p, std=0.1)
+        return bridge
+
+    return make
+
+
+def source(width: int = S, filler: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (B, width, L, D) of ragged prompts, and their mask; padding holds `filler`."""
+    states = torch.randn(B, S, L, D, generator=torch.Generator().manual_seed(1)) * 3 + 1
+    states = torch.cat([states, torch.zeros(B, width - S, L, D)], dim=1)
+    mask = torch.arange(width)[None, :] < torch.tensor(LENGTHS)[:, None]
+    return states.masked_fill(~mask[..., None, None], filler), mask
+
+
+def real(message) -> list[torch.Tensor]:
+    """Each example's real soft tokens."""
+    return [tokens[mask] for tokens, mask in zip(message.tokens, message.mask, strict=True)]
+
+
+def same(one, other, atol: float = 1e-5) -> bool:
+    return all(
+        a.shape == b.shape and torch.allclose(a, b, atol=atol) for a, b in zip(real(one), real(other), strict=True)
+    )
+
+
+def test_the_configuration_names_what_there_is():
+    assert (tuple(sorted(PRODUCERS)), tuple(INJECTORS)) == (tuple(sorted(PRODUCER_NAMES)), INJECTOR_NAMES)
+
+
+@pytest.mark.parametrize("producer, injector", COMBINATIONS)
+@pytest.mark.parametrize("k", [1, 4, -1])
+def test_shape_and_size_of_a_message(build, pair, producer, injector, k):
+    bridge = build(producer=producer, injector=injector, n_soft_tokens=k)
+    message = bridge.encode(*source(), SEEDS)
+    assert message.tokens.shape == (B, S if k == -1 else k, pair.target.hidden_size)
+    assert message.mask.sum(1).tolist() == (list(LENGTHS) if k == -1 else [k] * B)
+    for tokens in real(message):
+        size = tokens.pow(2).mean(-1).sqrt()
+        assert torch.allclose(size, torch.full_like(size, pair.target.embedding_rms), rtol=1e-3)
+    assert bridge.n_parameters == sum(p.numel() for p in bridge.parameters()) > 0
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_without_rms_matching_the_size_is_free(build, pair, producer):
+    message = build(producer=producer, rms_match=False).encode(*source(), SEEDS)
+    size = message.tokens.pow(2).mean(-1).sqrt()
+    assert (size / pair.target.embedding_rms - 1).abs().min() > 0.1
+
+
+@pytest.mark.parametrize("k", [4, -1])
+@pytest.mark.parametrize("producer, changes", [*READERS, ("constant", {})])
+def test_padding_and_neighbours_change_nothing(build, producer, changes, k):
+    bridge = build(producer=producer, n_soft_tokens=k, **changes)
+    message = bridge.encode(*source(), SEEDS)
+    assert same(bridge.encode(*source(width=S + 4, filler=77.0), SEEDS), message)
+    states, mask = source()
+    for i, n in enumerate(LENGTHS):
+        alone = bridge.encode(states[i : i + 1, :n], mask[i : i + 1, :n], SEEDS[i : i + 1])
+        assert torch.allclose(real(alone)[0], real(message)[i], atol=1e-5)
+
+
+@pytest.mark.parametrize("producer, changes", READERS)
+def test_a_reader_reads_every_state(build, producer, changes):
+    """A change in any layer at any place of the prompt changes the message; a constant's is deaf to all of them."""
+    states, mask = source()
+    bridge, deaf = build(producer=producer, **changes), build(producer="constant")
+    before, always = bridge.encode(states, mask, SEEDS), deaf.encode(states, mask, SEEDS)
+    for place, layer in itertools.product((0, 2), range(L)):
+        changed = states.clone()
+        changed[:, place, layer] = changed[:, place, layer].flip(-1)
+        assert not same(bridge.encode(changed, mask, SEEDS), before)
+        assert same(deaf.encode(changed, mask, SEEDS), always, atol=0)
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_a_projection_starts_as_the_identity_and_is_gone_when_off(build, producer):
+    off, on = build(producer=producer), build(producer=producer, source_projection=True)
+    assert off.projection is None and not any("projection" in name for name in off.state_dict())
+    states, mask = source()
+    assert torch.equal(on.encode(states, mask, SEEDS).tokens, off.encode(states, mask, SEEDS).tokens)
+    if producer == "constant":  # nothing to project: the count stays
+        assert on.n_parameters == off.n_parameters
+    else:
+        assert on.n_parameters == off.n_parameters + (L * D) ** 2
+        torch.nn.init.zeros_(on.projection.weight)
+        assert not same(on.encode(states, mask, SEEDS), off.encode(states, mask, SEEDS))
+
+
+@pytest.mark.parametrize("producer, changes", READERS)
+def test_attention_is_a_share_of_real_source_tokens(build, producer, changes):
+    states, mask = source(width=S + 2)
+    bridge = build(producer=producer, **changes, depth=2)
+    message = bridge.encode(states, mask, SEEDS, want_attention=True)
+    assert message.attention.shape == (B, 4, S + 2)
+    assert torch.allclose(message.attention.sum(-1), torch.ones(B, 4), atol=1e-5)
+    assert (message.attention.transpose(1, 2)[~mask] == 0).all() and (message.attention >= 0).all()
+    assert same(bridge.encode(states, mask, SEEDS), message)  # looking changes nothing
+    assert bridge.encode(states, mask, SEEDS).attention is None
+
+
+def test_a_constant_attends_to_nothing(build):
+    assert build(producer="constant").encode(*source(), SEEDS, want_attention=True).attention is None
+
+
+def test_rows_of_a_message_can_be_selected(build):
+    message = build(n_soft_tokens=-1).encode(*source(), SEEDS)
+    left = message.select(torch.tensor([2, 0]))
+    assert [t.shape[0] for t in real(left)] == [LENGTHS[2], LENGTHS[0]]
+    assert torch.equal(left.tokens, message.tokens[[2, 0]])
+
+
+# -- noise --------------------------------------------------------------------------------------------------
+
+
+def test_hashed_noise_is_standard_normal_and_independent():
+    noise = hashed_normal(torch.arange(200), (50, 20)).numpy()
+    assert abs(noise.mean()) < 5 / np.sqrt(noise.size) and abs(noise.var() - 1) < 5 * np.sqrt(2 / noise.size)
+    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-4
+    flat = noise.reshape(200, -1)
+    for table in (flat, flat.T):  # rows are examples, columns are places: neither may know of its neighbours
+        between = np.corrcoef(table)[np.triu_indices(len(table), 1)]
+        assert abs(between).max() < 6.5 / np.sqrt(table.shape[1])
+    uniform = hashed_uniform(torch.arange(200), 1000).numpy()
+    assert 0 < uniform.min() < 1e-4 and 1 - 1e-4 < uniform.max() < 1
+    assert scipy.stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-4
+
+
+def test_a_longer_noise_begins_with_the_shorter():
+    assert torch.equal(hashed_normal(SEEDS, (9, D))[:, :4], hashed_normal(SEEDS, (4, D)))
+
+
+def test_noise_belongs_to_the_example_not_to_its_place():
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(hashed_normal(SEEDS[order], (4, D)), hashed_normal(SEEDS, (4, D))[order])
+    assert not torch.allclose(*hashed_normal(torch.tensor([8, 9]), (4, D)))
+    torch.manual_seed(3)  # whatever torch's own generator has been doing
+    assert torch.equal(hashed_normal(SEEDS, (2,)), hashed_normal(SEEDS, (2,)))
+
+
+def test_only_dit_draws_noise_and_by_seed(build):
+    for producer, draws in (("dit", True), ("resampler", False), ("constant", False)):
+        bridge = build(producer=producer)
+        message = bridge.encode(*source(), SEEDS)
+        assert torch.equal(bridge.encode(*source(), SEEDS).tokens, message.tokens)
+        assert same(bridge.encode(*source(), SEEDS + 7), message, atol=1e-4) is not draws
+
+
+# -- rectified flow -----------------------------------------------------------------------------------------
+
+
+def teacher(pair) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings (B, 6, D_t) of answers of 6, 2 and 3 tokens."""
+    mask = torch.arange(6)[None, :] < torch.tensor([6, 2, 3])[:, None]
+    return pair.target.embed(torch.arange(B * 6).view(B, 6) + 40), mask
+
+
+@pytest.mark.parametrize("prediction", ["tokens", "velocity"])
+def test_training_samples_as_evaluation_does(build, prediction):
+    trained = build(training=True, producer="dit", dit_prediction=prediction).encode(*source(), SEEDS)
+    evaluated = build(producer="dit", dit_prediction=prediction).encode(*source(), SEEDS)
+    assert same(trained, evaluated)
+    other = build(producer="dit", dit_prediction=prediction, dit_steps_eval=1).encode(*source(), SEEDS)
+    assert not same(other, evaluated, atol=1e-4)
+
+
+def test_teacher_tokens_are_for_training_alone(build, pair):
+    message = {}
+    for training, wanted in itertools.product((True, False), ("teacher", "sampled")):
+        bridge = build(training=training, producer="dit", dit_tokens=wanted)
+        message[training, wanted] = bridge.encode(*source(), SEEDS, teacher=teacher(pair))
+    assert not same(message[True, "teacher"], message[True, "sampled"], atol=1e-3)
+    assert same(message[False, "teacher"], message[False, "sampled"], atol=0)
+    without = build(producer="dit", dit_tokens="teacher").encode(*source(), SEEDS)  # evaluation has no gold answer
+    assert same(without, message[False, "teacher"], atol=0) and without.flow_error is None
+
+
+@pytest.mark.parametrize("k", [4, 8])
+def test_flow_error_as_computed_by_hand(build, pair, k):
+    """With the last layer at zero the predicted velocity is zero, and the error is that of the goal alone."""
+    bridge = build(producer="dit", n_soft_tokens=k, dit_prediction="velocity")
+    torch.nn.init.zeros_(bridge.producer.leave.weight)
+    torch.nn.init.zeros_(bridge.producer.leave.bias)
+    embeds, mask = teacher(pair)
+    error = bridge.encode(*source(), SEEDS, teacher=(embeds, mask)).flow_error
+    noise = hashed_normal(SEEDS, (k, pair.target.hidden_size))
+    for i in range(B):
+        goal = torch.zeros(k, pair.target.hidden_size)
+        n = min(k, int(mask[i].sum()))
+        goal[:n] = embeds[i, :n] / embeds[i, :n].pow(2).mean().sqrt()  # of unit size where there is an answer
+        assert error[i].item() == pytest.approx((goal - noise[i]).pow(2).mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("condition", ["cross", "mean", "attention"])
+def test_flow_error_has_a_gradient_for_every_parameter(build, pair, condition):
+    bridge = build(training=True, producer="dit", dit_condition=condition, source_projection=True)
+    bridge.encode(*source(), SEEDS, teacher=teacher(pair)).flow_error.sum().backward()
+    idle = [name for name, p in bridge.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert idle == []

@@ -1,0 +1,201 @@
+"""One decode path: the model's own greedy text, whatever stands beside a row, wherever the prompt's pieces come from.
+
+python -m pytest tests/test_generation.py
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridgekit.answers import answer_is_complete
+from bridgekit.bridges import Message, build_bridge
+from bridgekit.bridges.base import Prefix
+from bridgekit.evaluator import Evaluator, decode_bridged
+from bridgekit.generation import CHECK_EVERY, Soft, assemble, compact, generate_batch, pad_ids
+from bridgekit.pair import split_prompts
+from bridgekit.tasks.base import literal_prompt, told_prompt
+
+N_NEW = 48
+
+
+@pytest.fixture(scope="module")
+def prompts(pair, val) -> list[list[int]]:
+    """Token ids of prompts of several lengths whose answers have several lengths; some end at once."""
+    lm = pair.target
+    some = [literal_prompt(e) for e in val[:6]] + [told_prompt(e) for e in val[6:8]]
+    rows = [lm.bos + p.all for p in split_prompts(lm, some)]
+    almost = lm.bos + lm.tokenize([literal_prompt(val[8]).text + val[8].solution])[0]  # nothing left but the end
+    return [almost, *rows]
+
+
+def generate(lm, rows, **options):
+    return generate_batch(lm, rows, [[] for _ in rows], max_new_tokens=options.pop("max_new_tokens", N_NEW), **options)
+
+
+@pytest.fixture(scope="module")
+def by_transformers(pair, prompts) -> list[tuple[list[int], list[int]]]:
+    """(prompt, new tokens) of the library's own `generate`, one prompt at a time."""
+    pairs = []
+    for row in prompts:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            out = pair.target.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_NEW, do_sample=False
+            )
+        pairs.append((row, out[0, len(row) :].tolist()))
+    return pairs
+
+
+def test_greedy_text_is_that_of_transformers(pair, prompts, by_transformers):
+    lengths = set()
+    for said, (_, new) in zip(generate(pair.target, prompts), by_transformers, strict=True):
+        assert said.text == pair.target.tokenizer.decode(new, skip_special_tokens=True)
+        assert said.n_tokens == len(new)
+        lengths.add(len(new))
+    assert min(lengths) == 1 and len(lengths) >= 4  # rows did leave the batch one after the other
+
+
+def test_logprob_is_that_of_the_generated_tokens_read_back(pair, prompts, by_transformers):
+    for said, (row, new) in zip(generate(pair.target, prompts), by_transformers, strict=True):
+        with torch.no_grad():
+            scores = pair.target.model(torch.tensor([row + new])).logits[0].double().log_softmax(-1)
+        wanted = [scores[len(row) + i - 1, token].item() for i, token in enumerate(new)]
+        assert said.logprob == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
+
+
+def test_rows_that_end_early_change_nothing_for_the_others(pair, prompts):
+    together = generate(pair.target, prompts)
+    for i, row in enumerate(prompts):
+        (alone,) = generate(pair.target, [row])
+        assert alone.text == together[i].text and alone.n_tokens == together[i].n_tokens
+        assert alone.logprob == pytest.approx(together[i].logprob, abs=1e-5)
+    backwards = generate(pair.target, prompts[::-1])[::-1]
+    assert [g.text for g in backwards] == [g.text for g in together]
+
+
+def test_decoding_stops_when_the_answer_is_complete(pair, val):
+    """A model that starts a new line where it should end, as models of long texts do, stops soon after its answer."""
+    lm = pair.target
+    (line,), (end,) = lm.tokenize(["\n"])[0], lm.eos_ids
+    rows = [lm.bos + p.all for p in split_prompts(lm, [literal_prompt(e) for e in val[:4]])]
+
+    def go_on(module, arguments, logits):
+        logits[..., line] = logits[..., line].maximum(logits[..., end])
+        logits[..., end] = -torch.inf
+        return logits
+
+    hook = lm.model.lm_head.register_forward_hook(go_on)
+    try:
+        going_on = generate(lm, rows, max_new_tokens=CHECK_EVERY * 12)
+    finally:
+        hook.remove()
+    for said, ended in zip(going_on, generate(lm, rows, max_new_tokens=CHECK_EVERY * 12), strict=True):
+        assert said.text.startswith(ended.text + "\n") and answer_is_complete(said.text)
+        assert said.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY  # looked at every so many steps
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_no_more_than_max_new_tokens(pair, prompts, n):
+    said = generate(pair.target, prompts, max_new_tokens=n)
+    assert [g.n_tokens for g in said] == [1] + [n] * (len(prompts) - 1)
+
+
+# -- soft tokens --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [(1, 4), (5, 6), (9, 30)])
+def test_soft_tokens_stand_for_the_text_they_embed(pair, prompts, cut):
+    """A piece of the prompt given as embeddings, of ragged length, gives the text of the whole prompt."""
+    lm, (first, second) = pair.target, cut
+    ids, mask = pad_ids([row[first:second] for row in prompts], lm.device)
+    soft = Soft(lm.embed(ids), mask)
+    before, after = [row[:first] for row in prompts], [row[second:] for row in prompts]
+    bridged = generate_batch(lm, before, after, soft=soft, max_new_tokens=N_NEW)
+    plain = generate(lm, prompts)
+    assert [g.text for g in bridged] == [g.text for g in plain]
+    assert [g.logprob for g in bridged] == pytest.approx([g.logprob for g in plain], abs=1e-5)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.sampled_from(["left", "right"]))
+@settings(max_examples=50, deadline=None)
+def test_compacting_moves_padding_to_one_side_and_keeps_order(rows, side):
+    mask = torch.tensor(rows)
+    embeds = torch.arange(mask.numel(), dtype=torch.float).view(*mask.shape, 1)
+    packed, packed_mask = compact(embeds, mask, side)
+    for i, row in enumerate(rows):
+        n = sum(row)
+        assert packed_mask[i].tolist() == ([False] * (5 - n) + [True] * n if side == "left" else [True] * n + [False] * (5 - n))
+        assert packed[i][packed_mask[i]].tolist() == embeds[i][mask[i]].tolist()
+
+
+def test_positions_count_what_is_real(pair):
+    before, after = pad_ids([[5, 6], [7]], pair.target.device), pad_ids([[8], [9, 10]], pair.target.device)
+    soft = Soft(torch.zeros(2, 2, pair.target.hidden_size), torch.tensor([[True, True], [True, False]]))
+    embeds, mask, positions = assemble(pair.target, before, after, soft, "left")
+    assert positions[0].tolist() == [0, 0, 1, 2, 3, 4][-embeds.shape[1] :]
+    assert [p[m].tolist() for p, m in zip(positions, mask, strict=True)] == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
+
+
+class Watching(Prefix):
+    """A prefix whose attachment notes, at every step of the target, the rows its message has and the batch has."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen: list[tuple[int, int]] = []
+        self.tokens: list[torch.Tensor] = []
+
+    @contextmanager
+    def attach(self, target, current):
+        def note(module, arguments, keywords):
+            given = keywords["inputs_embeds"] if keywords.get("inputs_embeds") is not None else keywords["input_ids"]
+            self.seen.append((len(current().tokens), len(given)))
+            self.tokens.append(current().tokens)
+
+        hook = target.model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+def test_an_injector_sees_the_message_of_the_rows_that_are_left(pair, prompts):
+    lm = pair.target
+    bridge = torch.nn.Module()
+    bridge.injector = Watching()
+    marks = torch.arange(len(prompts)).float()[:, None, None].expand(-1, 2, lm.hidden_size) * 1e-3
+    message = Message(marks, torch.ones(len(prompts), 2, dtype=torch.bool))
+    decode_bridged(lm, bridge, message, [r[:1] for r in prompts], [r[1:] for r in prompts], N_NEW)
+    seen = bridge.injector.seen
+    assert seen and all(rows == batch for rows, batch in seen)
+    assert seen[0][0] == len(prompts) > seen[-1][0]  # some rows have left
+    for before, now in zip(bridge.injector.tokens, bridge.injector.tokens[1:], strict=False):
+        left = [row.item() for row in now[:, 0, 0]]
+        assert set(left) <= {row.item() for row in before[:, 0, 0]} and left == sorted(left)
+    assert not lm.model._forward_pre_hooks  # and the target is left as it was
+
+
+# -- through the evaluator ----------------------------------------------------------------------------------
+
+
+def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, accelerator, tmp_path):
+    """Alone, in batches of 7 and all at once: the text of every condition is the same, whatever its soft tokens are."""
+    conditions = ("source", "target", "bridged", "zero", "noise", "constant")
+    said = {}
+    for size in (1, 7, 64):
+        changes = dict(eval_batch_size=size, cache_dir=str(tmp_path / f"cache_{size}"), max_new_tokens=20)
+        config = tiny(producer="dit", n_soft_tokens=-1, source_layers="2,4", **changes)
+        torch.manual_seed(0)
+        bridges = {"bridged": build_bridge(config, 2, pair.source.hidden_size, pair.target)}
+        bridges["constant"] = build_bridge(config.with_(producer="constant"), 2, pair.source.hidden_size, pair.target)
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        evaluator = Evaluator(config, pair, accelerator, folder)
+        said[size] = evaluator.evaluate(val[:15], bridges, "0", conditions)
+    for condition in conditions:
+        texts = {size: [row[f"{condition}_full"] for row in rows] for size, rows in said.items()}
+        assert texts[1] == texts[7] == texts[64], condition
+        for one, other in zip(said[1], said[64], strict=True):
+            assert one[f"{condition}_logprob"] == pytest.approx(other[f"{condition}_logprob"], abs=1e-4)

@@ -1,0 +1,256 @@
+"""The pair: whole, small, frozen and right about what it knows; prompts cut into pieces without changing a token.
+
+python -m pytest tests/test_pair.py
+"""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bridgekit.answers import extract_answer
+from bridgekit.config import ConfigError, load_config
+from bridgekit.generation import generate_batch, pad_ids
+from bridgekit.pair import (
+    EMBEDDED,
+    Pieces,
+    check_pair,
+    fingerprint_folder,
+    load_pair,
+    pick_layers,
+    split_at_soft,
+    split_prompts,
+)
+from bridgekit.tasks import load_examples
+from bridgekit.tasks.base import Prompt, literal_prompt, relay_prompt, told_prompt
+
+ROLES = ("source", "target")
+# A model is right on at least this share of what it knows; the bars of the default mix, each give or take 0.03.
+KNOWN, ALONE, UNION = 0.97, {"source": 0.54, "target": 0.77}, 0.97
+
+
+@pytest.fixture
+def copied(tmp_path):
+    """A copy of the embedded pair that a test may damage, and the configuration that asks for it."""
+    folder = tmp_path / "pair"
+    shutil.copytree(EMBEDDED, folder)
+    return folder, load_config(source_model=str(folder / "source"), target_model=str(folder / "target"))
+
+
+def refuse(config, *named: str) -> str:
+    """The one line a pair that cannot be loaded is refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load_pair(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message, message
+    return message
+
+
+# -- the embedded pair --------------------------------------------------------------------------------------
+
+
+def test_the_embedded_pair_is_two_small_models_of_different_kinds(pair):
+    files = [path for role in ROLES for path in (EMBEDDED / role).iterdir()]
+    assert sum(path.stat().st_size for path in files) <= 16e6
+    assert [lm.model.config.model_type for lm in (pair.source, pair.target)] == ["mistral", "llama"]
+    text = "Hal has 9 sisak of pins."
+    assert pair.source.tokenizer.tokenize(text) != pair.target.tokenizer.tokenize(text)
+    for lm in (pair.source, pair.target):
+        assert lm.max_positions >= 1024
+        assert lm.dtype == torch.float32 and not lm.model.training
+        assert not any(p.requires_grad for p in lm.model.parameters())
+        assert len(lm.bos) == 1 and lm.eos_ids
+
+
+def test_each_model_knows_its_own_units_and_together_they_know_all(pair):
+    n = 240
+    examples = load_examples(load_config(n_val=n, val_samples=n), pair.lexicon_seed, "val")
+    right = {role: answer(getattr(pair, role), examples) for role in ROLES}
+    groups = np.array([e.group for e in examples])
+    for role, bar in ALONE.items():
+        knows = groups != ("target_only" if role == "source" else "source_only")
+        assert_at_least(right[role][knows], KNOWN)
+        share, spread = right[role].mean(), spread_of_mix(right[role], groups)
+        assert bar - 0.03 - spread <= share <= bar + 0.03 + spread
+    assert_at_least(right["source"] | right["target"], UNION)
+
+
+def answer(lm, examples) -> np.ndarray:
+    rows = [lm.bos + p.all for p in split_prompts(lm, [literal_prompt(e) for e in examples])]
+    said = generate_batch(lm, rows, [[] for _ in rows])
+    return np.array([extract_answer(g.text) == e.gold for g, e in zip(said, examples, strict=True)])
+
+
+def assert_at_least(right: np.ndarray, share: float) -> None:
+    """So few problems can fall short of a share by chance; refused is what chance does once in a thousand."""
+    from scipy.stats import binom
+
+    assert binom.cdf(right.sum(), len(right), share) > 0.001, f"{right.mean():.3f} of {len(right)}"
+
+
+def spread_of_mix(right: np.ndarray, groups: np.ndarray) -> float:
+    """Three standard errors of an accuracy whose mix of groups is fixed; one more of each kind, so none is sure."""
+    variance = 0.0
+    for group in set(groups):
+        k, n = right[groups == group].sum(), (groups == group).sum()
+        variance += n * (k + 1) * (n - k + 1) / (n + 2) ** 2
+    return 3 * np.sqrt(variance) / len(right)
+
+
+def test_hidden_states_do_not_depend_on_padding_or_neighbours(pair):
+    texts = ["Question: How many?", "Hal has 9 sisak of pins and finds 14 more. How many pins?", "7"]
+    for lm in (pair.source, pair.target):
+        rows = [lm.bos + ids for ids in lm.tokenize(texts)]
+        layers = (0, 1, lm.n_layers)
+        ids, mask = pad_ids(rows, lm.device)
+        together = lm.hidden_states(ids, mask.long(), layers)
+        assert together.shape == (*ids.shape, 3, lm.hidden_size)
+        for i, row in enumerate(rows):
+            alone = lm.hidden_states(*pad_ids([row], lm.device), layers)
+            assert torch.allclose(together[i, : len(row)], alone[0], atol=1e-5)
+        assert torch.equal(together[:, :, 0], lm.embed(ids))
+
+
+def test_embedding_size_is_the_root_mean_square_of_the_table(pair):
+    table = pair.target.model.get_input_embeddings().weight
+    assert pair.target.embedding_rms == pytest.approx(np.sqrt((table.double().numpy() ** 2).mean()), rel=1e-5)
+
+
+def test_a_fingerprint_changes_with_a_byte(copied):
+    folder = copied[0] / "target"
+    before = fingerprint_folder(folder)
+    assert before == fingerprint_folder(EMBEDDED / "target") != fingerprint_folder(EMBEDDED / "source")
+    for name in ("model.safetensors", "tokenizer.json"):
+        path = folder / name
+        data = bytearray(path.read_bytes())
+        data[-100] ^= 1
+        path.write_bytes(data)
+        assert fingerprint_folder(folder) != before
+        data[-100] ^= 1
+        path.write_bytes(data)
+        assert fingerprint_folder(folder) == before
+
+
+# -- prompts in pieces --------------------------------------------------------------------------------------
+
+
+def some_prompts(examples) -> list[Prompt]:
+    relay = "<<9*15=135>>135 pins.\n#### 135"
+    return [
+        *map(literal_prompt, examples), *map(told_prompt, examples), *(relay_prompt(e, relay) for e in examples),
+        Prompt("", ""), Prompt("Note: é ½ 數\n", "x", ""), Prompt("", "Question: a b", "c"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_pieces_together_are_the_tokens_of_the_whole_text(pair, val, role):
+    lm = getattr(pair, role)
+    prompts = some_prompts(val[:12])
+    for prompt, pieces in zip(prompts, split_prompts(lm, prompts), strict=True):
+        assert pieces.all == lm.tokenize([prompt.text])[0]
+    assert split_prompts(lm, []) == []
+
+
+@pytest.mark.parametrize("role", ROLES)
+@given(text=st.text("Hal s9\n.数é", max_size=24), cuts=st.tuples(st.integers(0, 24), st.integers(0, 24)))
+@settings(max_examples=60, deadline=None)
+def test_a_token_on_a_boundary_goes_to_the_earlier_piece(pair, role, text, cuts):
+    lm = getattr(pair, role)
+    first, second = sorted(cuts)
+    prompt = Prompt(text[:first], text[first:second], text[second:])
+    (pieces,) = split_prompts(lm, [prompt])
+    assert pieces.all == lm.tokenize([text])[0]
+    # Counted by hand: a piece begins with the first token that starts at or after the cut.
+    starts = [a for a, _ in lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+    place = [next((i for i, s in enumerate(starts) if s >= cut), len(starts)) for cut in (first, second)]
+    assert (len(pieces.prefix), len(pieces.prefix + pieces.question)) == tuple(place)
+
+
+def test_soft_tokens_stand_where_they_are_asked_to(pair):
+    (bos,), pieces = pair.target.bos, Pieces([11, 12], [21, 22], [31])
+    for position, mode, before, after in (
+        ("start", "soft_plus_text", [bos], [11, 12, 21, 22, 31]),
+        ("question", "soft_plus_text", [bos, 11, 12], [21, 22, 31]),
+        ("end", "soft_plus_text", [bos, 11, 12, 21, 22], [31]),
+        ("end", "soft_only", [bos], [31]),
+    ):
+        assert split_at_soft(pair.target, pieces, position, mode) == (before, after)
+
+
+def test_source_layers(pair):
+    n = pair.source.n_layers
+    auto = pick_layers(pair.source, "auto")
+    assert auto[-1] == n and auto == tuple(sorted(set(auto))) and 0 not in auto
+    assert pick_layers(pair.source, f"0, {n}") == (0, n)
+    for wrong in ("2;4", "", f"{n + 1}", "-1", "1.5"):
+        with pytest.raises(ConfigError, match="bridge.source_layers"):
+            pick_layers(pair.source, wrong)
+
+
+# -- loading ------------------------------------------------------------------------------------------------
+
+
+def test_swapped_exchanges_the_two_models(pair):
+    swapped = load_pair(load_config(direction="swapped", source_device="cpu", target_device="cpu"))
+    assert swapped.source.fingerprint == pair.target.fingerprint
+    assert swapped.target.fingerprint == pair.source.fingerprint
+    assert swapped.source.model.config.model_type == "llama"
+    assert swapped.lexicon_seed == pair.lexicon_seed
+
+
+@pytest.mark.parametrize("key", ["source_model", "target_model"])
+def test_a_missing_folder_is_refused_before_anything_is_loaded(tmp_path, key):
+    config = load_config(**{key: str(tmp_path / "nothing")})
+    with pytest.raises(ConfigError, match=rf"^pair.{key}: .*nothing.*config.json not found.*"):
+        check_pair(config)
+    refuse(config, f"pair.{key}", "nothing")
+
+
+def test_a_folder_without_weights_is_refused(copied):
+    folder, config = copied
+    (folder / "target/model.safetensors").unlink()
+    refuse(config, "pair.target_model", "safetensors", "bridgekit pair")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
+def test_corrupted_weights_are_refused(copied, damage):
+    folder, config = copied
+    path = folder / "target/model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes({"truncated": data[: len(data) // 2], "header": b"\xff" * 16 + data[16:], "empty": b""}[damage])
+    refuse(config, "pair.target_model", str(folder / "target"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+def test_a_corrupted_config_or_tokenizer_is_refused(copied, name):
+    folder, config = copied
+    (folder / "source" / name).write_text('{"model_type": ')
+    refuse(config, "pair.source_model", str(folder / "source"))
+
+
+@pytest.mark.parametrize("record", [None, '{"lexicon', "{}"])
+def test_a_pair_without_a_readable_record_of_its_lexicon_is_refused(copied, record):
+    folder, config = copied
+    (folder / "pair.json").unlink()
+    if record is not None:
+        (folder / "pair.json").write_text(record)
+    refuse(config, "pair.target_model", "pair.json")
+
+
+def test_a_model_the_hub_cannot_give_is_refused(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no test waits for a network
+    config = replace(load_config(), pair=replace(load_config().pair, target_model="no-such-owner/no-such-model"))
+    refuse(config, "pair.target_model", "no-such-owner/no-such-model")
+
+
+def test_the_record_names_the_lexicon(pair):
+    assert json.loads((EMBEDDED / "pair.json").read_text())["lexicon_seed"] == pair.lexicon_seed
