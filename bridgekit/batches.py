@@ -115,6 +115,8 @@ class TrainingTexts:
         pieces = split_prompts(target, [literal_prompt(e) for e in examples])
         before, after = split_rows(target, pieces, config.bridge.soft_position, mode)
         answers, markers = tokenize_answers(target, [e.solution for e in examples])
+        first = config.loss.answer_tokens or None
+        answers, markers = [a[:first] for a in answers], [m[:first] for m in markers]
         rows = [before, after, [target.bos + p.all for p in pieces], answers, markers]
         self.device = target.device
         self.before, self.after, self.literal, self.answers, self.markers = (Ragged(r, target.device) for r in rows)

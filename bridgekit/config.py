@@ -8,6 +8,7 @@ lets a notebook's flat parameters cell and dotted overrides be one mechanism. No
 
 import dataclasses
 import difflib
+import math
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -95,6 +96,7 @@ class Bridge:
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     nll_weight: float = 1.0
+    answer_tokens: int = 0  # first answer tokens that are supervised at all; 0: all. Fewer cost less per step
     kl_weight: float = 0.0
     kl_tokens: int = 0  # first answer tokens compared; 0: all
     prompt_weight: float = 0.0
@@ -184,7 +186,7 @@ def resolve_key(name: str) -> str:
     """The dotted key for a full or short name; an unknown one is refused with its nearest neighbour."""
     key = name if name in KEYS else BY_NAME.get(name)
     if key is None:
-        near = difflib.get_close_matches(name, [*KEYS, *BY_NAME], n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(str(name), [*KEYS, *BY_NAME], n=1, cutoff=0.0)[0]
         raise ConfigError(
             f"unknown parameter '{name}': did you mean '{near}'? (all keys: bridgekit config --help)"
         )
@@ -196,7 +198,10 @@ def parse_override(text: str) -> tuple[str, object]:
     if "=" not in text:
         raise ConfigError(f"override '{text}': write it as key=value")
     name, value = text.split("=", 1)
-    return resolve_key(name.strip()), yaml.safe_load(value)
+    try:
+        return resolve_key(name.strip()), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ConfigError(f"override '{text}': its value is not valid YAML") from None
 
 
 def check_type(key: str, value: object) -> object:
@@ -241,7 +246,10 @@ def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] 
     flat: dict[str, object] = {}
     if path is not None:
         flat |= read_parameters(path)
-        overrides = [*flat.pop("overrides", []), *overrides]
+        own = flat.pop("overrides", None) or []
+        if not isinstance(own, list) or not all(isinstance(o, str) for o in own):
+            raise ConfigError(f"{path}: overrides: expected a list of key=value texts, got {own!r}")
+        overrides = [*own, *overrides]
     flat = {resolve_key(k): v for k, v in flat.items()}
     flat |= {resolve_key(k): v for k, v in values.items()}
     flat |= dict(parse_override(o) for o in overrides)
@@ -292,6 +300,9 @@ def check_values(config: Config) -> None:
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             refuse(key, f"must be one of {', '.join(allowed)}")
+    for key, value in flat.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            refuse(key, "must be a finite number")
     for key in POSITIVE:
         if not flat[key] > 0:
             refuse(key, "must be above 0")
@@ -325,6 +336,9 @@ def check_values(config: Config) -> None:
             if name not in allowed:
                 near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)[0]
                 refuse(key, f"'{name}' is not one of {', '.join(allowed)} (nearest: {near})")
+    for name in ("source", "target", "bridged"):
+        if name not in config.eval.conditions:
+            refuse("eval.conditions", f"must hold '{name}': every verdict compares source, target and bridged")
     if not config.run.name or not set(config.run.name) <= set(_NAME_CHARACTERS):
         refuse("run.name", "use letters, digits, '_', '-' and '.'")
 

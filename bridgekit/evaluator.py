@@ -22,7 +22,7 @@ from bridgekit.attention import keep_attention, merge_attention, pack_arrays
 from bridgekit.batches import SourceStates, read_source, split_rows
 from bridgekit.bridges import Bridge, Message
 from bridgekit.bridges.base import hashed_normal
-from bridgekit.config import COMPUTED, Config
+from bridgekit.config import COMPUTED, CONDITIONS, Config
 from bridgekit.generation import Generated, generate_batch
 from bridgekit.pair import LanguageModel, Pair, pick_layers, split_prompts
 from bridgekit.runs import read_jsonl, write_bytes_atomic, write_jsonl
@@ -48,17 +48,19 @@ class Evaluator:
     def evaluate(
         self, examples: list[Example], bridges: dict[str, Bridge], step: str, conditions: tuple[str, ...],
         want_attention: bool = False, report: Callable[[str], None] = lambda text: None,
+        donors: list[Example] | tuple = (),
     ) -> list[dict]:  # fmt: skip
-        """Rows of all examples on the first process, an empty list on the others."""
+        """Rows of all examples on the first process, an empty list on the others. `donors` holds the problems whose
+        states `shuffled` reads, as far as they are not among the examples themselves."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        by_id = {e.id: e for e in examples}
+        by_id = {e.id: e for e in (*donors, *examples)}
         local = examples[rank::world]
         parts = self.folder / ".parts" / step
         parts.mkdir(parents=True, exist_ok=True)
         self._load_cache(parts)
         self.accelerator.wait_for_everyone()  # what is cached must be the same for all before anybody adds to it
         said: dict[str, list[Generated]] = {}
-        for condition in conditions:
+        for condition in sorted(conditions, key=CONDITIONS.index):  # `relay_*` need what the source has said
             if condition in COMPUTED or (condition in ("constant", "constant_natural", "self_bridge") and condition not in bridges):
                 continue
             report(condition)
@@ -113,7 +115,10 @@ class Evaluator:
             return self._baseline(condition, lm, self._prompts(condition, local, said))
         reader = local
         if condition == "shuffled":
-            reader = [by_id.get(e.donor_id, e) for e in local]
+            lost = [e.id for e in local if e.donor_id not in by_id]
+            if lost:  # its own states would make `shuffled` a second `bridged`
+                raise ValueError(f"eval.conditions: 'shuffled' has no donor for {lost[0]}: take more problems")
+            reader = [by_id[e.donor_id] for e in local]
         bridge = bridges["bridged" if condition in ("bridged", "shuffled", "zero", "noise") else condition]
         source = self.pair.target if condition == "self_bridge" else self.pair.source
         states = self._states(condition, reader, source, said)
@@ -271,6 +276,7 @@ def tune_router(rows: list[dict]) -> float:
     order = np.argsort(lead, kind="stable")
     # right[k]: the k smallest leads go to the target, the rest to the source
     right = np.concatenate([[0], np.cumsum(target[order])]) + np.concatenate([np.cumsum(source[order][::-1])[::-1], [0]])
+    right[1:-1][np.diff(lead[order]) == 0] = -1  # no threshold tells equal leads apart
     best = np.flatnonzero(right == right.max())
     k = int(best[len(best) // 2])
     ends = np.concatenate([[lead[order[0]] - 1e-6], lead[order], [lead[order[-1]] + 1e-6]])

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from bridgekit.answers import answer_is_complete
+from bridgekit.bridges.base import Soft
 from bridgekit.pair import LanguageModel
 
 CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
@@ -27,14 +28,6 @@ class _Row:
     ids: list[int] = field(default_factory=list)
     logprob: float = 0.0
     ended: bool = False
-
-
-@dataclass
-class Soft:
-    """What an injector hands the decode loop: soft tokens (B, K, D) with their mask (B, K)."""
-
-    tokens: torch.Tensor
-    mask: torch.Tensor
 
 
 def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,7 @@ import difflib
 import json
 import logging
 import textwrap
+import time
 from pathlib import Path
 
 from bridgekit.config import BY_NAME, KEYS, Config, ConfigError, load_config, read_parameters
@@ -59,7 +60,7 @@ def gather_parameters(
     if given.get("run_dir"):
         raise ConfigError("run_dir: a headless run makes its own folder; choose `name` or `run.runs_dir`")
     if "overrides" in defaults:
-        given["overrides"] = [*defaults["overrides"], *overrides]
+        given["overrides"] = [*defaults["overrides"], *given_overrides, *overrides]
     elif overrides:
         raise ConfigError(
             f"{Path(notebook).name}: takes no overrides; its parameters are {', '.join(defaults)}"
@@ -86,27 +87,34 @@ def execute_notebook(
     parameters: dict[str, object] | None = None,
     overrides: list[str] | tuple[str, ...] = (),
 ) -> Path:
-    """Execute a notebook that runs something, and return its run folder; what cannot run is refused first."""
+    """Execute a notebook, and return the folder it ran in; what cannot run is refused first.
+
+    A notebook with a parameter `run_dir` runs something and gets a run folder; one without, a plain folder.
+    """
     notebook = Path(notebook)
     values = gather_parameters(notebook, parameters_file, parameters or {}, list(overrides))
-    run_dir = open_run(resolve_config(values))
-    values["run_dir"] = str(run_dir)
-    print(f"{notebook} runs in {run_dir}", flush=True)
-    executed = run_dir / f"{notebook.stem}.running.ipynb"
+    if "run_dir" in values:
+        folder = open_run(resolve_config(values))
+        values["run_dir"] = str(folder)
+    else:
+        folder = project_root() / "runs" / f"{notebook.stem}_{time.strftime('%Y%m%d_%H%M%S')}"
+        folder.mkdir(parents=True)
+    print(f"{notebook} runs in {folder}", flush=True)
+    executed = folder / f"{notebook.stem}.running.ipynb"
     try:
-        with following(run_dir):
+        with following(folder):
             _execute(notebook, executed, values)
     except BaseException as error:
         reason = _describe_failure(error)
-        mark_failed(run_dir, reason)
-        evidence = run_dir / f"{notebook.stem}.failed.ipynb"
+        mark_failed(folder, reason)
+        evidence = folder / f"{notebook.stem}.failed.ipynb"
         if executed.exists():
             executed.rename(evidence)
         if isinstance(error, Exception):
             raise RuntimeError(f"{notebook.name} failed: {reason}; what ran is in {evidence}") from None
         raise
-    executed.rename(run_dir / notebook.name)
-    return run_dir
+    executed.rename(folder / notebook.name)
+    return folder
 
 
 def _execute(notebook: Path, executed: Path, values: dict[str, object]) -> None:
@@ -134,15 +142,13 @@ def _describe_failure(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0]
 
 
-def describe_run(run_dir: Path, notebook: Path) -> str:
+def describe_run(folder: Path, notebook: Path) -> str:
     """Where everything is, and the verdict in a paragraph."""
-    figures = sorted(path.name for path in (run_dir / "figures").glob("*.pdf"))
-    lines = [
-        f"run folder         {run_dir}",
-        f"executed notebook  {run_dir / notebook.name}",
-        f"figures            {run_dir / 'figures'}: {', '.join(figures) or 'none'}",
-    ]
-    verdict = run_dir / "verdict.json"
+    lines = [f"run folder         {folder}", f"executed notebook  {folder / notebook.name}"]
+    figures = sorted(path.name for path in (folder / "figures").glob("*.pdf"))
+    if figures:
+        lines.append(f"figures            {folder / 'figures'}: {', '.join(figures)}")
+    verdict = folder / "verdict.json"
     if verdict.exists():
         lines += ["", textwrap.fill(json.loads(verdict.read_text())["text"], 100, break_on_hyphens=False)]
     return "\n".join(lines)

@@ -168,19 +168,19 @@ def find_error(log: Path, start: int = 0) -> str | None:
 
 def describe_progress(status: dict) -> str:
     """A status as one line of text."""
-    parts = [status.get("stage") or "starting"]
+    parts = [status.get("stage", "")]
     if status.get("steps"):
         parts.append(f"step {status.get('step', 0)}/{status['steps']}")
     for name, label in (("loss", "loss"), ("val_accuracy", "val"), ("best", "best")):
         if status.get(name) is not None:
             parts.append(f"{label} {status[name]:.3f}")
-    ended = status.get("state") == "finished"
+    ended = status.get("stage", "").endswith("done")
     for name, label in (("elapsed", "in all" if ended else "so far"), ("seconds_left", "left")):
         if status.get(name) is not None:
             parts.append(f"{format_seconds(status[name])} {label}")
     if status.get("error"):
         parts.append(f"failed: {status['error']}")
-    return " · ".join(parts)
+    return " · ".join(filter(None, parts))
 
 
 def format_seconds(seconds: float) -> str:

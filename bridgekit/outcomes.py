@@ -94,6 +94,8 @@ def read_outcomes(path: str | Path, problems: list[str], step: str | None = None
     inside: dict[str, None] = {}
     keys: list[str] = []
     for number, row in read_rows(path, damage):
+        if row.get("novelty") == "seen":  # problems about training units show memory: no part of any score
+            continue
         if not keys:
             keys = _label_keys(row)
             columns |= {key: array("i") for key in keys}

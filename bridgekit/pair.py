@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridgekit.config import Config, ConfigError
+from bridgekit.tasks import units
 from bridgekit.tasks.base import Prompt
 
 EMBEDDED = Path(__file__).parent / "embedded_pair"
@@ -130,8 +131,9 @@ def split_at_soft(lm: LanguageModel, pieces: Pieces, position: str, mode: str) -
 def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
     """Hidden-state indices from `source_layers`; auto takes the start and the end of the last fifth of the depth.
 
-    Lower layers say which word was read, upper ones what is known of it: a bridge that sees the former learns its
-    training words by heart (README, "what made the difference")."""
+    A linear probe finds a unit's value best there, at the word's end; lower layers say which word it is. Where the
+    fact has not settled that high, lower layers help after all (README, "What made the difference").
+    """
     n = lm.n_layers
     if wanted == "auto":
         return tuple(sorted({max(1, round(0.8 * n)), n}))
@@ -208,17 +210,23 @@ def check_pair(config: Config) -> None:
 
 
 def read_lexicon_seed(config: Config) -> int | None:
-    """The lexicon both models were taught, from the pair's own record."""
+    """The lexicon both models were taught, from the pair's own record; another generator's is refused."""
     folder = resolve_folder("target_model", config.pair.target_model)
     record = folder.parent / "pair.json" if folder else None
     if record is None or not record.is_file():
         return None
     try:
-        return json.loads(record.read_text())["lexicon_seed"]
+        known = json.loads(record.read_text())
+        seed, lexicon = known["lexicon_seed"], known["lexicon"]
     except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"pair.target_model: {record} does not name its lexicon: restore it, or make the pair again") from None
+    here = units.fingerprint_lexicon(units.make_lexicon(seed))
+    if lexicon != here:
         raise ConfigError(
-            f"pair.target_model: '{record}' does not say `lexicon_seed`: restore it, or make the pair anew"
-        ) from None
+            f"pair.target_model: {record} records lexicon {lexicon}, seed {seed} gives {here} "
+            "now: make the pair again with `bridgekit pair`"
+        )
+    return seed
 
 
 def load_pair(config: Config, device: torch.device | None = None) -> Pair:

@@ -31,7 +31,7 @@ ROOT = Path("preserved_data")
 FIRST = "first_experiments"
 SMALL_FILES = (  # of a run of this package: all that its numbers are recomputed from, and how it went
     "config.yaml", "provenance.json", "status.json", "metrics*.jsonl", "summary.log", "verdict.json",
-    "timing.json",
+    "timing.json", "train.log", "attention.npz",
 )  # fmt: skip
 
 
@@ -122,10 +122,25 @@ def _copy_run(record: RunRecord, folder: Path, max_jsonl_mb: float, max_checkpoi
             shutil.copyfile(path, folder / path.name)
     if not _compress_evaluations(record, folder, max_jsonl_mb) and len(record.outcomes):
         write_gzip(folder / OUTCOMES_FILE, record.outcomes.to_csv(index=False, lineterminator="\n").encode())
-    for path in sorted((record.folder / "checkpoint").glob("*")):
-        if path.suffix in (".safetensors", ".json") and path.stat().st_size <= max_checkpoint_mb * 1e6:
-            (folder / "checkpoint").mkdir(exist_ok=True)
-            shutil.copyfile(path, folder / "checkpoint" / path.name)
+    bridge = record.folder / "checkpoint" / "bridged.safetensors"
+    if bridge.is_file():
+        data = halve_checkpoint(bridge.read_bytes())
+        if len(data) <= max_checkpoint_mb * 1e6:
+            (folder / "checkpoint").mkdir()
+            (folder / "checkpoint" / bridge.name).write_bytes(data)
+
+
+def halve_checkpoint(data: bytes) -> bytes:
+    """A safetensors file with its float32 tensors in half precision: enough to look inside a bridge."""
+    import numpy as np
+    import safetensors.numpy
+
+    size = int.from_bytes(data[:8], "little")
+    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {}) | {"precision": "float16"}
+    tensors = {
+        k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in safetensors.numpy.load(data).items()
+    }
+    return safetensors.numpy.save(tensors, metadata)
 
 
 def _write_checksums(record: RunRecord, folder: Path) -> None:

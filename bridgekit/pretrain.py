@@ -305,7 +305,8 @@ def make_pair(args) -> None:
     records = [json.loads((out / f"{role}.json").read_text()) for role in ("source", "target")]
     for role in ("source", "target"):
         (out / f"{role}.json").unlink()
-    summary = {"lexicon_seed": args.lexicon_seed, "models": records, "torch": torch.__version__}
+    lexicon = units.fingerprint_lexicon(units.make_lexicon(args.lexicon_seed))
+    summary = {"lexicon_seed": args.lexicon_seed, "lexicon": lexicon, "models": records, "torch": torch.__version__}
     (out / "pair.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -321,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--role", choices=("source", "target"), help="train one of the two only")
     parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=48, help="windows of 1,024 tokens a step")
     parser.add_argument("--documents", type=int, default=300_000)
     parser.add_argument("--lr", type=float, default=3e-3)

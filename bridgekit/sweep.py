@@ -31,15 +31,26 @@ def read_sweep(path: str | Path) -> dict:
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such sweep file")
-    sweep = yaml.safe_load(path.read_text())
+    try:
+        sweep = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(sweep, dict) or not isinstance(sweep.get("runs"), dict):
         raise ConfigError(f"{path}: needs `runs:`, a mapping of names to runs")
     for key in set(sweep) - {"runs", "pairs", "pair_options"}:
         raise ConfigError(f"{path}: unknown key '{key}' (there are: runs, pairs, pair_options)")
+    pairs = sweep.get("pairs") or {}
+    if not isinstance(pairs, dict):
+        raise ConfigError(f"{path}: pairs: needs a mapping of names to `lexicon_seed`")
+    for name, pair in pairs.items():
+        if not isinstance(pair, dict) or set(pair) != {"lexicon_seed"}:
+            raise ConfigError(f"{path}: pairs.{name}: needs `lexicon_seed` and nothing else, got {pair!r}")
     for name, run in sweep["runs"].items():
+        if not isinstance(run, dict) or "parameters" not in run:
+            raise ConfigError(f"{path}: runs.{name}: needs `parameters`, a file to start from")
         for key in set(run) - RUN_KEYS:
             raise ConfigError(f"{path}: runs.{name}: unknown key '{key}' (there are: {', '.join(sorted(RUN_KEYS))})")
-        if run.get("pair") and run["pair"] not in sweep.get("pairs", {}):
+        if run.get("pair") and run["pair"] not in pairs:
             raise ConfigError(f"{path}: runs.{name}.pair: '{run['pair']}' is not among `pairs`")
     return sweep
 
@@ -58,14 +69,18 @@ def plan_runs(path: Path, sweep: dict, runs_dir: Path) -> dict[str, tuple[Config
     return planned
 
 
-def count_gpus() -> int:
-    """GPUs as the driver lists them; asked without torch, whose context would take memory on each."""
+def list_gpus() -> list[str]:
+    """The GPUs a child may be given, as CUDA_VISIBLE_DEVICES names them; a scheduler may have left us only some.
+
+    Asked without torch, whose context would take memory on each.
+    """
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([x for x in visible.split(",") if x])
+        return [name for name in visible.replace(" ", "").split(",") if name not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    n = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+    return [str(i) for i in range(n)]
 
 
 class Sweep:
@@ -73,17 +88,17 @@ class Sweep:
         self.sweep = read_sweep(path)
         self.runs_dir = runs_dir
         self.planned = plan_runs(path, self.sweep, runs_dir)
-        gpus = max(1, count_gpus())
-        self.slots: queue.Queue[int] = queue.Queue()
-        for slot in range(slots * gpus):  # gpu 0, 1, 2, ... and round again: spread before packing
-            self.slots.put(slot % gpus)
-        self.pair_ready = {name: threading.Event() for name in self.sweep.get("pairs", {})}
+        self.slots: queue.Queue[str] = queue.Queue()
+        for gpu in (list_gpus() or ["none"]) * slots:  # the first, the second, ... and round again: spread before packing
+            self.slots.put(gpu)
+        self.pair_ready = {name: threading.Event() for name in self.sweep.get("pairs") or {}}
         self.failed: list[str] = []
 
     def run(self) -> None:
         started = time.time()
-        threads = [threading.Thread(target=self._make_pair, args=(n,)) for n in self.pair_ready]
-        threads += [threading.Thread(target=self._train, args=(n,)) for n in self.planned]
+        # Daemons: an interrupted sweep ends at once, and its children with it.
+        threads = [threading.Thread(target=self._make_pair, args=(n,), daemon=True) for n in self.pair_ready]
+        threads += [threading.Thread(target=self._train, args=(n,), daemon=True) for n in self.planned]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -92,9 +107,9 @@ class Sweep:
         if self.failed:
             raise RuntimeError(f"failed: {', '.join(self.failed)} (see train.log in each folder of {self.runs_dir})")
 
-    def _child(self, command: list[str], log: Path, gpu: int) -> int:
+    def _child(self, command: list[str], log: Path, gpu: str) -> int:
         with open(log, "ab") as stream:
-            child = start_child(command, stream, {"CUDA_VISIBLE_DEVICES": str(gpu)} if count_gpus() else {})
+            child = start_child(command, stream, {} if gpu == "none" else {"CUDA_VISIBLE_DEVICES": gpu})
             return child.wait()
 
     def _make_pair(self, name: str) -> None:

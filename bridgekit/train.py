@@ -47,6 +47,7 @@ class Job:
     pair: Pair
     val: list[Example]
     test: list[Example]
+    donors: list[Example] = field(default_factory=list)  # all test problems, where `test` is only some of them
     started: float = field(default_factory=time.time)
     minutes: dict[str, float] = field(default_factory=dict)  # where the time went
     texts: dict[float, tuple[list[Example], TrainingTexts]] = field(default_factory=dict)  # by share of the mix
@@ -388,12 +389,14 @@ def open_job(folder: Path) -> Job:
         )
     pair = load_pair(config, accelerator.device)
     val = load_examples(config, pair.lexicon_seed, "val")
-    test = load_examples(config, pair.lexicon_seed, "test")
+    test = donors = load_examples(config, pair.lexicon_seed, "test")
+    if "shuffled" in config.eval.conditions and any(e.donor_id is None for e in test):
+        raise ConfigError("task.n_test: too few problems for each to have a donor: more, or no `shuffled` condition")
     if 0 < config.eval.eval_samples < config.task.n_test:
         seen = [e for e in test if e.novelty == "seen"]
         test = [e for e in test if e.novelty != "seen"][: config.eval.eval_samples] + seen
     check_fit(config, pair, [literal_prompt(e) for e in val + test])
-    return Job(config, folder, accelerator, pair, val, test)
+    return Job(config, folder, accelerator, pair, val, test, donors)
 
 
 def run_baselines(job: Job) -> None:
@@ -429,7 +432,8 @@ def run_training(job: Job) -> None:
     since = time.time()
     conditions = tuple(dict.fromkeys([*config.eval.conditions, *config.train.controls]))
     rows = evaluator.evaluate(
-        job.test, bridges, "final", conditions, want_attention=True, report=lambda c: job.report(f"test {c}")
+        job.test, bridges, "final", conditions, want_attention=True, donors=job.donors,
+        report=lambda c: job.report(f"test {c}"),
     )
     job.spend("test", since)
     if config.eval.noise_floor and job.is_first:
@@ -467,7 +471,8 @@ def main(argv: list[str] | None = None) -> int:
         job = open_job(args.run_dir)
         (run_baselines if args.stage == "baselines" else run_training)(job)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
-        write_status(args.run_dir, state="failed", stage=args.stage, error=str(error))
+        if args.run_dir.is_dir():
+            write_status(args.run_dir, state="failed", stage=args.stage, error=str(error))
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         if not isinstance(error, ConfigError):
             raise

@@ -1,4 +1,4 @@
-"""What the tests of tensors and loops share: the pair, loaded once, and configurations small enough for any machine.
+"""What the tests of tensors and loops share: the pair, loaded once, and configurations that are tiny.
 
 Nothing here imports torch before a test asks for it, so that the tests of facts and tables stay quick.
 """
@@ -8,17 +8,21 @@ import pytest
 from bridgekit.config import load_config
 
 TINY = dict(
-    source_device="cpu", target_device="cpu", n_train=64, n_val=24, n_test=24, val_samples=24, bridge_dim=16, heads=2,
-    depth=1, n_soft_tokens=4, steps=4, batch_size=8, eval_every=2, warmup_steps=1, max_new_tokens=24, controls=[],
-    conditions=["source", "target", "bridged"],
+    source_device="cpu", target_device="cpu", n_train=64, n_val=24, n_test=24, val_samples=24, bridge_dim=16,
+    heads=2, depth=1, n_soft_tokens=4, steps=4, batch_size=8, eval_every=2, warmup_steps=1, max_new_tokens=24,
+    controls=[], conditions=["source", "target", "bridged"],
 )  # fmt: skip
 
 
-@pytest.fixture
-def tiny(tmp_path):
-    """`tiny(steps=2, ...)`: a configuration whose files all lie in the test's own folder."""
-    folders = dict(runs_dir=str(tmp_path / "runs"), cache_dir=str(tmp_path / "cache"))
-    return lambda **changes: load_config(**(TINY | folders | changes))
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """`tiny(steps=2, ...)`: a configuration whose files all lie in a new folder."""
+
+    def make(**changes):
+        folder = tmp_path_factory.mktemp("tiny")
+        return load_config(**(TINY | dict(runs_dir=f"{folder}/runs", cache_dir=f"{folder}/cache") | changes))
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -47,7 +51,7 @@ def val(pair):
     return load_examples(load_config(**TINY), pair.lexicon_seed, "val")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def training_set(pair):
     """`training_set(config, examples)`: texts and source states of layers 1 and 2, ready for batches."""
     from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, read_source
@@ -59,7 +63,7 @@ def training_set(pair):
     return make
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_job(pair, accelerator):
     """`make_job(config)`: a run folder and the job in it, without loading the pair again."""
     from bridgekit.runs import create_run

@@ -1,5 +1,4 @@
-"""From examples to tensors: the step alone decides a batch, caching and padding change nothing, what does not fit is
-refused.
+"""From examples to tensors: the step alone decides a batch, caching and padding change nothing.
 
 python -m pytest tests/test_batches.py
 """
@@ -162,7 +161,9 @@ def test_what_the_bridge_reads(tiny, pair, val):
     for view in ("prompt", "solution", "facts"):
         for e, row in zip(examples, read_source(lm, examples, view, said), strict=True):
             text = e.facts if view == "facts" else e.facts + literal_prompt(e).text
-            wanted = lm.bos + lm.tokenize([text])[0] + (lm.tokenize(["#### 7"])[0] if view == "solution" else [])
+            wanted = (
+                lm.bos + lm.tokenize([text])[0] + (lm.tokenize(["#### 7"])[0] if view == "solution" else [])
+            )
             assert row == wanted
     assert read_source(lm, val[:1], "prompt", {})[0] == lm.bos + lm.tokenize([literal_prompt(val[0]).text])[0]
 

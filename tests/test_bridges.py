@@ -1,4 +1,4 @@
-"""Every producer with every injector: the same contract, nothing read from padding, noise that belongs to the example.
+"""Every producer with every injector: one contract, nothing read from padding, noise that is the example's.
 
 python -m pytest tests/test_bridges.py
 """
@@ -24,8 +24,10 @@ READERS = [("resampler", {}), *(("dit", {"dit_condition": c}) for c in ("cross",
 
 @pytest.fixture
 def build(tiny, pair):
-    """`build(producer=..., ...)`: a bridge, its weights drawn from one seed. Gates that start at zero and would hide
-    what stands behind them are opened, as the first step of training does."""
+    """`build(producer=..., ...)`: a bridge, its weights drawn from one seed.
+
+    Gates that start at zero would hide what stands behind them: they are opened, as a first step does.
+    """
 
     def make(training: bool = False, **changes):
         torch.manual_seed(0)
@@ -54,7 +56,8 @@ def real(message) -> list[torch.Tensor]:
 
 def same(one, other, atol: float = 1e-5) -> bool:
     return all(
-        a.shape == b.shape and torch.allclose(a, b, atol=atol) for a, b in zip(real(one), real(other), strict=True)
+        a.shape == b.shape and torch.allclose(a, b, atol=atol)
+        for a, b in zip(real(one), real(other), strict=True)
     )
 
 
@@ -96,7 +99,7 @@ def test_padding_and_neighbours_change_nothing(build, producer, changes, k):
 
 @pytest.mark.parametrize("producer, changes", READERS)
 def test_a_reader_reads_every_state(build, producer, changes):
-    """A change in any layer at any place of the prompt changes the message; a constant's is deaf to all of them."""
+    """A change in any layer at any place of the prompt changes the message; a constant is deaf to it."""
     states, mask = source()
     bridge, deaf = build(producer=producer, **changes), build(producer="constant")
     before, always = bridge.encode(states, mask, SEEDS), deaf.encode(states, mask, SEEDS)
@@ -205,7 +208,9 @@ def test_teacher_tokens_are_for_training_alone(build, pair):
         message[training, wanted] = bridge.encode(*source(), SEEDS, teacher=teacher(pair))
     assert not same(message[True, "teacher"], message[True, "sampled"], atol=1e-3)
     assert same(message[False, "teacher"], message[False, "sampled"], atol=0)
-    without = build(producer="dit", dit_tokens="teacher").encode(*source(), SEEDS)  # evaluation has no gold answer
+    without = build(producer="dit", dit_tokens="teacher").encode(
+        *source(), SEEDS
+    )  # evaluation has no gold answer
     assert same(without, message[False, "teacher"], atol=0) and without.flow_error is None
 
 

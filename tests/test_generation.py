@@ -1,4 +1,4 @@
-"""One decode path: the model's own greedy text, whatever stands beside a row, wherever the prompt's pieces come from.
+"""One decode path: the model's own greedy text, whatever stands beside a row or in place of its tokens.
 
 python -m pytest tests/test_generation.py
 """
@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from bridgekit.answers import answer_is_complete
 from bridgekit.bridges import Message, build_bridge
-from bridgekit.bridges.base import Prefix
+from bridgekit.bridges.base import Prefix, Soft
 from bridgekit.evaluator import Evaluator, decode_bridged
-from bridgekit.generation import CHECK_EVERY, Soft, assemble, compact, generate_batch, pad_ids
+from bridgekit.generation import CHECK_EVERY, assemble, compact, generate_batch, pad_ids
 from bridgekit.pair import split_prompts
 from bridgekit.tasks.base import literal_prompt, told_prompt
 
@@ -27,12 +27,16 @@ def prompts(pair, val) -> list[list[int]]:
     lm = pair.target
     some = [literal_prompt(e) for e in val[:6]] + [told_prompt(e) for e in val[6:8]]
     rows = [lm.bos + p.all for p in split_prompts(lm, some)]
-    almost = lm.bos + lm.tokenize([literal_prompt(val[8]).text + val[8].solution])[0]  # nothing left but the end
+    almost = (
+        lm.bos + lm.tokenize([literal_prompt(val[8]).text + val[8].solution])[0]
+    )  # nothing left but the end
     return [almost, *rows]
 
 
 def generate(lm, rows, **options):
-    return generate_batch(lm, rows, [[] for _ in rows], max_new_tokens=options.pop("max_new_tokens", N_NEW), **options)
+    return generate_batch(
+        lm, rows, [[] for _ in rows], max_new_tokens=options.pop("max_new_tokens", N_NEW), **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def test_rows_that_end_early_change_nothing_for_the_others(pair, prompts):
 
 
 def test_decoding_stops_when_the_answer_is_complete(pair, val):
-    """A model that starts a new line where it should end, as models of long texts do, stops soon after its answer."""
+    """A model that starts a new line where it should end, as base models do, stops soon after its answer."""
     lm = pair.target
     (line,), (end,) = lm.tokenize(["\n"])[0], lm.eos_ids
     rows = [lm.bos + p.all for p in split_prompts(lm, [literal_prompt(e) for e in val[:4]])]
@@ -94,7 +98,9 @@ def test_decoding_stops_when_the_answer_is_complete(pair, val):
         hook.remove()
     for said, ended in zip(going_on, generate(lm, rows, max_new_tokens=CHECK_EVERY * 12), strict=True):
         assert said.text.startswith(ended.text + "\n") and answer_is_complete(said.text)
-        assert said.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY  # looked at every so many steps
+        assert (
+            said.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY
+        )  # looked at every so many steps
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -119,7 +125,10 @@ def test_soft_tokens_stand_for_the_text_they_embed(pair, prompts, cut):
     assert [g.logprob for g in bridged] == pytest.approx([g.logprob for g in plain], abs=1e-5)
 
 
-@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.sampled_from(["left", "right"]))
+@given(
+    st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4),
+    st.sampled_from(["left", "right"]),
+)
 @settings(max_examples=50, deadline=None)
 def test_compacting_moves_padding_to_one_side_and_keeps_order(rows, side):
     mask = torch.tensor(rows)
@@ -127,7 +136,9 @@ def test_compacting_moves_padding_to_one_side_and_keeps_order(rows, side):
     packed, packed_mask = compact(embeds, mask, side)
     for i, row in enumerate(rows):
         n = sum(row)
-        assert packed_mask[i].tolist() == ([False] * (5 - n) + [True] * n if side == "left" else [True] * n + [False] * (5 - n))
+        assert packed_mask[i].tolist() == (
+            [False] * (5 - n) + [True] * n if side == "left" else [True] * n + [False] * (5 - n)
+        )
         assert packed[i][packed_mask[i]].tolist() == embeds[i][mask[i]].tolist()
 
 
@@ -140,7 +151,7 @@ def test_positions_count_what_is_real(pair):
 
 
 class Watching(Prefix):
-    """A prefix whose attachment notes, at every step of the target, the rows its message has and the batch has."""
+    """A prefix that notes, at every step of the target, the rows of its message and of the batch."""
 
     def __init__(self):
         super().__init__()
@@ -150,7 +161,11 @@ class Watching(Prefix):
     @contextmanager
     def attach(self, target, current):
         def note(module, arguments, keywords):
-            given = keywords["inputs_embeds"] if keywords.get("inputs_embeds") is not None else keywords["input_ids"]
+            given = (
+                keywords["inputs_embeds"]
+                if keywords.get("inputs_embeds") is not None
+                else keywords["input_ids"]
+            )
             self.seen.append((len(current().tokens), len(given)))
             self.tokens.append(current().tokens)
 
@@ -181,19 +196,21 @@ def test_an_injector_sees_the_message_of_the_rows_that_are_left(pair, prompts):
 
 
 def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, accelerator, tmp_path):
-    """Alone, in batches of 7 and all at once: the text of every condition is the same, whatever its soft tokens are."""
-    conditions = ("source", "target", "bridged", "zero", "noise", "constant")
+    """Alone, in batches of 7 and all at once: every condition says the same, whatever its soft tokens are."""
+    conditions = ("source", "target", "bridged", "zero", "noise")
     said = {}
     for size in (1, 7, 64):
         changes = dict(eval_batch_size=size, cache_dir=str(tmp_path / f"cache_{size}"), max_new_tokens=20)
         config = tiny(producer="dit", n_soft_tokens=-1, source_layers="2,4", **changes)
         torch.manual_seed(0)
         bridges = {"bridged": build_bridge(config, 2, pair.source.hidden_size, pair.target)}
-        bridges["constant"] = build_bridge(config.with_(producer="constant"), 2, pair.source.hidden_size, pair.target)
+        bridges["constant"] = build_bridge(
+            config.with_(producer="constant"), 2, pair.source.hidden_size, pair.target
+        )
         folder = tmp_path / str(size)
         folder.mkdir()
         evaluator = Evaluator(config, pair, accelerator, folder)
-        said[size] = evaluator.evaluate(val[:15], bridges, "0", conditions)
+        said[size] = evaluator.evaluate(val[:12], bridges, "0", conditions)
     for condition in conditions:
         texts = {size: [row[f"{condition}_full"] for row in rows] for size, rows in said.items()}
         assert texts[1] == texts[7] == texts[64], condition

@@ -16,7 +16,7 @@ import psutil
 import pytest
 from jupyter_client.manager import start_new_kernel
 
-from bridgekit import launch, runs
+from bridgekit import cli, launch, runs
 from bridgekit.config import ConfigError, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -164,6 +164,23 @@ def test_headless_run_leaves_what_the_notebook_shows(tmp_path):
     assert not list(run_dir.glob("*.running.ipynb")) and not list(run_dir.glob("*.failed.ipynb"))
     with pytest.raises(ConfigError, match="finished"):
         launch.run_stage(run_dir, "train")
+
+
+def test_a_notebook_that_runs_nothing_is_executed_without_a_configuration(tmp_path, monkeypatch, capsys):
+    cells = [
+        nbformat.v4.new_code_cell("n = 1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("n"),
+    ]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "read.ipynb")
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "read.ipynb", "-p", "n", "41"]) == 0
+    (folder,) = tmp_path.glob("runs/read_*")
+    executed = nbformat.read(folder / "read.ipynb", as_version=4)
+    assert executed.cells[-1].outputs[0].data["text/plain"] == "41"
+    assert str(folder / "read.ipynb") in capsys.readouterr().out
+    assert cli.main(["run", "read.ipynb", "-o", "train.steps=1"]) == 2
+    assert "takes no overrides" in capsys.readouterr().err
 
 
 def test_a_headless_run_that_fails_looks_like_one(tmp_path):

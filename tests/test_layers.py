@@ -20,7 +20,7 @@ LAYERS = (
     "attention batches diagnostics evaluator generation pretrain train",
     "cli headless launch sweep",
 )
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "peft"}
+HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}
 LONGEST = 350
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path

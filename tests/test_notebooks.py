@@ -8,13 +8,17 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import yaml
 
 from bridgekit.config import Config
 from bridgekit.headless import gather_parameters, read_defaults, resolve_config
+from bridgekit.sweep import plan_runs, read_sweep
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-PARAMETERS = sorted((ROOT / "parameters").glob("*.yaml"))
+FILES = sorted((ROOT / "parameters").glob("*.yaml"))
+SWEEPS = [path for path in FILES if "runs" in yaml.safe_load(path.read_text())]
+PARAMETERS = [path for path in FILES if path not in SWEEPS]
 LONGEST_CELL = 15
 
 
@@ -97,6 +101,13 @@ def test_defaults_of_a_notebook_that_runs_something_are_a_configuration(path):
         assert isinstance(resolve_config(defaults), Config)
         handed_on = "".join(cell.source for cell in cells_of(path) if "load_config(" in cell.source)
         assert all(f"{name}={name}" in handed_on for name in set(defaults) - {"run_dir"}), handed_on
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=name_of)
+def test_every_run_of_a_sweep_file_is_a_configuration(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    planned = plan_runs(path, read_sweep(path), Path("runs"))
+    assert planned and all(isinstance(config, Config) for config, _ in planned.values())
 
 
 @pytest.mark.parametrize("path", PARAMETERS, ids=name_of)

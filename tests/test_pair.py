@@ -1,4 +1,4 @@
-"""The pair: whole, small, frozen and right about what it knows; prompts cut into pieces without changing a token.
+"""The pair: whole, small, frozen, right about what it knows; prompts cut into pieces, no token changed.
 
 python -m pytest tests/test_pair.py
 """
@@ -30,7 +30,7 @@ from bridgekit.tasks import load_examples
 from bridgekit.tasks.base import Prompt, literal_prompt, relay_prompt, told_prompt
 
 ROLES = ("source", "target")
-# A model is right on at least this share of what it knows; the bars of the default mix, each give or take 0.03.
+# Right on at least this share of what it knows; the bars of the default mix, each give or take 0.03.
 KNOWN, ALONE, UNION = 0.97, {"source": 0.54, "target": 0.77}, 0.97
 
 
@@ -70,7 +70,7 @@ def test_the_embedded_pair_is_two_small_models_of_different_kinds(pair):
 
 
 def test_each_model_knows_its_own_units_and_together_they_know_all(pair):
-    n = 240
+    n = 160
     examples = load_examples(load_config(n_val=n, val_samples=n), pair.lexicon_seed, "val")
     right = {role: answer(getattr(pair, role), examples) for role in ROLES}
     groups = np.array([e.group for e in examples])
@@ -96,7 +96,7 @@ def assert_at_least(right: np.ndarray, share: float) -> None:
 
 
 def spread_of_mix(right: np.ndarray, groups: np.ndarray) -> float:
-    """Three standard errors of an accuracy whose mix of groups is fixed; one more of each kind, so none is sure."""
+    """Three standard errors of an accuracy with a fixed mix of groups; one more of each, so none is sure."""
     variance = 0.0
     for group in set(groups):
         k, n = right[groups == group].sum(), (groups == group).sum()
@@ -144,7 +144,8 @@ def test_a_fingerprint_changes_with_a_byte(copied):
 def some_prompts(examples) -> list[Prompt]:
     relay = "<<9*15=135>>135 pins.\n#### 135"
     return [
-        *map(literal_prompt, examples), *map(told_prompt, examples), *(relay_prompt(e, relay) for e in examples),
+        *map(literal_prompt, examples), *map(told_prompt, examples),
+        *(relay_prompt(e, relay) for e in examples),
         Prompt("", ""), Prompt("Note: é ½ 數\n", "x", ""), Prompt("", "Question: a b", "c"),
     ]  # fmt: skip
 
@@ -168,7 +169,12 @@ def test_a_token_on_a_boundary_goes_to_the_earlier_piece(pair, role, text, cuts)
     (pieces,) = split_prompts(lm, [prompt])
     assert pieces.all == lm.tokenize([text])[0]
     # Counted by hand: a piece begins with the first token that starts at or after the cut.
-    starts = [a for a, _ in lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
+    starts = [
+        a
+        for a, _ in lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
+    ]
     place = [next((i for i, s in enumerate(starts) if s >= cut), len(starts)) for cut in (first, second)]
     assert (len(pieces.prefix), len(pieces.prefix + pieces.question)) == tuple(place)
 
@@ -224,7 +230,9 @@ def test_corrupted_weights_are_refused(copied, damage):
     folder, config = copied
     path = folder / "target/model.safetensors"
     data = path.read_bytes()
-    path.write_bytes({"truncated": data[: len(data) // 2], "header": b"\xff" * 16 + data[16:], "empty": b""}[damage])
+    path.write_bytes(
+        {"truncated": data[: len(data) // 2], "header": b"\xff" * 16 + data[16:], "empty": b""}[damage]
+    )
     refuse(config, "pair.target_model", str(folder / "target"))
 
 
@@ -248,7 +256,9 @@ def test_a_model_the_hub_cannot_give_is_refused(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no test waits for a network
-    config = replace(load_config(), pair=replace(load_config().pair, target_model="no-such-owner/no-such-model"))
+    config = replace(
+        load_config(), pair=replace(load_config().pair, target_model="no-such-owner/no-such-model")
+    )
     refuse(config, "pair.target_model", "no-such-owner/no-such-model")
 
 

@@ -61,10 +61,11 @@ def test_the_conditions_name_the_strongest_control_and_no_rival():
 
 
 def groups(n: int) -> pd.DataFrame:
-    """n source-only problems about n units: told, all right; bridged, every second; shuffled follows each third."""
+    """n problems about n units: told, all right; bridged, every second; shuffled follows each third donor."""
     return pd.DataFrame(
         {
-            "id": range(n), "unit": [f"u{i}" for i in range(n)], "group": "source_only", "novelty": "held_unit",
+            "id": range(n), "unit": [f"u{i}" for i in range(n)],
+            "group": "source_only", "novelty": "held_unit",
             "target_told_correct": True, "bridged_correct": [i % 2 == 0 for i in range(n)],
             "shuffled_extracted": ["7" if i % 3 == 0 else "0" for i in range(n)], "donor_gold": "7",
         }

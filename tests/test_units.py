@@ -1,4 +1,4 @@
-"""The testbed: nothing leaks from one split to another, no number gives a value away, every worked answer is right.
+"""The testbed: nothing leaks between splits, no number gives a value away, every worked answer is right.
 
 python -m pytest tests/test_units.py
 """
@@ -69,14 +69,14 @@ def test_everything_is_a_function_of_its_seeds(small):
 def test_another_process_draws_the_same_problems():
     """Python shuffles the order of sets anew in every process."""
     code = (
-        "from bridgekit.tasks import units\n"
-        f"print([*units.make_lexicon({SEED}, 200), *units.make_examples(units.make_lexicon({SEED}, 200), 'test', 30, 1)])"
+        f"from bridgekit.tasks import units\nlexicon = units.make_lexicon({SEED}, 200)\n"
+        "print([*lexicon, *units.make_examples(lexicon, 'test', 30, 1)])"
     )
     said = [
-        subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE)
+        subprocess.check_output([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed})
         for seed in ("1", "2")
     ]  # fmt: skip
-    assert said[0].stdout and said[0].stdout == said[1].stdout
+    assert said[0] == said[1] and said[0].count(b"Example") == 30
 
 
 def test_no_unit_is_in_two_groups_or_splits(lexicon):
@@ -117,6 +117,20 @@ def test_the_default_test_set_has_enough_source_only_units():
     assert len({e.unit for e in held if e.group == "source_only"}) >= 300
     trained = words_of(units.make_lexicon(SEED), group="source_only", split="train")
     assert {e.unit for e in examples if e.novelty == "seen"} <= trained  # memory is measured apart
+
+
+def test_swapped_models_swap_what_only_one_of_them_knows(lexicon):
+    """The groups say who of the two *as configured* knows a unit, and the natural mix follows."""
+    forward, swapped = (load_examples(load_config(direction=d), SEED, "val") for d in ("forward", "swapped"))
+    known = {u.word: u.group for u in lexicon}
+    other = {"source_only": "target_only", "target_only": "source_only", "both": "both"}
+    assert all(e.group == known[e.unit] for e in forward)
+    assert all(e.group == other[known[e.unit]] for e in swapped)
+    before, after = (Counter(e.group for e in examples) for examples in (forward, swapped))
+    assert before["source_only"] < before["target_only"]
+    assert {other[group]: n for group, n in after.items()} == pytest.approx(before, abs=1)
+    rich = load_examples(load_config(direction="swapped", source_only_share=0.9, n_train=100), SEED, "train")
+    assert sum(known[e.unit] == "target_only" for e in rich) == 90
 
 
 # -- problems -----------------------------------------------------------------------------------------------

@@ -18,9 +18,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from bridgekit.generation import Soft
-
 MAX_SOFT_TOKENS = 2048  # the cap when there are as many soft tokens as source tokens
+
+
+@dataclass
+class Soft:
+    """What an injector hands the decode loop: soft tokens (B, K, D_t) with their mask (B, K)."""
+
+    tokens: torch.Tensor
+    mask: torch.Tensor
 
 
 @dataclass

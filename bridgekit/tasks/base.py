@@ -6,8 +6,6 @@ nothing), the example's own `question`, and the `cue` after which the model answ
 
 from dataclasses import dataclass, replace
 
-from bridgekit.config import Config, ConfigError
-
 CUE = "\nAnswer:\n"
 
 
@@ -59,26 +57,3 @@ def told_prompt(example: Example) -> Prompt:
 def relay_prompt(example: Example, helper_text: str) -> Prompt:
     """The target's prompt with the source's own words in front: the rival that hands over text."""
     return replace(literal_prompt(example), prefix=f"Helper: {helper_text.strip().replace(chr(10), ' ')}\n")
-
-
-def load_examples(config: Config, lexicon_seed: int, split: str, share: float | None = None) -> list[Example]:
-    """The examples of a split; `share` overrides the training mix's share of source-only problems."""
-    from bridgekit.tasks import units
-
-    if config.task.task != "units":
-        raise ConfigError(f"task.task: no task called '{config.task.task}'; there is: units")
-    task = config.task
-    lexicon = units.make_lexicon(lexicon_seed)
-    if split == "train":
-        share = task.source_only_share if share is None else share
-        return units.make_examples(
-            lexicon, "train", task.n_train, task.data_seed, share=share, variant=task.variant,
-            n_facts=task.n_facts, train_units_share=task.train_units_share,
-        )  # fmt: skip
-    n = task.n_val if split == "val" else task.n_test
-    options = dict(variant=task.variant, n_facts=task.n_facts)
-    examples = units.make_examples(lexicon, split, n, task.data_seed, **options)
-    if split == "test" and task.variant == "weights":
-        seen = units.make_seen_examples(lexicon, max(n // 10, 8), task.data_seed, task.train_units_share)
-        examples += seen
-    return examples

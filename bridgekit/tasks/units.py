@@ -8,6 +8,7 @@ is the experiment. Everything is a pure function of its seeds. Ranges are chosen
 says anything about the unit's value: subtrahends stay below the smallest product, divisors divide the count.
 """
 
+import hashlib
 import itertools
 import random
 import re
@@ -102,6 +103,17 @@ def make_lexicon(seed: int, n_units: int = N_UNITS) -> tuple[Unit, ...]:
     return tuple(units)
 
 
+def fingerprint_lexicon(lexicon: tuple[Unit, ...]) -> str:
+    """Hash of all words, values, groups and splits: a pair records which lexicon it was taught."""
+    return hashlib.sha256(repr(lexicon).encode()).hexdigest()[:16]
+
+
+def swap_roles(lexicon: tuple[Unit, ...]) -> tuple[Unit, ...]:
+    """The lexicon as it is when the two models change places: what only one of them knew, only the other knows."""
+    other = {"source_only": "target_only", "target_only": "source_only", "both": "both"}
+    return tuple(replace(u, group=other[u.group]) for u in lexicon)
+
+
 def known_units(lexicon: tuple[Unit, ...], role: str) -> list[Unit]:
     return [u for u in lexicon if u.group in (f"{role}_only", "both")]
 
@@ -171,7 +183,7 @@ def make_examples(
     if variant == "context":
         taught = {u.word for u in lexicon}
         return give_donors([_context_example(rng, split, i, n_facts, taught) for i in range(n)], rng)
-    shares = dict(GROUP_SHARES)
+    shares = {g: sum(u.group == g for u in lexicon) / len(lexicon) for g in GROUPS}
     if share != -1:
         rest = 1 - shares["source_only"]
         shares = {g: share if g == "source_only" else s / rest * (1 - share) for g, s in shares.items()}

@@ -1,0 +1,246 @@
+"""Strict configuration: what is not understood is refused in one line, what is written is read back equal.
+
+python -m pytest tests/test_config.py
+"""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from bridgekit.config import (
+    CHOICES,
+    CONDITIONS,
+    CONTROLS,
+    KEYS,
+    NOT_NEGATIVE,
+    POSITIVE,
+    Config,
+    ConfigError,
+    build_config,
+    check_type,
+    dump_config,
+    load_config,
+    parse_override,
+    resolve_key,
+    to_flat,
+)
+
+
+def refuse(*named: str, **values) -> str:
+    """The one line that values, or a file and overrides, are refused with."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(**values)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in named:
+        assert part in message, message
+    return message
+
+
+@pytest.fixture
+def write(tmp_path):
+    def make(text: str) -> Path:
+        path = tmp_path / "some.yaml"
+        path.write_text(text)
+        return path
+
+    return make
+
+
+# -- refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("stpes", "steps"),
+        ("n_soft_token", "n_soft_tokens"),
+        ("bridge.deph", "bridge.depth"),
+        ("train.bridge_dim", ""),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_nearest_neighbour(name, near):
+    refuse(f"'{name}'", near and f"'{near}'", **{name: 3})
+    refuse(f"'{name}'", near, overrides=[f"{name}=3"])
+
+
+def test_a_key_s_short_and_dotted_names_are_one():
+    assert {resolve_key(key) for key in KEYS} == {resolve_key(key.split(".")[1]) for key in KEYS} == set(KEYS)
+    assert len(KEYS) == len(to_flat(Config()))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("train.steps", "200"), ("train.steps", 2.0), ("train.steps", True), ("train.steps", None),
+        ("train.lr", "fast"), ("train.lr", False), ("run.name", 7), ("bridge.rms_match", 1),
+        ("bridge.rms_match", "on"), ("eval.conditions", "source"), ("eval.conditions", [1]),
+        ("train.controls", {}),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_refused(key, value):
+    refuse(
+        key, type(value).__name__ if not isinstance(value, (str, list, dict)) else "expected", **{key: value}
+    )
+
+
+def test_a_number_that_yaml_reads_as_text_is_explained(write):
+    for values in (dict(path=write("lr: 1e-4")), dict(overrides=["train.lr=1e-4"]), dict(lr="1e-4")):
+        refuse("train.lr", "1e-4", "1.0e-4", **values)
+    assert load_config(write("lr: 1.0e-4")).train.lr == 1e-4
+    assert load_config(write("lr: 1")).train.lr == 1.0 and isinstance(check_type("train.lr", 1), float)
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"n_soft_tokens": 0}, ["bridge.n_soft_tokens", "1 to 2048", "got 0"]),
+        ({"n_soft_tokens": -2}, ["bridge.n_soft_tokens"]),
+        ({"n_soft_tokens": 2049}, ["bridge.n_soft_tokens"]),
+        ({"eval_samples": 2001}, ["eval.eval_samples", "2000"]),
+        ({"eval_samples": 0}, ["eval.eval_samples"]),
+        ({"val_samples": 513}, ["train.val_samples", "512"]),
+        ({"producer": "transformer"}, ["bridge.producer", "resampler, dit, constant", "'transformer'"]),
+        ({"injector": "suffix"}, ["bridge.injector", "prefix"]),
+        ({"soft_position": "middle"}, ["bridge.soft_position", "start, question, end"]),
+        ({"direction": "back"}, ["pair.direction"]),
+        ({"dtype": "float16"}, ["pair.dtype"]),
+        ({"task": "gsm9k"}, ["task.task"]),
+        ({"lr": 0.0}, ["train.lr"]), ({"lr": -1e-3}, ["train.lr"]), ({"batch_size": 0}, ["train.batch_size"]),
+        ({"lr": float("nan")}, ["train.lr", "finite"]), ({"lr": float("inf")}, ["train.lr", "finite"]),
+        ({"kl_weight": float("inf")}, ["loss.kl_weight", "finite"]),
+        ({"steps": -1}, ["train.steps"]), ({"eval_every": 0}, ["train.eval_every"]),
+        ({"nll_weight": -0.1}, ["loss.nll_weight"]),
+        ({"info_nce_temperature": 0.0}, ["loss.info_nce_temperature"]),
+        ({"dropout": 1.0}, ["bridge.dropout"]), ({"state_dropout": 1.5}, ["bridge.state_dropout"]),
+        ({"heads": 5}, ["bridge.heads", "bridge_dim"]),
+        ({"source_only_share": 1.1}, ["task.source_only_share"]),
+        ({"source_only_share": -0.5}, ["task.source_only_share"]),
+        ({"train_units_share": 0.0}, ["task.train_units_share"]),
+        ({"train_units_share": 1.5}, ["task.train_units_share"]),
+        ({"source_view": "facts"}, ["bridge.source_view", "context"]),
+        ({"flow_weight": 0.1}, ["loss.flow_weight", "dit"]),
+        ({"num_processes": 3}, ["train.batch_size", "num_processes"]),
+        ({"num_processes": 0}, ["train.num_processes"]),
+        ({"conditions": ["source", "target", "bridged", "shufled"]}, ["conditions", "nearest: shuffled"]),
+        ({"conditions": ["bridged", "relay_full"]}, ["eval.conditions", "'source'"]),
+        ({"controls": ["target"]}, ["train.controls", "'target'"]),
+        ({"name": "a/b"}, ["run.name"]), ({"name": ""}, ["run.name"]), ({"name": "two words"}, ["run.name"]),
+    ],
+)  # fmt: skip
+def test_an_impossible_value_is_refused(values, named):
+    refuse(*named, **values)
+
+
+def test_every_number_has_a_limit():
+    """A new key that is a number is entered in a table, or has a line of its own in check_values."""
+    of_their_own = {
+        "bridge.n_soft_tokens", "task.source_only_share", "task.train_units_share", "task.data_seed",
+        "eval.eval_samples",
+    }  # fmt: skip
+    numbers = {key for key, field in KEYS.items() if field.type in (int, float)}
+    assert numbers == {*POSITIVE, *NOT_NEGATIVE} | of_their_own
+    for key in {*POSITIVE, *NOT_NEGATIVE}:
+        refuse(key, **{key: KEYS[key].type(-1)})
+    for key in POSITIVE:
+        refuse(key, **{key: KEYS[key].type(0)})
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("steps: [", ["some.yaml", "YAML"]),
+        ("- steps", ["some.yaml", "key: value"]),
+        ("train: {stpes: 3}", ["train.stpes", "train.steps"]),
+        ("train: 3", ["'train'"]),
+        ("3: 4", ["'3'"]),
+        ("overrides: train.steps=3", ["some.yaml", "overrides", "list"]),
+        ("overrides: [3]", ["some.yaml", "overrides", "3"]),
+        ("overrides: ['train.steps']", ["train.steps", "key=value"]),
+    ],
+)
+def test_a_mistaken_file_is_refused(write, text, named):
+    refuse(*named, path=write(text))
+
+
+@pytest.mark.parametrize(("text", "named"), [("steps", "key=value"), ("controls=[", "YAML"), ("=3", "''")])
+def test_a_mistaken_override_is_refused(text, named):
+    refuse(named, overrides=[text])
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    refuse("none.yaml", "no such", path=tmp_path / "none.yaml")
+    refuse("no such", path=tmp_path)
+
+
+def test_a_copy_with_changes_is_checked_too():
+    assert Config().with_(steps=7, **{"bridge.depth": 3}).train.steps == 7
+    with pytest.raises(ConfigError, match="bridge.depth"):
+        Config().with_(depth=0)
+
+
+# -- read ---------------------------------------------------------------------------------------------------
+
+
+def test_later_sources_win(write):
+    path = write(
+        "steps: 1\nlr: 0.1\ntrain: {patience: 4}\nbatch_size: 64\noverrides: [train.lr=0.2, bridge.depth=1]"
+    )
+    config = load_config(path, ["depth=3", "depth=4"], steps=2, lr=0.3, patience=5)
+    assert (config.train.steps, config.train.patience) == (2, 5)  # keywords over the file
+    assert config.train.lr == 0.2  # the file's overrides over both
+    assert config.bridge.depth == 4  # the caller's overrides over all, the last one first
+    assert config.train.batch_size == 64 and config.run == Config().run
+
+
+def test_an_override_is_read_as_yaml():
+    assert parse_override("train.controls=[constant, self_bridge]") == (
+        "train.controls",
+        ["constant", "self_bridge"],
+    )
+    assert parse_override(" rms_match = false") == ("bridge.rms_match", False)
+    assert parse_override("name=a=b") == ("run.name", "a=b")
+
+
+def values_of(key: str) -> st.SearchStrategy:
+    """Values a key may well have; what another key forbids is sorted out by the configuration itself."""
+    kind, text = (
+        KEYS[key].type,
+        st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12),
+    )
+    if key in CHOICES:
+        return st.sampled_from(CHOICES[key])
+    if key == "run.name":
+        return st.text("abz09_-.", min_size=1, max_size=12)
+    if key == "eval.conditions":
+        return st.permutations(CONDITIONS)
+    if key == "train.controls":
+        return st.lists(st.sampled_from(CONTROLS), unique=True)
+    least = 0 if key in NOT_NEGATIVE and key not in POSITIVE else 1e-9
+    numbers = {int: st.integers(-1, 4096), float: st.floats(least, 1e12), bool: st.booleans(), str: text}
+    return numbers[kind]
+
+
+@given(st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_is_written_is_read_back_equal(tmp_path_factory, data):
+    keys = data.draw(st.lists(st.sampled_from(sorted(KEYS)), unique=True, max_size=5))
+    changes = {key: data.draw(values_of(key), label=key) for key in keys}
+    try:
+        config = load_config(**changes)
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        assume(False)
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
+    path.write_text(dump_config(config))
+    assert load_config(path) == config == build_config(to_flat(config))
+    assert all(to_flat(config)[key] == check_type(key, value) for key, value in changes.items())
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in to_flat(config).items()}
+    lines = [
+        f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).splitlines()[0]}"
+        for k, v in plain.items()
+    ]
+    assert load_config(overrides=lines) == config
