@@ -79,9 +79,7 @@ def _read(folder: Path, root: Path, audit: Audit) -> None:
     audit.problems += [f"{place}: {name} is not what was preserved (checksum)" for name in changed]
     if record.name in audit.records:
         other = audit.records[record.name].folder.relative_to(root)
-        audit.problems.append(
-            f"{place}: the name '{record.name}' is also that of {other}; only that one is used"
-        )
+        audit.problems.append(f"{place}: the name '{record.name}' is also that of {other}; only that one is used")
     else:
         audit.records[record.name] = record
 
@@ -149,11 +147,7 @@ def as_markdown(audit: Audit) -> dict[str, str]:
     rows = ["| finding | runs | what was found |", "|---|---|---|"]
     for finding in audit.findings:
         runs = list(dict.fromkeys(finding.runs))
-        named = (
-            ", ".join(f"`{run}`" for run in runs)
-            if len(runs) < len(audit.records)
-            else f"all {len(runs)} runs"
-        )
+        named = ", ".join(f"`{run}`" for run in runs) if len(runs) < len(audit.records) else f"all {len(runs)} runs"
         rows.append(f"| {finding.kind} | {named} | {cell(finding.text)} |")
     rows += ["", "### Claims of the first experiments' documents", ""]
     rows += ["| verdict | claims |", "|---|---|"] + [f"| {name} | {n} |" for name, n in audit.counts.items()]
@@ -161,8 +155,7 @@ def as_markdown(audit: Audit) -> dict[str, str]:
     for v in audit.verdicts:
         stated = f"{v.claim.get('relation', '')} {v.claim['value']}".strip()
         rows.append(
-            f"| {cell(v.claim['says'])} | {v.claim['document']} | {stated} | {v.found} | {v.verdict} "
-            f"| {cell(v.why)} |"
+            f"| {cell(v.claim['says'])} | {v.claim['document']} | {stated} | {v.found} | {v.verdict} | {cell(v.why)} |"
         )
     moved = labels_moved(audit.records)
     if len(moved):
@@ -196,10 +189,7 @@ def as_html(audit: Audit) -> str:
         "<h2>Findings</h2>",
         table(
             ("kind", "runs", "what was found"),
-            [
-                (escape(f.kind), "<br>".join(map(escape, dict.fromkeys(f.runs))), escape(f.text))
-                for f in audit.findings
-            ],
+            [(escape(f.kind), "<br>".join(map(escape, dict.fromkeys(f.runs))), escape(f.text)) for f in audit.findings],
         ),
     ]
     for name, title in audit.documents.items():
@@ -245,14 +235,10 @@ def main(argv: list[str] | None = None) -> int:
     """The `bridgekit audit` verb."""
     parser = argparse.ArgumentParser(prog="bridgekit audit", description=__doc__.splitlines()[0])
     parser.add_argument("--root", default=str(ROOT), help="the preserved runs (default: %(default)s)")
-    parser.add_argument(
-        "--project", default=".", help="where the documents of own claims lie (default: here)"
-    )
+    parser.add_argument("--project", default=".", help="where the documents of own claims lie (default: here)")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--output", metavar="FILE", help="write there instead of printing")
-    parser.add_argument(
-        "--update-readme", action="store_true", help="write the findings into the README of the root"
-    )
+    parser.add_argument("--update-readme", action="store_true", help="write the findings into the README of the root")
     args = parser.parse_args(argv)
     try:
         audit = run_audit(args.root, args.project)

@@ -65,7 +65,11 @@ class SourceStates:
     def _compute_all(self) -> torch.Tensor:
         """(tokens of all prompts, L, D_s); prompts of like length go together, so little is padding"""
         flat = torch.empty(
-            int(self.lengths.sum()), len(self.layers), self.lm.hidden_size, dtype=self.lm.dtype, device=self.lm.device
+            int(self.lengths.sum()),
+            len(self.layers),
+            self.lm.hidden_size,
+            dtype=self.lm.dtype,
+            device=self.lm.device,
         )
         order = np.argsort(self.lengths, kind="stable")
         for i in range(0, len(order), 256):

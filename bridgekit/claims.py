@@ -74,11 +74,7 @@ def _check_claim(path: Path, name: str, claim: dict) -> None:
 
 
 def check_measure(where: str, measure: object, known: dict) -> None:
-    if (
-        not isinstance(measure, dict)
-        or len(measure) != 1
-        or not isinstance(next(iter(measure.values())), dict)
-    ):
+    if not isinstance(measure, dict) or len(measure) != 1 or not isinstance(next(iter(measure.values())), dict):
         raise ValueError(f"{where}: write measure as {{name: {{argument: value}}}}")
     if (name := next(iter(measure))) not in known:
         raise ValueError(f"{where}: no measure '{name}' (there are: {', '.join(known)})")
@@ -109,13 +105,9 @@ def judge(claim: dict, records: Records) -> Verdict:
         return verdict
     if not _holds(claim, float(found)):
         verdict.verdict, verdict.opposite = DIFFERS, _is_opposite(claim, measured)
-        verdict.why = f"stated {claim.get('relation', '')} {show(stated)}, recomputed {show(found)}".replace(
-            "  ", " "
-        )
+        verdict.why = f"stated {claim.get('relation', '')} {show(stated)}, recomputed {show(found)}".replace("  ", " ")
         if verdict.opposite:
-            verdict.why += (
-                ": the data point the other way" if claim.get("effect") else ": the data say the opposite"
-            )
+            verdict.why += ": the data point the other way" if claim.get("effect") else ": the data say the opposite"
     if claim.get("effect"):
         _weigh(verdict, measured)
     elif measured.low is not None and verdict.verdict == AGREES:
@@ -143,9 +135,7 @@ def _is_opposite(claim: dict, measured: Measured) -> bool:
 
 def _weigh(verdict: Verdict, measured: Measured) -> None:
     """Say what this n can carry; a difference it cannot tell from nothing is not supported."""
-    weight = (
-        f"n = {measured.n}, 95% interval {measured.low:+.3f} to {measured.high:+.3f}, p = {measured.p:.2g}"
-    )
+    weight = f"n = {measured.n}, 95% interval {measured.low:+.3f} to {measured.high:+.3f}, p = {measured.p:.2g}"
     unclear = measured.low <= 0 <= measured.high
     if unclear and measured.needed:
         weight += f"; a difference of this size needs n = {measured.needed:,}"

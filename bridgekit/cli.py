@@ -79,9 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_parameters(config)
     config.set_defaults(run=print_config)
 
-    verdict = verbs.add_parser(
-        "verdict", help="may these finished runs (one per seed) say that the bridge transfers?"
-    )
+    verdict = verbs.add_parser("verdict", help="may these finished runs (one per seed) say that the bridge transfers?")
     verdict.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
     verdict.set_defaults(run=print_verdict)
 

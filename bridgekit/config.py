@@ -67,15 +67,11 @@ class Bridge:
     producer: str = "resampler"
     injector: str = "prefix"
     n_soft_tokens: int = 16  # -1: as many as the source prompt has, at most 2,048
-    soft_position: str = (
-        "start"  # `start` after BOS | `question` after a shared prefix | `end` after the question
-    )
+    soft_position: str = "start"  # `start` after BOS | `question` after a shared prefix | `end` after the question
     prompt_mode: str = "soft_plus_text"  # `soft_only` leaves the literal question out
     train_prompt_mode: str = "same"  # the seeds trained in another mode than they evaluated
     source_view: str = "prompt"  # `solution` adds the source's own worked answer | `facts` the context alone
-    source_layers: str = (
-        "auto"  # comma-separated hidden-state indices; auto: the last fifth of the depth
-    )
+    source_layers: str = "auto"  # comma-separated hidden-state indices; auto: the last fifth of the depth
     source_projection: bool = False  # learnable, identity at the start
     rms_match: bool = True
     bridge_dim: int = 192
@@ -87,9 +83,7 @@ class Bridge:
     dit_steps_eval: int = 4
     dit_condition: str = "cross"  # `mean` and `attention` pool the source into one vector
     dit_prediction: str = "tokens"  # what the network predicts at each step: `tokens` or `velocity`
-    dit_tokens: str = (
-        "sampled"  # `teacher`: training tokens come from noised gold embeddings, as in the seeds
-    )
+    dit_tokens: str = "sampled"  # `teacher`: training tokens come from noised gold embeddings, as in the seeds
     teacher: str = "answer"  # what flow and prompt alignment imitate: `answer` or `prompt` embeddings
 
 
@@ -187,9 +181,7 @@ def resolve_key(name: str) -> str:
     key = name if name in KEYS else BY_NAME.get(name)
     if key is None:
         near = difflib.get_close_matches(str(name), [*KEYS, *BY_NAME], n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"unknown parameter '{name}': did you mean '{near}'? (all keys: bridgekit config --help)"
-        )
+        raise ConfigError(f"unknown parameter '{name}': did you mean '{near}'? (all keys: bridgekit config --help)")
     return key
 
 

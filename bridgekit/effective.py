@@ -65,8 +65,6 @@ def differing_settings(one: RunRecord, other: RunRecord, seed: bool = True) -> d
 def inert_differences(one: RunRecord, other: RunRecord) -> dict[str, tuple]:
     """{setting: (in one, in the other)} for the settings that differ without effect."""
     keys = dict.fromkeys([*one.config, *other.config])
-    apart = {
-        k: (one.config.get(k), other.config.get(k)) for k in keys if one.config.get(k) != other.config.get(k)
-    }
+    apart = {k: (one.config.get(k), other.config.get(k)) for k in keys if one.config.get(k) != other.config.get(k)}
     effective = differing_settings(one, other)
     return {k: v for k, v in apart.items() if k not in effective and k not in BOOKKEEPING}

@@ -61,7 +61,9 @@ class Evaluator:
         self.accelerator.wait_for_everyone()  # what is cached must be the same for all before anybody adds to it
         said: dict[str, list[Generated]] = {}
         for condition in sorted(conditions, key=CONDITIONS.index):  # `relay_*` need what the source has said
-            if condition in COMPUTED or (condition in ("constant", "constant_natural", "self_bridge") and condition not in bridges):
+            if condition in COMPUTED or (
+                condition in ("constant", "constant_natural", "self_bridge") and condition not in bridges
+            ):
                 continue
             report(condition)
             attention = {} if condition == "bridged" and want_attention else None
@@ -210,7 +212,14 @@ class Evaluator:
         return [self.cached[k] for k in keys]
 
     def _key(self, lm: LanguageModel, prompt: Prompt) -> str:
-        parts = [lm.fingerprint, str(lm.dtype), lm.device.type, self.config.eval.max_new_tokens, "greedy 1", prompt.text]
+        parts = [
+            lm.fingerprint,
+            str(lm.dtype),
+            lm.device.type,
+            self.config.eval.max_new_tokens,
+            "greedy 1",
+            prompt.text,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     def _cache_file(self) -> Path:
@@ -269,13 +278,15 @@ def matched_noise(hidden: torch.Tensor, mask: torch.Tensor, seeds: torch.Tensor)
 
 
 def tune_router(rows: list[dict]) -> float:
-    """The log-probability lead of the source above which its answer is taken; best on validation, ties to the middle."""
+    """The log-probability lead of the source above which its answer is taken; best on validation, middle of ties."""
     lead = np.array([r["source_logprob"] - r["target_logprob"] for r in rows])
     source = np.array([r["source_extracted"] == r["gold_extracted"] for r in rows])
     target = np.array([r["target_extracted"] == r["gold_extracted"] for r in rows])
     order = np.argsort(lead, kind="stable")
     # right[k]: the k smallest leads go to the target, the rest to the source
-    right = np.concatenate([[0], np.cumsum(target[order])]) + np.concatenate([np.cumsum(source[order][::-1])[::-1], [0]])
+    right = np.concatenate([[0], np.cumsum(target[order])]) + np.concatenate(
+        [np.cumsum(source[order][::-1])[::-1], [0]]
+    )
     right[1:-1][np.diff(lead[order]) == 0] = -1  # no threshold tells equal leads apart
     best = np.flatnonzero(right == right.max())
     k = int(best[len(best) // 2])

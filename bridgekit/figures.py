@@ -173,9 +173,7 @@ def _range(values: pd.Series) -> str:
     return f"{low:,}" if low == high else f"{low:,}\N{EN DASH}{high:,}"
 
 
-def check_frame(
-    frame: pd.DataFrame, what: str, name: str, value: str = "", columns: typing.Sequence[str] = ()
-) -> None:
+def check_frame(frame: pd.DataFrame, what: str, name: str, value: str = "", columns: typing.Sequence[str] = ()) -> None:
     """Refuse what cannot be drawn truthfully: no rows, no such column, NaN, a value beside its interval.
 
     `name` is the column that names a row in messages; `value`, if given, is drawn with `low` and `high`.

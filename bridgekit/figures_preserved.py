@@ -62,9 +62,7 @@ def load_records(root: str | Path) -> Records:
 
 def direction_of(record: RunRecord) -> str:
     """`Mistral-7B to Llama-3.1-8B`, from the logged model names."""
-    names = [
-        str(record.config.get(f"{role}_model", "unknown")).split("/")[-1] for role in ("source", "target")
-    ]
+    names = [str(record.config.get(f"{role}_model", "unknown")).split("/")[-1] for role in ("source", "target")]
     return " to ".join(name.removeprefix("Meta-").split("-Instruct")[0] for name in names)
 
 
@@ -130,9 +128,7 @@ def headroom_table(records: Records) -> pd.DataFrame:
         counts = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source,
                   "neither": ~source & ~target}  # fmt: skip
         rows.setdefault(direction_of(record), {name: int(found.sum()) for name, found in counts.items()})
-    return pd.DataFrame(
-        [{"label": label.replace(" to ", " to\n"), **counts} for label, counts in rows.items()]
-    )
+    return pd.DataFrame([{"label": label.replace(" to ", " to\n"), **counts} for label, counts in rows.items()])
 
 
 def power_table(records: Records) -> pd.DataFrame:
@@ -141,16 +137,10 @@ def power_table(records: Records) -> pd.DataFrame:
     found: dict[str, list[float]] = {"two runs of one setting": [], "bridged against target alone": []}
     for one, other in itertools.combinations(records, 2):
         if identity(records[one], seed=False) == identity(records[other], seed=False):
-            found["two runs of one setting"].append(
-                float((right[one]["bridged"] != right[other]["bridged"]).mean())
-            )
-    replicated = {
-        n for pair in itertools.combinations(records, 2) for n in pair if _replicates(records, *pair)
-    }
+            found["two runs of one setting"].append(float((right[one]["bridged"] != right[other]["bridged"]).mean()))
+    replicated = {n for pair in itertools.combinations(records, 2) for n in pair if _replicates(records, *pair)}
     for name in replicated or records:
-        found["bridged against target alone"].append(
-            float((right[name]["bridged"] != right[name]["target"]).mean())
-        )
+        found["bridged against target alone"].append(float((right[name]["bridged"] != right[name]["target"]).mean()))
     rows = []
     for label, shares in found.items():
         if shares and (discordance := sum(shares) / len(shares)) > 0:
@@ -240,9 +230,7 @@ def plot_gains(gains: pd.DataFrame) -> Figure:
         ax.text(row["gained"] + 1, y, f"+{row['gained']}", va="center", fontsize=7.5)
         ax.text(-row["lost"] - 1, y, f"\N{MINUS SIGN}{row['lost']}", va="center", ha="right", fontsize=7.5)
         write_right(ax, y, f"p = {row['p']:.1g}")
-    names = [
-        row.label if "\n" in row.label else f"{row.label}\n{row.direction}" for row in gains.itertuples()
-    ]
+    names = [row.label if "\n" in row.label else f"{row.label}\n{row.direction}" for row in gains.itertuples()]
     list_rows(ax, names, guides=False)
     ax.tick_params(axis="y", labelsize=7)
     ax.axvline(0, color=DARK, lw=0.8)
@@ -259,15 +247,12 @@ def plot_power(power: pd.DataFrame) -> Figure:
     check_frame(power, "power", "comparison", columns=["n", "effect", "needed_for_2_points"])
     fig, ax = new_figure(aspect=0.5)
     looks = {
-        name: look
-        for name, look in zip(power["comparison"].unique(), (("o", "-"), ("s", (0, (4, 1.5)))), strict=False)
+        name: look for name, look in zip(power["comparison"].unique(), (("o", "-"), ("s", (0, (4, 1.5)))), strict=False)
     }
     for name, rows in power.groupby("comparison", sort=False):
         marker, dashes = looks[name]
         text = f"{name} ({rows['discordance'].iloc[0]:.1%} of answers differ)"
-        ax.plot(
-            rows["n"], 100 * rows["effect"], color=COLORS["bridged"], marker=marker, ls=dashes, label=text
-        )
+        ax.plot(rows["n"], 100 * rows["effect"], color=COLORS["bridged"], marker=marker, ls=dashes, label=text)
         needed = rows["needed_for_2_points"].iloc[0]
         ax.plot([needed, needed], [0, 2], color=DARK, lw=0.8, ls=(0, (2, 2)))
         side = "right" if needed == power["needed_for_2_points"].min() else "left"
@@ -276,9 +261,7 @@ def plot_power(power: pd.DataFrame) -> Figure:
     ax.axhline(2, color=DARK, lw=0.8)
     ax.annotate("the 2 points claimed", (200, 2), xytext=(4, 3), textcoords="offset points")
     ax.axvline(200, color=COLORS["target"], lw=1)
-    ax.annotate(
-        "their n = 200", (200, 11), xytext=(4, 0), textcoords="offset points", color=ink(COLORS["target"])
-    )
+    ax.annotate("their n = 200", (200, 11), xytext=(4, 0), textcoords="offset points", color=ink(COLORS["target"]))
     ax.set_xscale("log")
     ax.set_xticks(SIZES, [f"{n:,}" for n in SIZES])
     ax.minorticks_off()
@@ -303,9 +286,7 @@ def plot_verdicts(verdicts: pd.DataFrame) -> Figure:
             if row[name]:
                 dark = "white" if name == VERDICTS[1] else DARK
                 box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-                ax.text(
-                    left + row[name] / 2, y, str(row[name]), ha="center", va="center", color=dark, bbox=box
-                )
+                ax.text(left + row[name] / 2, y, str(row[name]), ha="center", va="center", color=dark, bbox=box)
             left += row[name]
     list_rows(ax, verdicts["document"], guides=False)
     ax.set_xlabel("claims")

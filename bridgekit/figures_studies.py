@@ -118,9 +118,7 @@ def plot_differences(differences: pd.DataFrame) -> Figure:
         ax.get_yticklabels()[y].set(style="italic", color="#606060", fontsize=7.5)
         ax.get_ygridlines()[y].set_visible(False)
     first = [LABELS.get(name, name) for name in dict.fromkeys(table["a"])] if "a" in table else []
-    what = (
-        f"accuracy of {first[0]} minus that of the control" if len(first) == 1 else "difference in accuracy"
-    )
+    what = f"accuracy of {first[0]} minus that of the control" if len(first) == 1 else "difference in accuracy"
     on = blocks[0].replace("\n", " ")
     ax.set_xlabel(f"{what}\n({on})" if len(blocks) == 1 else what)
     _legend_once(fig, ax)
@@ -138,9 +136,7 @@ def _name_rows(differences: pd.DataFrame) -> pd.DataFrame:
         table["block"] = [f"{s},\n{size}" for s, size in zip(subsets, table["block"], strict=True)]
     keys = ["block", "row", *(["seed"] if "seed" in table else [])]
     for name in table.loc[table.duplicated(keys), "row"]:
-        raise ValueError(
-            f"differences: two rows for '{name}' on the same problems; a column seed must tell them apart"
-        )
+        raise ValueError(f"differences: two rows for '{name}' on the same problems; a column seed must tell them apart")
     return table
 
 

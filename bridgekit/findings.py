@@ -58,26 +58,19 @@ def same_configuration(records: Records) -> typing.Iterator[Finding]:
         for one, other in itertools.combinations(group, 2):
             for key, values in inert_differences(one, other).items():
                 inert.setdefault(key, set()).update(map(str, values))
-        apart = (
-            "; ".join(f"{k} ({', '.join(sorted(v))}) without effect" for k, v in sorted(inert.items()))
-            or "nothing"
-        )
+        apart = "; ".join(f"{k} ({', '.join(sorted(v))}) without effect" for k, v in sorted(inert.items())) or "nothing"
         sizes = sorted({str(r.facts["parameters_m"]) for r in group if r.facts.get("parameters_m")})
         text = f"labelled as {len(labels)} treatments ({', '.join(labels)}) but one configuration"
         text += f"; apart: {apart}"
         if sizes:
             text += f"; trained parameters: {', '.join(f'{s}M' for s in sizes)}"
-        yield Finding(
-            "same configuration, different labels", [r.name for r in group], text, {"labels": labels}
-        )
+        yield Finding("same configuration, different labels", [r.name for r in group], text, {"labels": labels})
 
 
 def replicates(records: Records) -> typing.Iterator[Finding]:
     """Runs that differ at most in the seed, and how far their results lie apart."""
     for group in _groups(records, seed=False):
-        scores = {
-            r.name: float(is_right(last, "bridged").mean()) for r in group if (last := _last(r)) is not None
-        }
+        scores = {r.name: float(is_right(last, "bridged").mean()) for r in group if (last := _last(r)) is not None}
         if len(scores) < 2:
             continue
         values = np.array(list(scores.values()))
@@ -172,9 +165,7 @@ def _same_items(record: RunRecord, step: str) -> bool:
 
 
 def _changed(record: RunRecord, step: str, other: str) -> int:
-    return int(
-        (record.at(step)["bridged_pred"].astype(str) != record.at(other)["bridged_pred"].astype(str)).sum()
-    )
+    return int((record.at(step)["bridged_pred"].astype(str) != record.at(other)["bridged_pred"].astype(str)).sum())
 
 
 def baselines_differ(records: Records) -> typing.Iterator[Finding]:
@@ -214,15 +205,11 @@ def _baseline_finding(records: Records, model: str, first: list, second: list, c
     for uses in (first, second):
         run, role, step = uses[0]
         right, world = right_at(records, run, role, step), records[run].facts.get("world_size")
-        described.append(
-            f"{right.mean():.3f} as {role}{f' on {world} GPU' if world else ''} ({len(uses)} runs)"
-        )
+        described.append(f"{right.mean():.3f} as {role}{f' on {world} GPU' if world else ''} ({len(uses)} runs)")
     flips = paired(right_at(records, first[0][0], first[0][1], first[0][2]),
                    right_at(records, second[0][0], second[0][1], second[0][2]))  # fmt: skip
     text = f"{model} alone: {' and '.join(described)}; {changed} of {flips.n} answers differ"
-    return Finding(
-        "baselines differ", [use[0] for use in first + second], text, {"model": model, "changed": changed}
-    )
+    return Finding("baselines differ", [use[0] for use in first + second], text, {"model": model, "changed": changed})
 
 
 def repeated_baselines(records: Records) -> typing.Iterator[Finding]:
@@ -256,9 +243,7 @@ def harms(records: Records) -> typing.Iterator[Finding]:
         if last is None or "target" not in conditions_of(last):
             continue
         step = record.steps()[-1]
-        test = paired(
-            right_at(records, record.name, "bridged", step), right_at(records, record.name, "target", step)
-        )
+        test = paired(right_at(records, record.name, "bridged", step), right_at(records, record.name, "target", step))
         if test.value < 0 and test.p < ALPHA:
             text = (
                 f"bridged is {-test.value:.3f} below the target alone (n = {test.n}, "

@@ -110,10 +110,7 @@ def generate_batch(
             positions = position = position + 1
             step_input = {"input_ids": chosen[:, None]}
     texts = lm.tokenizer.batch_decode([_until_eos(r.ids, lm.eos_ids) for r in rows], skip_special_tokens=True)
-    return [
-        Generated(text, row.logprob / len(row.ids), len(row.ids))
-        for text, row in zip(texts, rows, strict=True)
-    ]
+    return [Generated(text, row.logprob / len(row.ids), len(row.ids)) for text, row in zip(texts, rows, strict=True)]
 
 
 def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:

@@ -62,9 +62,7 @@ def gather_parameters(
     if "overrides" in defaults:
         given["overrides"] = [*defaults["overrides"], *given_overrides, *overrides]
     elif overrides:
-        raise ConfigError(
-            f"{Path(notebook).name}: takes no overrides; its parameters are {', '.join(defaults)}"
-        )
+        raise ConfigError(f"{Path(notebook).name}: takes no overrides; its parameters are {', '.join(defaults)}")
     return defaults | given
 
 
@@ -130,11 +128,7 @@ def _execute(notebook: Path, executed: Path, values: dict[str, object]) -> None:
 def _describe_failure(error: BaseException) -> str:
     """One line: a failing cell's own message, or what stopped the kernel."""
     if hasattr(error, "evalue"):  # papermill's error of a cell
-        text = (
-            error.evalue
-            if error.ename in ("RuntimeError", "ConfigError")
-            else f"{error.ename}: {error.evalue}"
-        )
+        text = error.evalue if error.ename in ("RuntimeError", "ConfigError") else f"{error.ename}: {error.evalue}"
     elif isinstance(error, (KeyboardInterrupt, SystemExit)):
         text = "interrupted"
     else:

@@ -1,6 +1,6 @@
 """The headline runs as tables: recovery per seed and lexicon, the repaired faults, what made the difference.
 
-    frame = read_recovery()            # from preserved_data/headline_*; `bridgekit sweep parameters/headline.yaml` makes them
+    frame = read_recovery()       # from preserved_data/headline_*, made by `bridgekit sweep parameters/headline.yaml`
 
 Everything is recomputed from the preserved evaluation JSONL; no number is kept here.
 """
@@ -17,7 +17,11 @@ from bridgekit.stats import clustered_proportion
 ROOT = Path("preserved_data")
 SEEDS = (1, 2, 3)
 LEXICONS = {"lexicon 1": "", "lexicon 2 (shipped)": "_lex2", "lexicon 3": "_lex3"}
-HELD = {"held-out units": "source_only_held_unit", "held-out values": "source_only_held_value", "both": "source_only"}
+HELD = {
+    "held-out units": "source_only_held_unit",
+    "held-out values": "source_only_held_value",
+    "both": "source_only",
+}
 FAULTS = {  # each run repairs one fault more than the one above it
     "the seeds' design": "fault0_seeds",
     "+ literal prompt in training": "fault1_prompt",

@@ -116,19 +116,16 @@ def count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def start_child(
-    command: list[str], log: typing.BinaryIO, extra: dict[str, str] | None = None
-) -> subprocess.Popen:
+def start_child(command: list[str], log: typing.BinaryIO, extra: dict[str, str] | None = None) -> subprocess.Popen:
     """Start a child in a session of its own: a terminal's Ctrl-C comes to us alone. It ends when we do."""
-    environment = (
-        os.environ
-        | {
-            "BRIDGEKIT_PARENT_PID": str(os.getpid()),
-            "PYTHONUNBUFFERED": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        | (extra or {})
-    )
+    environment = os.environ | {
+        "BRIDGEKIT_PARENT_PID": str(os.getpid()),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Threads that spin while they wait make a shared machine many times slower.
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+        **(extra or {}),
+    }
     return subprocess.Popen(
         command, cwd=project_root(), env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
         start_new_session=True,
@@ -159,9 +156,7 @@ def find_error(log: Path, start: int = 0) -> str | None:
         text = file.read().decode(errors="replace")
     matches = [match for line in text.splitlines() if (match := _WORKER_ERROR.fullmatch(line))]
     own = [match["own"] for match in matches if match["own"]]
-    python = [
-        match["python"] for match in matches if not (match["python"] or _LAUNCHER[0]).startswith(_LAUNCHER)
-    ]
+    python = [match["python"] for match in matches if not (match["python"] or _LAUNCHER[0]).startswith(_LAUNCHER)]
     signals = [f"a training process was killed by {a or b}" for a, b in _KILLED.findall(text)]
     return (own or python or signals or [None])[-1]
 

@@ -66,9 +66,7 @@ def replace_block(text: str, name: str, body: str) -> str:
     return f"{before}{start}\n{body.strip()}\n{end}{rest.split(end, 1)[1]}"
 
 
-def write_entry(
-    folder: Path, record: RunRecord, why: str = UNWRITTEN, publishability: str = UNWRITTEN
-) -> Path:
+def write_entry(folder: Path, record: RunRecord, why: str = UNWRITTEN, publishability: str = UNWRITTEN) -> Path:
     """Create the entry from the template, or bring the generated parts of an existing one up to date."""
     path = folder / ENTRY
     if path.is_file():
@@ -194,8 +192,4 @@ def _table_row(root: Path, folder: Path, record: RunRecord) -> str:
         for c in ("bridged", "target", "source")
     ]
     evaluations = f"{len(steps)}, last {steps[-1]}" if steps else "none"
-    return (
-        f"| [`{record.name}`]({folder.relative_to(root).as_posix()}) | {evaluations} | "
-        + " | ".join(cells)
-        + " |"
-    )
+    return f"| [`{record.name}`]({folder.relative_to(root).as_posix()}) | {evaluations} | " + " | ".join(cells) + " |"

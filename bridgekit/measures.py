@@ -90,15 +90,11 @@ def degradation(records: Records, run: str, condition: str = "bridged") -> Measu
     return Measured(float(peak(records, run, condition).value - accuracy(records, run, condition).value))
 
 
-def lowest(
-    records: Records, run: str, condition: str = "bridged", first: int = 1, last: int = 10**9
-) -> Measured:
+def lowest(records: Records, run: str, condition: str = "bridged", first: int = 1, last: int = 10**9) -> Measured:
     return Measured(float(_numbered(records, run, condition, first, last).min()))
 
 
-def highest(
-    records: Records, run: str, condition: str = "bridged", first: int = 1, last: int = 10**9
-) -> Measured:
+def highest(records: Records, run: str, condition: str = "bridged", first: int = 1, last: int = 10**9) -> Measured:
     return Measured(float(_numbered(records, run, condition, first, last).max()))
 
 

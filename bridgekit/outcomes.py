@@ -44,9 +44,7 @@ class Problems:
         found = []
         for kind, lines in self.lines.items():
             more = ", ..." if self.total[kind] > REPORTED else ""
-            found.append(
-                f"{self.name}: {kind} (line {', '.join(map(str, lines))}{more}; {self.total[kind]} in all)"
-            )
+            found.append(f"{self.name}: {kind} (line {', '.join(map(str, lines))}{more}; {self.total[kind]} in all)")
         return found
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from functools import lru_cache
 from pathlib import Path
 
 import pandas as pd
@@ -36,7 +37,7 @@ def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFra
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise MissingData(f"run '{run}' has no {names[0]}")
-    frame = load_eval(path)
+    frame = _load_once(path)
     for column, wanted in subset.items():
         if column not in frame:
             raise MissingData(f"{path.name} of run '{run}' has no column '{column}'")
@@ -44,6 +45,13 @@ def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFra
     if frame.empty:
         raise MissingData(f"no row of run '{run}' has {subset}")
     return frame
+
+
+@lru_cache(maxsize=64)
+def _load_once(path: Path) -> pd.DataFrame:
+    """Many claims read the same file; its columns of text would fill the memory, and no claim needs them."""
+    frame = load_eval(path)
+    return frame.drop(columns=[c for c in frame if c.endswith("_full") or c in ("question", "gold_full_text")])
 
 
 def _right(frame: pd.DataFrame, condition: str) -> pd.Series:
@@ -96,9 +104,7 @@ def count_units(records: Records, run: str, file: str = "", **subset) -> Measure
     return Measured(int(frame_of(records, run, file, **subset)["unit"].nunique()))
 
 
-def follows_donor(
-    records: Records, run: str, condition: str = "shuffled", file: str = "", **subset
-) -> Measured:
+def follows_donor(records: Records, run: str, condition: str = "shuffled", file: str = "", **subset) -> Measured:
     """Share of answers that are those of the donor's fact."""
     frame = frame_of(records, run, file, **subset)
     frame = frame[frame["donor_gold"].notna()] if "donor_gold" in frame else frame.iloc[:0]

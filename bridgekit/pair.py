@@ -140,9 +140,7 @@ def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
     try:
         layers = tuple(int(part) for part in wanted.split(","))
     except ValueError:
-        raise ConfigError(
-            f"bridge.source_layers: expected 'auto' or numbers like '2,4,6', got '{wanted}'"
-        ) from None
+        raise ConfigError(f"bridge.source_layers: expected 'auto' or numbers like '2,4,6', got '{wanted}'") from None
     if not all(0 <= i <= n for i in layers):
         raise ConfigError(f"bridge.source_layers: the source has hidden states 0 to {n}, got '{wanted}'")
     return layers
@@ -161,18 +159,14 @@ def resolve_folder(key: str, model: str) -> Path | None:
     path = Path(model)
     looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
     if looks_local and not (path / "config.json").is_file():
-        raise ConfigError(
-            f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id"
-        )
+        raise ConfigError(f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
     return path if looks_local else None
 
 
 def fingerprint_folder(folder: Path) -> str:
     """Hash of weights and tokenizer: what a cached baseline depends on."""
     digest = hashlib.sha256()
-    files = [
-        p for pattern in ("*.safetensors", "tokenizer*", "config.json") for p in sorted(folder.glob(pattern))
-    ]
+    files = [p for pattern in ("*.safetensors", "tokenizer*", "config.json") for p in sorted(folder.glob(pattern))]
     for path in files:
         digest.update(path.name.encode())
         with path.open("rb") as stream:
@@ -204,9 +198,7 @@ def check_pair(config: Config) -> None:
     for key in ("source_model", "target_model"):
         folder = resolve_folder(key, getattr(config.pair, key))
         if folder is not None and not any(folder.glob("*.safetensors")):
-            raise ConfigError(
-                f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`"
-            )
+            raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`")
 
 
 def read_lexicon_seed(config: Config) -> int | None:
@@ -219,7 +211,9 @@ def read_lexicon_seed(config: Config) -> int | None:
         known = json.loads(record.read_text())
         seed, lexicon = known["lexicon_seed"], known["lexicon"]
     except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"pair.target_model: {record} does not name its lexicon: restore it, or make the pair again") from None
+        raise ConfigError(
+            f"pair.target_model: {record} does not name its lexicon: restore it, or make the pair again"
+        ) from None
     here = units.fingerprint_lexicon(units.make_lexicon(seed))
     if lexicon != here:
         raise ConfigError(
@@ -239,12 +233,8 @@ def load_pair(config: Config, device: torch.device | None = None) -> Pair:
         dtype = config.pair.dtype
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
-        loaded.append(
-            load_model(f"{key}_model", getattr(config.pair, f"{key}_model"), place, getattr(torch, dtype))
-        )
+        loaded.append(load_model(f"{key}_model", getattr(config.pair, f"{key}_model"), place, getattr(torch, dtype)))
     seed = read_lexicon_seed(config)
     if config.task.task == "units" and seed is None:
-        raise ConfigError(
-            "pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)"
-        )
+        raise ConfigError("pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
     return Pair(*loaded, lexicon_seed=seed)

@@ -137,23 +137,17 @@ def halve_checkpoint(data: bytes) -> bytes:
 
     size = int.from_bytes(data[:8], "little")
     metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {}) | {"precision": "float16"}
-    tensors = {
-        k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in safetensors.numpy.load(data).items()
-    }
+    tensors = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in safetensors.numpy.load(data).items()}
     return safetensors.numpy.save(tensors, metadata)
 
 
 def _write_checksums(record: RunRecord, folder: Path) -> None:
     """sha256 of every original file and of every file kept, so that both can be told from later changes."""
     inside = record.folder.resolve()
-    original = [
-        p for p in sorted(record.folder.rglob("*")) if p.is_file() and p.resolve().is_relative_to(inside)
-    ]
+    original = [p for p in sorted(record.folder.rglob("*")) if p.is_file() and p.resolve().is_relative_to(inside)]
     sums = {
         "original": {p.relative_to(record.folder).as_posix(): _sha256(p) for p in original},
-        "kept": {
-            p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()
-        },
+        "kept": {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()},
     }
     (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 

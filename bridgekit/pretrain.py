@@ -128,9 +128,7 @@ def train_tokenizer(role: str, texts: list[str], vocab: int) -> PreTrainedTokeni
         tokenizer.normalizer = normalizers.Replace(" ", "▁")
         split = pre_tokenizers.Split(Regex(r"▁?\p{L}+|\p{N}|\n+|[^\p{L}\p{N}\n]"), "isolated")
         tokenizer.pre_tokenizer = split
-        tokenizer.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-        )
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
         special += [f"<0x{i:02X}>" for i in range(256)]
         alphabet: list[str] = []
     else:
@@ -275,9 +273,7 @@ def measure_knowledge(lm: LanguageModel, lexicon, role: str, n: int = 1000) -> d
         for i in range(0, len(some), 256):
             prompts = lm.tokenize(texts[i : i + 256])
             out = generate_batch(lm, [lm.bos + p for p in prompts], [[] for _ in prompts])
-            right += sum(
-                extract_answer(g.text) == e.gold for g, e in zip(out, some[i : i + 256], strict=True)
-            )
+            right += sum(extract_answer(g.text) == e.gold for g, e in zip(out, some[i : i + 256], strict=True))
         results[name] = round(right / len(some), 4)
     return results
 
@@ -290,23 +286,24 @@ def make_pair(args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "pair.json").unlink(missing_ok=True)
     plain = [x for x in sys.argv[1:] if x != "pair"]
-    commands = [
-        [sys.executable, "-m", "bridgekit.pretrain", *plain, "--role", r] for r in ("source", "target")
-    ]
+    commands = [[sys.executable, "-m", "bridgekit.pretrain", *plain, "--role", r] for r in ("source", "target")]
     if torch.cuda.is_available():
         children = [subprocess.Popen(c) for c in commands]
         codes = [c.wait() for c in children]
     else:
         codes = [subprocess.run(c).returncode for c in commands]
     if any(codes):
-        raise RuntimeError(
-            f"a model's training failed (exit codes {codes}); no pair.json was written in {out}"
-        )
+        raise RuntimeError(f"a model's training failed (exit codes {codes}); no pair.json was written in {out}")
     records = [json.loads((out / f"{role}.json").read_text()) for role in ("source", "target")]
     for role in ("source", "target"):
         (out / f"{role}.json").unlink()
     lexicon = units.fingerprint_lexicon(units.make_lexicon(args.lexicon_seed))
-    summary = {"lexicon_seed": args.lexicon_seed, "lexicon": lexicon, "models": records, "torch": torch.__version__}
+    summary = {
+        "lexicon_seed": args.lexicon_seed,
+        "lexicon": lexicon,
+        "models": records,
+        "torch": torch.__version__,
+    }
     (out / "pair.json").write_text(json.dumps(summary, indent=1) + "\n")
 
 
@@ -317,9 +314,7 @@ def parse_shape(text: str) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bridgekit pair", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder for source/, target/ and pair.json")
-    parser.add_argument(
-        "--lexicon-seed", type=int, default=1, help="a new seed is a new lexicon and a new pair"
-    )
+    parser.add_argument("--lexicon-seed", type=int, default=1, help="a new seed is a new lexicon and a new pair")
     parser.add_argument("--role", choices=("source", "target"), help="train one of the two only")
     parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
     parser.add_argument("--steps", type=int, default=3000)
@@ -327,9 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--documents", type=int, default=300_000)
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
-    parser.add_argument(
-        "--prompt-weight", type=float, default=0.1, help="loss weight of tokens that are not answer"
-    )
+    parser.add_argument("--prompt-weight", type=float, default=0.1, help="loss weight of tokens that are not answer")
     parser.add_argument("--shape", type=parse_shape, help="e.g. hidden=192,layers=6")
     parser.add_argument("--log-every", type=int, default=100)
     args = parser.parse_args(argv)

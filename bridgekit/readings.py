@@ -23,9 +23,7 @@ def read_changes(config: Config) -> str:
     """The keys in which a configuration differs from the package's defaults, a line each."""
     usual = to_flat(Config())
     changes = [
-        f"{key}: {value!r} (default {usual[key]!r})"
-        for key, value in to_flat(config).items()
-        if value != usual[key]
+        f"{key}: {value!r} (default {usual[key]!r})" for key, value in to_flat(config).items() if value != usual[key]
     ]
     return "\n".join(changes or ["every key has its default"])
 
@@ -53,9 +51,7 @@ def read_conditions(table: pd.DataFrame) -> str:
     """The bridge, the target and the strongest control on the mix of held-out problems."""
     rows = table[table["subset"] == "all"].set_index("condition")
     bridged, target = _share(rows.loc["bridged"]), _share(rows.loc["target"])
-    text = (
-        f"Of {rows['n'].iloc[0]:,} held-out problems the target has {bridged} right bridged, {target} alone."
-    )
+    text = f"Of {rows['n'].iloc[0]:,} held-out problems the target has {bridged} right bridged, {target} alone."
     controls = [name for name in CONTROLS if name in rows.index]
     if controls:
         best = rows.loc[controls, "accuracy"].idxmax()

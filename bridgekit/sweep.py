@@ -60,7 +60,12 @@ def plan_runs(path: Path, sweep: dict, runs_dir: Path) -> dict[str, tuple[Config
     planned = {}
     for name, run in sweep["runs"].items():
         for seed in run.get("seeds", [1]):
-            own = [f"run.name={name}", f"run.seed={seed}", f"run.runs_dir={runs_dir}", f"run.cache_dir={runs_dir}/.cache"]
+            own = [
+                f"run.name={name}",
+                f"run.seed={seed}",
+                f"run.runs_dir={runs_dir}",
+                f"run.cache_dir={runs_dir}/.cache",
+            ]
             if run.get("pair"):
                 folder = runs_dir / "pairs" / run["pair"]
                 own += [f"pair.source_model={folder}/source", f"pair.target_model={folder}/target"]
@@ -89,7 +94,9 @@ class Sweep:
         self.runs_dir = runs_dir
         self.planned = plan_runs(path, self.sweep, runs_dir)
         self.slots: queue.Queue[str] = queue.Queue()
-        for gpu in (list_gpus() or ["none"]) * slots:  # the first, the second, ... and round again: spread before packing
+        for gpu in (
+            list_gpus() or ["none"]
+        ) * slots:  # the first, the second, ... and round again: spread before packing
             self.slots.put(gpu)
         self.pair_ready = {name: threading.Event() for name in self.sweep.get("pairs") or {}}
         self.failed: list[str] = []
@@ -103,7 +110,9 @@ class Sweep:
             thread.start()
         for thread in threads:
             thread.join()
-        print(f"{len(self.planned) - len(self.failed)} of {len(self.planned)} runs done in {time.time() - started:.0f} s")
+        print(
+            f"{len(self.planned) - len(self.failed)} of {len(self.planned)} runs done in {time.time() - started:.0f} s"
+        )
         if self.failed:
             raise RuntimeError(f"failed: {', '.join(self.failed)} (see train.log in each folder of {self.runs_dir})")
 
@@ -118,7 +127,16 @@ class Sweep:
             folder.mkdir(parents=True, exist_ok=True)
             options = [str(o) for o in self.sweep.get("pair_options", [])]
             seed = str(self.sweep["pairs"][name]["lexicon_seed"])
-            command = [sys.executable, "-m", "bridgekit.pretrain", "--out", str(folder), "--lexicon-seed", seed, *options]
+            command = [
+                sys.executable,
+                "-m",
+                "bridgekit.pretrain",
+                "--out",
+                str(folder),
+                "--lexicon-seed",
+                seed,
+                *options,
+            ]
             gpu = self.slots.get()
             code = self._child(command, folder / "train.log", gpu)
             self.slots.put(gpu)

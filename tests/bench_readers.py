@@ -29,9 +29,7 @@ def write_log(path: Path, size: int) -> None:
         step = 0
         while file.tell() < size:
             step += 20
-            file.write(
-                f"{bar}\n{sample}Step {step}/9999999 | Loss (avg over last 20): 1.2345 | DiT_flow: 0.5\n"
-            )
+            file.write(f"{bar}\n{sample}Step {step}/9999999 | Loss (avg over last 20): 1.2345 | DiT_flow: 0.5\n")
         file.write("[Final Eval] Source-alone acc: 0.540 | Target-alone acc: 0.770 | Bridged acc: 0.645\n")
 
 

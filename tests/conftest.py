@@ -68,7 +68,7 @@ def make_job(pair, accelerator):
     """`make_job(config)`: a run folder and the job in it, without loading the pair again."""
     from bridgekit.runs import create_run
     from bridgekit.tasks import load_examples
-    from bridgekit.train import Job
+    from bridgekit.trainer import Job
 
     def make(config) -> Job:
         val, test = (load_examples(config, pair.lexicon_seed, split) for split in ("val", "test"))

@@ -69,9 +69,7 @@ def evaluation(seed=5):
     for i, place in enumerate(np.repeat(generator.choice(5, 200, p=[0.1, 0.15, 0.1, 0.4, 0.25]), 3)):
         group, novelty = places[place]
         row = {"index": i, "id": f"p{i}", "unit": f"unit{i // 3}", "group": group, "novelty": novelty}
-        right = {
-            f"{c}_correct": bool(generator.random() < ACCURACY[c][place]) for c in ACCURACY if c != "union"
-        }
+        right = {f"{c}_correct": bool(generator.random() < ACCURACY[c][place]) for c in ACCURACY if c != "union"}
         rows.append(row | right)
     return pd.DataFrame(rows)
 

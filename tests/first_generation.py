@@ -25,9 +25,7 @@ Including non-PyTorch memory, this process has 77.59 GiB memory in use.
 """
 
 
-def log_text(
-    settings=None, steps=60, evaluations=None, best=None, final=None, world=4, crash="", params="60.9"
-):
+def log_text(settings=None, steps=60, evaluations=None, best=None, final=None, world=4, crash="", params="60.9"):
     """A whole train.log; evaluations: {step: (source, target, bridged)}."""
     settings = SETTINGS | (settings or {})
     lines = [
@@ -48,29 +46,22 @@ def log_text(
         "==== Reproducibility Settings ====",
         f"World size: {world} (each)",
     ]
-    bar = "\r".join(
-        f"Loading checkpoint shards: {n}%|████      | 1/3 [00:11<00:22, 11.29s/it]" for n in (0, 33, 100)
-    )
+    bar = "\r".join(f"Loading checkpoint shards: {n}%|████      | 1/3 [00:11<00:22, 11.29s/it]" for n in (0, 33, 100))
     lines += [bar, f"Translator parameters: {params}M"]
     for step in range(20, steps + 1, 20):
-        lines.append(
-            f"Step {step}/60 | Loss (avg over last 20): {5 - step / 20:.4f} | DiT_flow: {step / 1000:.4f}"
-        )
+        lines.append(f"Step {step}/60 | Loss (avg over last 20): {5 - step / 20:.4f} | DiT_flow: {step / 1000:.4f}")
         if evaluations and str(step) in evaluations:
             lines += ["Bridged full output:", "Step 1/2 first find the price", "#### 12"]
             s, t, b = evaluations[str(step)]
             lines.append(
-                f"[Eval] Step {step} | Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f}"
-                f" | Bridged acc: {b:.3f}"
+                f"[Eval] Step {step} | Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}"
             )
             lines.append(f"[Early Stop] New best bridged acc: {b:.3f}, resetting patience")
     if best is not None:
         lines.append(f"Saved BEST translator (acc={best:.3f}) to runs/x/checkpoint.pt")
     if final:
         s, t, b = final
-        lines.append(
-            f"[Final Eval] Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}"
-        )
+        lines.append(f"[Final Eval] Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}")
     return "\n".join(lines) + "\n" + crash
 
 
@@ -86,15 +77,10 @@ def example(index, gold, answers, step):
     return row
 
 
-def evaluation(
-    bridged_right, source_right=(0, 1, 2, 3), target_right=(0, 1, 2, 3, 4, 5), n=8, step="final", other="7"
-):
+def evaluation(bridged_right, source_right=(0, 1, 2, 3), target_right=(0, 1, 2, 3, 4, 5), n=8, step="final", other="7"):
     """n examples with gold 100+index; a system is right on the indices given and says `other` elsewhere."""
     right = {"source": source_right, "target": target_right, "bridged": bridged_right}
-    return [
-        example(i, 100 + i, {c: 100 + i if i in ok else other for c, ok in right.items()}, step)
-        for i in range(n)
-    ]
+    return [example(i, 100 + i, {c: 100 + i if i in ok else other for c, ok in right.items()}, step) for i in range(n)]
 
 
 def write_jsonl(path: Path, rows) -> Path:

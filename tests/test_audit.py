@@ -44,13 +44,9 @@ def test_one_configuration_under_two_labels(tmp_path):
     assert "2 replicates end at 0.375, 0.375" in found["replicates"][0].text
 
 
-@pytest.mark.parametrize(
-    "settings", [{"dit_pool": "attention"}, {"decode_loss_weight": 0.1}, {"soft_tokens": 64}]
-)
+@pytest.mark.parametrize("settings", [{"dit_pool": "attention"}, {"decode_loss_weight": 0.1}, {"soft_tokens": 64}])
 def test_a_setting_with_an_effect_makes_another_experiment(tmp_path, settings):
-    found = kinds(
-        records_of(write_run(tmp_path, A, BRIDGED), write_run(tmp_path, B, BRIDGED, settings=settings))
-    )
+    found = kinds(records_of(write_run(tmp_path, A, BRIDGED), write_run(tmp_path, B, BRIDGED, settings=settings)))
     assert "same configuration, different labels" not in found and "replicates" not in found
 
 
@@ -91,17 +87,13 @@ def test_best_checkpoint_selection_and_changed_answers(tmp_path):
         in found["best checkpoint is not the best"][0].text
     )
     assert "all 8 items" in found["selection on the test set"][0].text
-    assert (
-        "answers moved since step 60 (0.375 to 0.375)" in found["the same weights score differently"][0].text
-    )
+    assert "answers moved since step 60 (0.375 to 0.375)" in found["the same weights score differently"][0].text
 
 
 def test_a_sound_run_has_none_of_these(tmp_path):
     """The final evaluation repeats the best step's answers; validation and test items differ."""
     run = write_run(tmp_path, A, BRIDGED | {"final": [0, 1, 2, 3]})
-    assert not {"best checkpoint is not the best", "the same weights score differently"} & set(
-        kinds(records_of(run))
-    )
+    assert not {"best checkpoint is not the best", "the same weights score differently"} & set(kinds(records_of(run)))
     final = run / "phase1_all_fix" / "eval_samples_step_final.jsonl"
     rows = evaluation([0, 1, 2])
     for row in rows:
@@ -119,8 +111,7 @@ def test_baselines_of_one_model_in_two_roles(tmp_path):
         write_jsonl(path, rows)
     texts = [f.text for f in kinds(records_of(one, two))["baselines differ"]]
     assert any(
-        t.startswith("org/Target alone: 0.750 as target on 4 GPU (1 runs) and 0.875 as source on 1 GPU")
-        for t in texts
+        t.startswith("org/Target alone: 0.750 as target on 4 GPU (1 runs) and 0.875 as source on 1 GPU") for t in texts
     )
 
 
@@ -212,9 +203,7 @@ def test_two_documents_with_two_values(tmp_path):
         claim(0.4, {"peak": {"run": A}}, document="two"),
     ]
     found = kinds(records, [claims.judge(c, records) for c in said])
-    assert (
-        found["documents disagree"][0].text == "one 0.5 and two 0.4 for the same quantity; recomputed 0.500"
-    )
+    assert found["documents disagree"][0].text == "one 0.5 and two 0.4 for the same quantity; recomputed 0.500"
 
 
 @pytest.mark.parametrize(("text", "message"), [
@@ -271,9 +260,7 @@ def own_project(tmp_path, entries, readme):
     ("dit", {"setting": {"run": OWN, "key": "bridge.producer"}}),
 ])  # fmt: skip
 def test_own_numbers_that_hold(tmp_path, value, measure):
-    result = own_project(
-        tmp_path, [{"document": "README.md", "value": value, "measure": measure}], f"It is {value}."
-    )
+    result = own_project(tmp_path, [{"document": "README.md", "value": value, "measure": measure}], f"It is {value}.")
     assert [v.why for v in result.own] == [""] and not result.broken
 
 

@@ -22,8 +22,8 @@ from bridgekit.batches import (
 )
 from bridgekit.config import ConfigError
 from bridgekit.pair import split_prompts
+from bridgekit.steps import local_batch
 from bridgekit.tasks.base import CUE, literal_prompt
-from bridgekit.train import local_batch
 
 CPU = torch.device("cpu")
 LAYERS = (1, 2)
@@ -161,9 +161,7 @@ def test_what_the_bridge_reads(tiny, pair, val):
     for view in ("prompt", "solution", "facts"):
         for e, row in zip(examples, read_source(lm, examples, view, said), strict=True):
             text = e.facts if view == "facts" else e.facts + literal_prompt(e).text
-            wanted = (
-                lm.bos + lm.tokenize([text])[0] + (lm.tokenize(["#### 7"])[0] if view == "solution" else [])
-            )
+            wanted = lm.bos + lm.tokenize([text])[0] + (lm.tokenize(["#### 7"])[0] if view == "solution" else [])
             assert row == wanted
     assert read_source(lm, val[:1], "prompt", {})[0] == lm.bos + lm.tokenize([literal_prompt(val[0]).text])[0]
 

@@ -56,8 +56,7 @@ def real(message) -> list[torch.Tensor]:
 
 def same(one, other, atol: float = 1e-5) -> bool:
     return all(
-        a.shape == b.shape and torch.allclose(a, b, atol=atol)
-        for a, b in zip(real(one), real(other), strict=True)
+        a.shape == b.shape and torch.allclose(a, b, atol=atol) for a, b in zip(real(one), real(other), strict=True)
     )
 
 
@@ -208,9 +207,7 @@ def test_teacher_tokens_are_for_training_alone(build, pair):
         message[training, wanted] = bridge.encode(*source(), SEEDS, teacher=teacher(pair))
     assert not same(message[True, "teacher"], message[True, "sampled"], atol=1e-3)
     assert same(message[False, "teacher"], message[False, "sampled"], atol=0)
-    without = build(producer="dit", dit_tokens="teacher").encode(
-        *source(), SEEDS
-    )  # evaluation has no gold answer
+    without = build(producer="dit", dit_tokens="teacher").encode(*source(), SEEDS)  # evaluation has no gold answer
     assert same(without, message[False, "teacher"], atol=0) and without.flow_error is None
 
 

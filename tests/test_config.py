@@ -82,9 +82,7 @@ def test_a_key_s_short_and_dotted_names_are_one():
     ],
 )  # fmt: skip
 def test_a_wrong_type_is_refused(key, value):
-    refuse(
-        key, type(value).__name__ if not isinstance(value, (str, list, dict)) else "expected", **{key: value}
-    )
+    refuse(key, type(value).__name__ if not isinstance(value, (str, list, dict)) else "expected", **{key: value})
 
 
 def test_a_number_that_yaml_reads_as_text_is_explained(write):
@@ -186,9 +184,7 @@ def test_a_copy_with_changes_is_checked_too():
 
 
 def test_later_sources_win(write):
-    path = write(
-        "steps: 1\nlr: 0.1\ntrain: {patience: 4}\nbatch_size: 64\noverrides: [train.lr=0.2, bridge.depth=1]"
-    )
+    path = write("steps: 1\nlr: 0.1\ntrain: {patience: 4}\nbatch_size: 64\noverrides: [train.lr=0.2, bridge.depth=1]")
     config = load_config(path, ["depth=3", "depth=4"], steps=2, lr=0.3, patience=5)
     assert (config.train.steps, config.train.patience) == (2, 5)  # keywords over the file
     assert config.train.lr == 0.2  # the file's overrides over both
@@ -239,8 +235,5 @@ def test_what_is_written_is_read_back_equal(tmp_path_factory, data):
     assert load_config(path) == config == build_config(to_flat(config))
     assert all(to_flat(config)[key] == check_type(key, value) for key, value in changes.items())
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in to_flat(config).items()}
-    lines = [
-        f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).splitlines()[0]}"
-        for k, v in plain.items()
-    ]
+    lines = [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).splitlines()[0]}" for k, v in plain.items()]
     assert load_config(overrides=lines) == config

@@ -47,9 +47,7 @@ def test_every_declared_range_holds_its_pin(requirement):
     pins = read_pins()
     name = canonicalize_name(requirement.name)
     assert name in pins, f"{requirement.name}: declared in pyproject.toml, not pinned in constraints.txt"
-    assert requirement.specifier.contains(pins[name]), (
-        f"{name}: {pins[name]} is outside {requirement.specifier}"
-    )
+    assert requirement.specifier.contains(pins[name]), f"{name}: {pins[name]} is outside {requirement.specifier}"
 
 
 def test_pins_cover_what_the_declared_packages_need():
@@ -89,17 +87,13 @@ def test_conda_users_get_the_same_environment():
     assert sorted(r.name for r in listed) == sorted(r.name for r in DECLARED)
     pins = read_pins()
     for requirement in listed:
-        assert str(requirement.specifier) == f"=={pins[canonicalize_name(requirement.name)]}", (
-            requirement.name
-        )
+        assert str(requirement.specifier) == f"=={pins[canonicalize_name(requirement.name)]}", requirement.name
 
 
 def test_torch_is_a_range_for_the_package_and_a_pin_for_the_set_up():
     (torch,) = [r for r in DECLARED if r.name == "torch"]
     assert "==" not in str(torch.specifier)
-    assert "^torch==" in (ROOT / ".ci/install").read_text(), (
-        "the pin must stand in the install command itself"
-    )
+    assert "^torch==" in (ROOT / ".ci/install").read_text(), "the pin must stand in the install command itself"
     assert "torch" in read_pins()
 
 

@@ -124,9 +124,7 @@ def test_controls_that_were_not_trained_are_left_out(tiny, val, make_evaluator):
     config = tiny(max_new_tokens=4)
     evaluator = make_evaluator(config)
     bridges = {"bridged": build_bridges(config, evaluator)["bridged"]}
-    (row,) = evaluator.evaluate(
-        val[:1], bridges, "0", ("source", "target", "bridged", "constant", "self_bridge")
-    )
+    (row,) = evaluator.evaluate(val[:1], bridges, "0", ("source", "target", "bridged", "constant", "self_bridge"))
     assert "bridged_full" in row and "constant_full" not in row and "self_bridge_full" not in row
 
 
@@ -184,9 +182,7 @@ def test_a_baseline_is_made_anew_when_what_it_depends_on_changes(tiny, pair, val
 # -- what each condition reads ------------------------------------------------------------------------------
 
 
-def decode(
-    config, pair, bridge, examples, readers, change=lambda hidden, mask, seeds: hidden
-) -> list[Generated]:
+def decode(config, pair, bridge, examples, readers, change=lambda hidden, mask, seeds: hidden) -> list[Generated]:
     """Bridged text of `examples` from the states of `readers`, put together here from its parts."""
     evaluator_layers = config.bridge.source_layers.split(",")
     states = SourceStates(
@@ -213,16 +209,12 @@ def test_bridged_shuffled_zero_and_noise_read_what_they_should(tiny, pair, val, 
     wanted = {
         "bridged": decode(config, pair, bridges["bridged"], some, some),
         "shuffled": decode(config, pair, bridges["bridged"], some, donors),
-        "zero": decode(
-            config, pair, bridges["bridged"], some, some, lambda hidden, *_: torch.zeros_like(hidden)
-        ),
+        "zero": decode(config, pair, bridges["bridged"], some, some, lambda hidden, *_: torch.zeros_like(hidden)),
         "noise": decode(config, pair, bridges["bridged"], some, some, matched_noise),
     }
     for condition, said in wanted.items():
         assert [row[f"{condition}_full"] for row in rows] == [g.text for g in said], condition
-        assert [row[f"{condition}_logprob"] for row in rows] == pytest.approx(
-            [g.logprob for g in said], abs=2e-5
-        )
+        assert [row[f"{condition}_logprob"] for row in rows] == pytest.approx([g.logprob for g in said], abs=2e-5)
     for one, other in itertools.combinations(wanted, 2):  # four conditions, not one under four names
         assert any(abs(row[f"{one}_logprob"] - row[f"{other}_logprob"]) > 1e-4 for row in rows), (one, other)
 
@@ -267,9 +259,7 @@ def test_text_conditions_say_what_their_names_promise(tiny, pair, val, make_eval
     literal = [literal_prompt(e).text for e in some]
     assert prompts("source") == prompts("target") == prompts("target_suffix") == literal
     assert prompts("target_told") == [e.told + text for e, text in zip(some, literal, strict=True)]
-    relayed = {
-        c: [p.removesuffix(t) for p, t in zip(prompts(c), literal, strict=True)] for c in prompts_of_relay()
-    }
+    relayed = {c: [p.removesuffix(t) for p, t in zip(prompts(c), literal, strict=True)] for c in prompts_of_relay()}
     assert relayed["relay_full"] == [f"Helper: {text.replace(chr(10), ' ')}\n" for text in texts]
     assert relayed["relay_answer"] == ["Helper: #### 26\n", "Helper: \n", "Helper: \n"]
     for text, whole, cut in zip(texts, relayed["relay_full"], relayed["relay_cut"], strict=True):
@@ -286,9 +276,7 @@ def prompts_of_relay() -> list[str]:
 
 @pytest.mark.parametrize("mode", ["soft_plus_text", "soft_only"])
 @pytest.mark.parametrize("position", ["start", "question", "end"])
-def test_target_suffix_has_exactly_the_text_of_the_bridged_prompt(
-    tiny, pair, val, make_evaluator, mode, position
-):
+def test_target_suffix_has_exactly_the_text_of_the_bridged_prompt(tiny, pair, val, make_evaluator, mode, position):
     evaluator = make_evaluator(tiny(prompt_mode=mode, soft_position=position))
     lm = pair.target
     suffix = [lm.bos + p.all for p in split_prompts(lm, evaluator._prompts("target_suffix", val, {}))]
@@ -302,9 +290,7 @@ def test_a_self_bridge_reads_only_what_the_target_may_read(tiny, pair, make_eval
     examples = load_examples(config, pair.lexicon_seed, "val")[:5]
     evaluator = make_evaluator(config)
     own = evaluator._states("self_bridge", examples, pair.target, {})
-    assert [pair.target.tokenizer.decode(row[1:]) for row in own.rows] == [
-        literal_prompt(e).text for e in examples
-    ]
+    assert [pair.target.tokenizer.decode(row[1:]) for row in own.rows] == [literal_prompt(e).text for e in examples]
     theirs = evaluator._states("bridged", examples, pair.source, {})
     for e, row in zip(examples, theirs.rows, strict=True):
         assert e.facts in pair.source.tokenizer.decode(row) and e.facts

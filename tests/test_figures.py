@@ -22,9 +22,7 @@ from bridgekit.figures_studies import plot_headroom
 
 def colour_of(artist):
     filled = hasattr(artist, "get_facecolor") and not hasattr(artist, "get_segments")
-    colour = np.asarray(
-        artist.get_facecolor() if filled else matplotlib.colors.to_rgba_array(artist.get_color())
-    )
+    colour = np.asarray(artist.get_facecolor() if filled else matplotlib.colors.to_rgba_array(artist.get_color()))
     return to_hex(colour.reshape(-1, 4)[0])
 
 
@@ -40,9 +38,7 @@ def test_every_figure_draws_a_condition_in_its_colour():
 
 
 def lightness(rgb):
-    linear = np.where(
-        np.array(rgb) <= 0.04045, np.array(rgb) / 12.92, ((np.array(rgb) + 0.055) / 1.055) ** 2.4
-    )
+    linear = np.where(np.array(rgb) <= 0.04045, np.array(rgb) / 12.92, ((np.array(rgb) + 0.055) / 1.055) ** 2.4)
     return 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16  # CIE L*, 0 black to 100 white
 
 
@@ -123,9 +119,7 @@ def test_style_does_not_leak_out_nor_in():
 
 
 def test_no_figure_stays_open_behind_the_one_returned():
-    assert (
-        drawn("groups") and matplotlib.pyplot.get_fignums() == []
-    )  # an open one would be shown twice by a notebook
+    assert drawn("groups") and matplotlib.pyplot.get_fignums() == []  # an open one would be shown twice by a notebook
 
 
 def test_figure_size_is_a_share_of_the_text():

@@ -79,9 +79,7 @@ def test_a_baseline_that_moves_is_drawn_moving():
     assert mark(plot_accuracy_curve(curve), "line:target").get_ydata()[-1] == 0.5
 
 
-@pytest.mark.parametrize(
-    "name, subset", [("conditions", "all"), ("conditions_held", "source_only_held_unit")]
-)
+@pytest.mark.parametrize("name, subset", [("conditions", "all"), ("conditions_held", "source_only_held_unit")])
 def test_conditions_are_dots_with_intervals_in_the_usual_order(name, subset):
     table, fig = conditions_table(), drawn(name)
     rows = table[table["subset"] == subset].set_index("condition")
@@ -145,9 +143,7 @@ BAD = {
     "no subset": (lambda: plot_conditions(conditions_table(), "sources"), "no subset 'sources'"),
     "two runs": (lambda: plot_conditions(pd.concat([conditions_table()] * 2)), "two rows for condition"),
     "nan interval": (
-        lambda: plot_conditions(
-            broken(conditions_table(), "low", np.nan), conditions_table()["subset"].iloc[0]
-        ),
+        lambda: plot_conditions(broken(conditions_table(), "low", np.nan), conditions_table()["subset"].iloc[0]),
         f"low of '{conditions_table()['condition'].iloc[0]}' is not a number",
     ),
     "no groups": (
@@ -173,10 +169,7 @@ def test_what_cannot_be_drawn_truthfully_is_refused_in_one_line(name):
 
 
 def metrics():
-    lines = [
-        {"step": s, "loss": 1.0 / s, "lr": 1e-3, "grad_norm": 1.0, "losses": {}, "seconds": 1}
-        for s in (1, 50)
-    ]
+    lines = [{"step": s, "loss": 1.0 / s, "lr": 1e-3, "grad_norm": 1.0, "losses": {}, "seconds": 1} for s in (1, 50)]
     now = {"source": 0.5, "target": 0.75, "n": 256, "n_units": 64}
     for step, bridged in ((0, 0.75), (100, 0.8125), (200, 0.875)):
         lines.append({"step": step, "eval": now | {"bridged": bridged, "bridged_source_only": 0.5}})

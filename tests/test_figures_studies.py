@@ -47,9 +47,7 @@ def test_differences_are_filled_only_where_they_hold():
 def test_differences_on_the_same_problems_say_so_once():
     fig = plot_differences(differences().head(3).assign(a="bridged"))
     assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == list(differences()["label"].head(3))
-    assert (
-        fig.axes[0].get_xlabel() == "accuracy of bridged minus that of the control\n(n = 2,000 on 760 units)"
-    )
+    assert fig.axes[0].get_xlabel() == "accuracy of bridged minus that of the control\n(n = 2,000 on 760 units)"
 
 
 def test_the_seeds_of_a_verdict_share_a_row_named_by_its_control():
@@ -82,9 +80,7 @@ def test_figures_and_tables_take_what_the_verdict_gives():
     assert forest.axes[0].get_xlabel() == "accuracy of bridged minus that of the control"
     assert marks(forest, "point:shuffled on source-only problems")
     counts = verdict.headroom(frame).counts
-    assert mark(plot_headroom(counts), "bar:source_only:0").get_width() == counts["source_only"] / sum(
-        counts.values()
-    )
+    assert mark(plot_headroom(counts), "bar:source_only:0").get_width() == counts["source_only"] / sum(counts.values())
 
 
 def test_faults_are_bars_of_the_mean_with_every_seed_and_both_references():
@@ -133,9 +129,7 @@ def test_attention_shows_the_stretch_of_a_long_prompt_that_is_read_most():
     weights[:, 70:75] = 5.0
     fig = plot_attention(weights, [f"t{i}" for i in range(100)], max_tokens=5)
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == ["t70", "t71", "t72", "t73", "t74"]
-    assert (
-        fig.axes[0].get_xlabel() == f"source token (71\N{EN DASH}75 of 100, {25 / 34.5:.0%} of the attention)"
-    )
+    assert fig.axes[0].get_xlabel() == f"source token (71\N{EN DASH}75 of 100, {25 / 34.5:.0%} of the attention)"
 
 
 def test_attention_classes_show_share_interval_and_the_even_share():

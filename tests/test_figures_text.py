@@ -38,12 +38,8 @@ def test_table_in_percent_and_in_latex():
     latex = format_table(table, style="latex", subsets=["all", "source_only_held_unit"], percent=True)
     latex = latex.splitlines()
     assert latex[:2] == [r"\begin{tabular}{lrr}", r"\toprule"] and latex[-1] == r"\end{tabular}"
-    assert (
-        latex[2] == r" &  & source-only, \\" and latex[3] == r" & all held-out problems & held-out units \\"
-    )
-    assert latex[4] == r"condition & (n = 2,000) & (n = 300) \\" and latex[7].startswith(
-        f"target alone & {cell} & "
-    )
+    assert latex[2] == r" &  & source-only, \\" and latex[3] == r" & all held-out problems & held-out units \\"
+    assert latex[4] == r"condition & (n = 2,000) & (n = 300) \\" and latex[7].startswith(f"target alone & {cell} & ")
     assert latex[8].startswith(r"\textbf{bridged} & \textbf{")
 
 
@@ -107,12 +103,7 @@ def test_transcripts_show_one_gained_one_wrong_one_harmed():
     text = format_transcripts(evaluation())
     gained, wrong, harmed = questions(text)
     assert gained < 6 and 11 <= wrong < 16 and 16 <= harmed
-    assert (
-        text.count("(6 of 20 problems)")
-        == text.count("(5 of 20 problems)")
-        == text.count("(4 of 20 problems)")
-        == 1
-    )
+    assert text.count("(6 of 20 problems)") == text.count("(5 of 20 problems)") == text.count("(4 of 20 problems)") == 1
     assert "| source alone | target alone | bridged | shuffled source |" in text
     assert "group source&#95;only" in text and f"Gold answer: <code>{gained * 15}</code>" in text
     first = text.split("**Still wrong")[0]

@@ -27,16 +27,12 @@ def prompts(pair, val) -> list[list[int]]:
     lm = pair.target
     some = [literal_prompt(e) for e in val[:6]] + [told_prompt(e) for e in val[6:8]]
     rows = [lm.bos + p.all for p in split_prompts(lm, some)]
-    almost = (
-        lm.bos + lm.tokenize([literal_prompt(val[8]).text + val[8].solution])[0]
-    )  # nothing left but the end
+    almost = lm.bos + lm.tokenize([literal_prompt(val[8]).text + val[8].solution])[0]  # nothing left but the end
     return [almost, *rows]
 
 
 def generate(lm, rows, **options):
-    return generate_batch(
-        lm, rows, [[] for _ in rows], max_new_tokens=options.pop("max_new_tokens", N_NEW), **options
-    )
+    return generate_batch(lm, rows, [[] for _ in rows], max_new_tokens=options.pop("max_new_tokens", N_NEW), **options)
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +94,7 @@ def test_decoding_stops_when_the_answer_is_complete(pair, val):
         hook.remove()
     for said, ended in zip(going_on, generate(lm, rows, max_new_tokens=CHECK_EVERY * 12), strict=True):
         assert said.text.startswith(ended.text + "\n") and answer_is_complete(said.text)
-        assert (
-            said.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY
-        )  # looked at every so many steps
+        assert said.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY  # looked at every so many steps
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -161,11 +155,7 @@ class Watching(Prefix):
     @contextmanager
     def attach(self, target, current):
         def note(module, arguments, keywords):
-            given = (
-                keywords["inputs_embeds"]
-                if keywords.get("inputs_embeds") is not None
-                else keywords["input_ids"]
-            )
+            given = keywords["inputs_embeds"] if keywords.get("inputs_embeds") is not None else keywords["input_ids"]
             self.seen.append((len(current().tokens), len(given)))
             self.tokens.append(current().tokens)
 
@@ -204,9 +194,7 @@ def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, accelerator, tm
         config = tiny(producer="dit", n_soft_tokens=-1, source_layers="2,4", **changes)
         torch.manual_seed(0)
         bridges = {"bridged": build_bridge(config, 2, pair.source.hidden_size, pair.target)}
-        bridges["constant"] = build_bridge(
-            config.with_(producer="constant"), 2, pair.source.hidden_size, pair.target
-        )
+        bridges["constant"] = build_bridge(config.with_(producer="constant"), 2, pair.source.hidden_size, pair.target)
         folder = tmp_path / str(size)
         folder.mkdir()
         evaluator = Evaluator(config, pair, accelerator, folder)

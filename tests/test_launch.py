@@ -49,9 +49,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     """Every living process with this folder in its command line: launcher and workers of its runs."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
-        if process.info["status"] != psutil.STATUS_ZOMBIE and str(folder) in " ".join(
-            process.info["cmdline"] or []
-        ):
+        if process.info["status"] != psutil.STATUS_ZOMBIE and str(folder) in " ".join(process.info["cmdline"] or []):
             found.append(process)
     return [process for process in found if "bridgekit.train" in process.info["cmdline"]]
 
@@ -137,9 +135,7 @@ def test_a_killed_worker_fails_the_cell(endless):
 
 def test_a_child_that_cannot_start_is_reported_in_its_own_words(tmp_path):
     run_dir = open_tiny_run(tmp_path, f"pair.source_model={tmp_path / 'nowhere'}")
-    with pytest.raises(
-        RuntimeError, match="baselines failed: pair.source_model.*nowhere.*train.log"
-    ) as error:
+    with pytest.raises(RuntimeError, match="baselines failed: pair.source_model.*nowhere.*train.log") as error:
         launch.run_stage(run_dir, "baselines")
     assert "\n" not in str(error.value)
     assert runs.read_status(run_dir)["state"] == "failed"
@@ -187,10 +183,7 @@ def test_a_headless_run_that_fails_looks_like_one(tmp_path):
     child = start_run_command(tmp_path, [*TINY, f"pair.target_model={tmp_path / 'nowhere'}"])
     out, err = child.communicate()
     assert child.returncode == 1
-    assert (
-        err.startswith("error: phase1.ipynb failed: baselines failed: pair.target_model")
-        and err.count("\n") == 1
-    )
+    assert err.startswith("error: phase1.ipynb failed: baselines failed: pair.target_model") and err.count("\n") == 1
     (run_dir,) = tmp_path.glob("runs/*_*")
     assert runs.read_status(run_dir)["state"] == "failed"
     assert [path.name for path in run_dir.glob("*.ipynb")] == ["phase1.failed.ipynb"]
@@ -280,9 +273,7 @@ def test_progress_is_one_line_on_a_terminal_and_news_elsewhere(tmp_path):
     subprocess.run([sys.executable, "-c", code], stdout=theirs, check=True)
     os.close(theirs)
     shown = os.read(ours, 10_000).decode()
-    assert (
-        shown.count("\r\x1b[K") == 4 and shown.count("\n") == 1 and shown.endswith("done · 0:10 in all\r\n")
-    )
+    assert shown.count("\r\x1b[K") == 4 and shown.count("\n") == 1 and shown.endswith("done · 0:10 in all\r\n")
 
 
 def test_several_processes_are_started_the_way_that_works_on_cpu():

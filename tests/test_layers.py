@@ -14,10 +14,10 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bridgekit"
 # Top-level modules and packages of bridgekit, bottom layer first. A new module is entered in one layer.
 LAYERS = (
-    """answers audit* claims config effective figures* findings manifest measures outcomes own_claims
+    """answers audit* claims config effective figures* findings headline manifest measures outcomes own_claims
     preserve readings reports runfolders runlogs runs stats tasks verdict""",
     "bridges losses pair",
-    "attention batches diagnostics evaluator generation pretrain train",
+    "attention batches checkpoints diagnostics evaluator generation pretrain steps train trainer",
     "cli headless launch sweep",
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}
@@ -61,9 +61,7 @@ def heavy_imports(module: str) -> set[str]:
 
 def siblings(module: str) -> set[str]:
     """The modules of this package that a module imports."""
-    names = {
-        name.removeprefix("bridgekit.") for name in imported_names(module) if name.startswith("bridgekit.")
-    }
+    names = {name.removeprefix("bridgekit.") for name in imported_names(module) if name.startswith("bridgekit.")}
     found = {name for name in names if name in MODULES}
     # `from bridgekit.bridges import dit` names the package and the module; it is the module that is meant.
     return {name for name in found if not any(other.startswith(name + ".") for other in found)} - {module}
@@ -76,9 +74,7 @@ def test_a_module_belongs_to_one_layer_and_imports_downward(module):
     assert len(layers) == 1, f"bridgekit/{module} stands in the layers {layers}; it belongs to one"
     for other in siblings(module):
         above = [layer for layer in layers_of(other) if layer > layers[0]]
-        assert not above, (
-            f"{module} (layer {layers[0]}) imports {other} (layer {above[0]}): imports point downward"
-        )
+        assert not above, f"{module} (layer {layers[0]}) imports {other} (layer {above[0]}): imports point downward"
 
 
 @pytest.mark.parametrize("module", in_layer(0) + in_layer(3))

@@ -13,7 +13,7 @@ import torch
 from bridgekit import losses
 from bridgekit.bridges import build_bridge
 from bridgekit.bridges.base import Soft
-from bridgekit.train import answer_logits, bridged_logits, step_losses
+from bridgekit.steps import answer_logits, bridged_logits, step_losses
 
 NAMES = ("nll", "kl", "prompt", "info_nce", "format", "flow")
 B, A, V, K, P, D = 3, 5, 11, 4, 6, 8
@@ -67,9 +67,7 @@ def prompt_by_hand(tokens, mask, embeds, embeds_mask) -> tuple[float, int]:
         if mask[i][j] and embeds_mask[i][j]
     ]  # fmt: skip
     size = np.mean([np.square(embeds[i][j]) for i, j in places])
-    return sum(np.mean(np.square(np.subtract(tokens[i][j], embeds[i][j]))) / size for i, j in places), len(
-        places
-    )
+    return sum(np.mean(np.square(np.subtract(tokens[i][j], embeds[i][j]))) / size for i, j in places), len(places)
 
 
 def info_nce_by_hand(anchors, positives, offset, temperature) -> tuple[float, int]:
@@ -128,14 +126,10 @@ def test_prompt_alignment_by_hand_and_shifted():
     assert agree(right, prompt_by_hand(tokens.tolist(), mask.tolist(), embeds.tolist(), real.tolist()))
     for other, other_mask in ((embeds.roll(1, dims=1), real), (embeds, shift(real))):
         moved = losses.prompt_alignment(tokens, mask, other, other_mask)
-        assert agree(
-            moved, prompt_by_hand(tokens.tolist(), mask.tolist(), other.tolist(), other_mask.tolist())
-        )
+        assert agree(moved, prompt_by_hand(tokens.tolist(), mask.tolist(), other.tolist(), other_mask.tolist()))
         assert not math.isclose(moved[0], right[0], rel_tol=1e-2)
     assert losses.prompt_alignment(embeds, real, embeds, real)[0] == 0
-    assert agree(
-        losses.prompt_alignment(tokens * 5, mask, embeds * 5, real), (right[0].item(), int(right[1]))
-    )
+    assert agree(losses.prompt_alignment(tokens * 5, mask, embeds * 5, real), (right[0].item(), int(right[1])))
 
 
 def test_info_nce_by_hand_and_shifted():
@@ -147,10 +141,7 @@ def test_info_nce_by_hand_and_shifted():
         assert agree(moved, info_nce_by_hand(anchors, positives, offset, 0.2))
         assert not math.isclose(moved[0], right[0], rel_tol=1e-2)
     both = torch.cat([anchors, anchors.flip(0)])  # two processes, each with its own half, are one with all
-    parts = (
-        losses.info_nce(anchors, positives, 0, 0.2)[0]
-        + losses.info_nce(anchors.flip(0), positives, B, 0.2)[0]
-    )
+    parts = losses.info_nce(anchors, positives, 0, 0.2)[0] + losses.info_nce(anchors.flip(0), positives, B, 0.2)[0]
     assert losses.info_nce(both, positives, 0, 0.2)[0].item() == pytest.approx(parts.item(), rel=1e-5)
 
 
@@ -243,9 +234,7 @@ def test_a_step_s_losses_are_those_of_its_examples_one_by_one(one_step, pair):
     weights = dict(
         nll_weight=1.0, kl_weight=0.5, kl_tokens=6, format_weight=0.1, prompt_weight=0.2, info_nce_weight=1.0
     )
-    config, bridge, batch, found = one_step(
-        **weights, soft_position="end", n_soft_tokens=-1, teacher="prompt"
-    )
+    config, bridge, batch, found = one_step(**weights, soft_position="end", n_soft_tokens=-1, teacher="prompt")
     lm, nothing = pair.target, torch.zeros(0, pair.target.hidden_size)
     with torch.no_grad():
         message = bridge.encode(batch.states, batch.mask, batch.seeds)
@@ -283,9 +272,7 @@ def test_moving_labels_or_padding_of_a_batch_moves_every_answer_loss(one_step, p
     ):
         for name, (total, _) in again(**changes).items():
             assert not math.isclose(total.item(), found[name][0].item(), rel_tol=1e-2), name
-    longer = torch.cat(
-        [batch.labels, torch.full_like(batch.labels[:, :2], 7)], dim=1
-    )  # more padding: nothing moves
+    longer = torch.cat([batch.labels, torch.full_like(batch.labels[:, :2], 7)], dim=1)  # more padding: nothing moves
     wider = {"labels_mask": batch.labels_mask, "marker": batch.marker}
     wider = {k: torch.cat([v, torch.zeros_like(v[:, :2])], dim=1) for k, v in wider.items()}
     for name, (total, count) in again(labels=longer, **wider).items():

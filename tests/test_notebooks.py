@@ -76,9 +76,7 @@ def test_cells_are_short_and_only_call(path):
         assert not any(line.lstrip().startswith(("!", "%")) for line in lines), cell.source
         assert "sys.path" not in cell.source
         for node in ast.walk(ast.parse(cell.source)):
-            assert not isinstance(node, (ast.ClassDef, ast.FunctionDef)), (
-                f"{node.name} belongs in the package"
-            )
+            assert not isinstance(node, (ast.ClassDef, ast.FunctionDef)), f"{node.name} belongs in the package"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)

@@ -169,12 +169,7 @@ def test_a_token_on_a_boundary_goes_to_the_earlier_piece(pair, role, text, cuts)
     (pieces,) = split_prompts(lm, [prompt])
     assert pieces.all == lm.tokenize([text])[0]
     # Counted by hand: a piece begins with the first token that starts at or after the cut.
-    starts = [
-        a
-        for a, _ in lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
-            "offset_mapping"
-        ]
-    ]
+    starts = [a for a, _ in lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
     place = [next((i for i, s in enumerate(starts) if s >= cut), len(starts)) for cut in (first, second)]
     assert (len(pieces.prefix), len(pieces.prefix + pieces.question)) == tuple(place)
 
@@ -230,9 +225,7 @@ def test_corrupted_weights_are_refused(copied, damage):
     folder, config = copied
     path = folder / "target/model.safetensors"
     data = path.read_bytes()
-    path.write_bytes(
-        {"truncated": data[: len(data) // 2], "header": b"\xff" * 16 + data[16:], "empty": b""}[damage]
-    )
+    path.write_bytes({"truncated": data[: len(data) // 2], "header": b"\xff" * 16 + data[16:], "empty": b""}[damage])
     refuse(config, "pair.target_model", str(folder / "target"))
 
 
@@ -256,9 +249,7 @@ def test_a_model_the_hub_cannot_give_is_refused(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no test waits for a network
-    config = replace(
-        load_config(), pair=replace(load_config().pair, target_model="no-such-owner/no-such-model")
-    )
+    config = replace(load_config(), pair=replace(load_config().pair, target_model="no-such-owner/no-such-model"))
     refuse(config, "pair.target_model", "no-such-owner/no-such-model")
 
 

@@ -31,9 +31,7 @@ def test_the_kept_tables_say_what_the_raw_run_says(tmp_path, root):
     raw, again = read_run(run), read_run(kept)
     assert again.generation == "derived" and again.name == raw.name
     assert again.outcomes.astype(str).equals(raw.outcomes.astype(str))
-    assert (
-        again.curve.equals(raw.curve) and again.losses.equals(raw.losses) and again.logged.equals(raw.logged)
-    )
+    assert again.curve.equals(raw.curve) and again.losses.equals(raw.losses) and again.logged.equals(raw.logged)
     assert again.config == raw.config
     for key in ("world_size", "parameters_m", "gpu", "started", "ended", "saved_best"):
         assert again.facts[key] == raw.facts[key], key
@@ -82,10 +80,7 @@ def test_a_run_without_any_evaluation_is_kept_with_its_losses(tmp_path, root):
     kept = preserve.preserve(run, root)
     assert find_runs(root) == [kept]
     assert read_run(kept).losses.equals(read_run(run).losses)
-    assert (
-        "crash: out of memory after step 60, cross_attention.py:1771 in main"
-        in (kept / "manifest.md").read_text()
-    )
+    assert "crash: out of memory after step 60, cross_attention.py:1771 in main" in (kept / "manifest.md").read_text()
     assert "(step 250): target 0.730, bridged 0.470" in (kept / "manifest.md").read_text()
     assert manifest.write_manifest(root).is_file()
 
@@ -134,9 +129,7 @@ def test_one_bad_run_does_not_stop_the_others(tmp_path, root, capsys):
     (bad / "train.log").write_bytes(b"")
     assert preserve.main([str(tmp_path / "runs"), "--root", str(root)]) == 2
     out = capsys.readouterr()
-    assert (
-        "neither evaluations nor losses" in out.err and f"kept {root / 'first_experiments' / NAME}" in out.out
-    )
+    assert "neither evaluations nor losses" in out.err and f"kept {root / 'first_experiments' / NAME}" in out.out
     assert (root / "README.md").is_file()
 
 
@@ -149,17 +142,11 @@ def test_prose_survives_and_generated_parts_follow_the_data(tmp_path, root):
     prose = entry.read_text().replace(manifest.UNWRITTEN, "Written by hand, with | and <tags>.", 1)
     entry.write_text(prose.replace("| bridged | 3/8", "| bridged | 8/8"))
     manifest.write_manifest(root)
-    assert (
-        "Written by hand, with | and <tags>." in entry.read_text() and "| bridged | 3/8" in entry.read_text()
-    )
+    assert "Written by hand, with | and <tags>." in entry.read_text() and "| bridged | 3/8" in entry.read_text()
     readme = root / "README.md"
     readme.write_text("A hand-written opening.\n" + readme.read_text())
     first = manifest.write_manifest(root, {"findings": "found: nothing"}).read_text()
-    assert (
-        first.startswith("A hand-written opening.")
-        and "found: nothing" in first
-        and "| bridged | 3/8" in first
-    )
+    assert first.startswith("A hand-written opening.") and "found: nothing" in first and "| bridged | 3/8" in first
     assert manifest.write_manifest(root).read_text() == first
 
 

@@ -27,9 +27,7 @@ def test_the_curve_names_its_best_step_and_since_when_it_is_above_the_target():
         curve([(0.4, 0.3, 0.5), (0.7, 0.6, 0.8), (0.6, 0.5, 0.7), (0.8, 0.7, 0.9), (0.79, 0.6, 0.9)])
     )
     assert "0.800 [0.700, 0.900] at step 300 of 400" in text
-    assert (
-        "From step 300 on" in text
-    )  # at 200 the interval touched the target: what came before does not count
+    assert "From step 300 on" in text  # at 200 the interval touched the target: what came before does not count
 
 
 @pytest.mark.parametrize(
@@ -74,10 +72,7 @@ def groups(n: int) -> pd.DataFrame:
 
 def test_groups_say_what_is_recovered_and_whether_answers_follow_the_donor():
     text = readings.read_groups(groups(120))
-    assert (
-        "On 120 problems about 120 held-out units, known to the source alone, the bridge recovers 0.500 ["
-        in text
-    )
+    assert "On 120 problems about 120 held-out units, known to the source alone, the bridge recovers 0.500 [" in text
     assert "message, 0.333 [" in text
     assert "held-out value" not in text
 

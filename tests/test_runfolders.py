@@ -95,11 +95,7 @@ def test_a_run_of_the_first_experiments(tmp_path):
         "first",
     )
     assert record.steps() == ["0", "20", "40", "60", "final"]
-    assert (
-        record.config["seed"] == 1234
-        and record.config["bf16"] is True
-        and record.config["dit_cfg_dropout"] is None
-    )
+    assert record.config["seed"] == 1234 and record.config["bf16"] is True and record.config["dit_cfg_dropout"] is None
     assert record.facts["started"] == "2025-11-16T20:12:12" and record.facts["ended"] == "2025-11-16T22:08:44"
     assert record.losses["dit_flow"].tolist() == [0.02, 0.04, 0.06]
     assert record.problems == []
@@ -132,9 +128,7 @@ def test_a_link_out_of_the_folder_is_not_read(tmp_path):
     (tmp_path / "runs" / "linked").symlink_to(outside / "phase1_all_fix")
     record = read_run(run)
     assert "final" not in record.steps()
-    assert (
-        "eval_samples_step_final.jsonl: a link that leads out of the run folder; not read" in record.problems
-    )
+    assert "eval_samples_step_final.jsonl: a link that leads out of the run folder; not read" in record.problems
     assert find_runs(tmp_path / "runs") == [run / "phase1_all_fix"]
 
 
@@ -150,9 +144,7 @@ def test_awkward_folder_names(tmp_path, name):
 def test_several_runs_in_one_folder(tmp_path):
     write_run(tmp_path, "ablations_20251116_201212", BRIDGED, sub="1a")
     write_run(tmp_path / "other", "ablations_20251116_201212", BRIDGED, sub="2b")
-    (tmp_path / "other" / "ablations_20251116_201212" / "2b").rename(
-        tmp_path / "ablations_20251116_201212" / "2b"
-    )
+    (tmp_path / "other" / "ablations_20251116_201212" / "2b").rename(tmp_path / "ablations_20251116_201212" / "2b")
     names = [read_run(f).name for f in find_runs(tmp_path)]
     assert names == ["ablations_20251116_201212.1a", "ablations_20251116_201212.2b"]
     with pytest.raises(ValueError, match="several runs in it: 1a, 2b"):
@@ -172,8 +164,7 @@ def write_own(folder, rows=None, config=None, metrics=""):
     (folder / "config.yaml").write_text(config or "run: {seed: 3}\nbridge: {producer: dit}\n")
     (folder / "provenance.json").write_text('{"command": ["bridgekit", "run"]}')
     (folder / "metrics.jsonl").write_text(
-        '{"step": 10, "loss": 2.5, "losses": {"nll": 2.0}}\n{"step": 10, "eval": {"bridged": 0.4, "n": 8}}\n'
-        + metrics
+        '{"step": 10, "loss": 2.5, "losses": {"nll": 2.0}}\n{"step": 10, "eval": {"bridged": 0.4, "n": 8}}\n' + metrics
     )
     write_jsonl(folder / "eval_samples_step_final.jsonl", rows or evaluation([0, 1]))
     return folder

@@ -58,10 +58,7 @@ def test_a_crash_that_is_no_lack_of_memory(tmp_path):
         read(tmp_path, log_text(crash="Traceback (most recent call last):\n  Fi")).crashes[0]["kind"]
         == "traceback cut off"
     )
-    assert (
-        read(tmp_path, log_text(crash="slurmstepd: error: Detected 1 oom_kill event\n")).crashes[0]["step"]
-        == 60
-    )
+    assert read(tmp_path, log_text(crash="slurmstepd: error: Detected 1 oom_kill event\n")).crashes[0]["step"] == 60
 
 
 def test_older_logs_without_source_accuracy_and_without_world_size(tmp_path):
@@ -89,9 +86,7 @@ def test_carriage_returns_as_line_ends(tmp_path):
 
 def test_what_is_wrong_is_said_in_one_line(tmp_path):
     assert read(tmp_path, b"").problems == ["train.log: the log is empty (0 bytes)"]
-    assert (
-        "no configuration block" in read(tmp_path, "Step 20/60 | Loss (avg over last 20): 1.0\n").problems[0]
-    )
+    assert "no configuration block" in read(tmp_path, "Step 20/60 | Loss (avg over last 20): 1.0\n").problems[0]
     nan = read(tmp_path, log_text(final=(0.5, 0.5, math.nan)).replace("4.0000", "nan"))
     assert any("bridged accuracy at step final is nan" in p for p in nan.problems)
     assert any("a loss is not a number" in p for p in nan.problems)

@@ -230,9 +230,7 @@ def test_smallest_effect_shrinks_with_n_and_grows_with_correlation(n, discordanc
 # -- power and correlation ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "effect, discordance", [(0.02, 0.125), (0.02, 0.235), (0.1, 0.3), (0.1, 0.1), (0.3, 0.9)]
-)
+@pytest.mark.parametrize("effect, discordance", [(0.02, 0.125), (0.02, 0.235), (0.1, 0.3), (0.1, 0.1), (0.3, 0.9)])
 @pytest.mark.parametrize("power, alpha", [(0.8, 0.05), (0.9, 0.01)])
 def test_sample_size_equals_statsmodels(effect, discordance, power, alpha):
     spread = np.sqrt(discordance - effect**2)
@@ -264,9 +262,7 @@ def test_smallest_effect_counts_units_where_problems_are_copies():
 
 def test_correlation_equals_shrout_and_fleiss():
     ratings = np.array([[9, 2, 5, 8], [6, 1, 3, 2], [8, 4, 6, 8], [7, 1, 2, 6], [10, 5, 6, 9], [6, 2, 4, 7]])
-    assert intraclass_correlation(ratings.ravel(), np.repeat(np.arange(6), 4)) == pytest.approx(
-        0.1657, abs=5e-5
-    )
+    assert intraclass_correlation(ratings.ravel(), np.repeat(np.arange(6), 4)) == pytest.approx(0.1657, abs=5e-5)
 
 
 def test_correlation_is_found_clipped_and_cautious():

@@ -158,9 +158,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(write, tmp_path):
 
 
 def test_an_interrupted_sweep_ends_with_its_children(write, tmp_path):
-    path = write(
-        {"runs": {"long": {"parameters": "TINY", "overrides": ["train.steps=1000000"], "seeds": [1, 2]}}}
-    )
+    path = write({"runs": {"long": {"parameters": "TINY", "overrides": ["train.steps=1000000"], "seeds": [1, 2]}}})
     sweep = subprocess.Popen(command(path, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     def children() -> list[list[str]]:

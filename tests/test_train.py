@@ -13,7 +13,7 @@ import pytest
 import safetensors
 import torch
 
-from bridgekit import train
+from bridgekit import checkpoints, train, trainer
 from bridgekit.bridges import build_bridge
 from bridgekit.config import CONTROLS, ConfigError
 from bridgekit.evaluator import Evaluator
@@ -32,7 +32,7 @@ def past_the_best(tiny, make_job):
     )  # fmt: skip
     job = make_job(config)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "learning_rate", lambda config, step: 1.0 if step < 4 else -1.0)
+        patch.setattr(trainer, "learning_rate", lambda config, step: 1.0 if step < 4 else -1.0)
         train.run_training(job)
     return job
 
@@ -49,7 +49,7 @@ def texts(path) -> list[str]:
 def load_best(job) -> torch.nn.Module:
     layers = Evaluator(job.config, job.pair, job.accelerator, job.folder).layers
     bridge = build_bridge(job.config, len(layers), job.pair.source.hidden_size, job.pair.target)
-    train.load_bridge(bridge, job.folder, "bridged")
+    checkpoints.load_bridge(bridge, job.folder, "bridged")
     return bridge
 
 
@@ -61,18 +61,13 @@ def test_the_best_weights_are_the_ones_evaluated(past_the_best, tmp_path):
     found = evaluations(job)
     best = max(step for step in found if found[step] == max(found.values()))
     assert found[16] < found[best] and best < 16  # training did go on past the best
-    with safetensors.safe_open(train.checkpoint_path(job.folder, "bridged"), "pt") as file:
+    with safetensors.safe_open(checkpoints.checkpoint_path(job.folder, "bridged"), "pt") as file:
         assert file.metadata() == {"step": str(best), "val_accuracy": f"{found[best]:.5f}"}
     bridge, evaluator = load_best(job), Evaluator(job.config, job.pair, job.accelerator, tmp_path)
-    said = [
-        row["bridged_full"]
-        for row in evaluator.evaluate(job.val[:20], {"bridged": bridge}, "0", ("bridged",))
-    ]
+    said = [row["bridged_full"] for row in evaluator.evaluate(job.val[:20], {"bridged": bridge}, "0", ("bridged",))]
     assert said == texts(job.folder / f"eval_samples_step_{best}.jsonl")
     assert said != texts(job.folder / "eval_samples_step_16.jsonl")
-    said = [
-        row["bridged_full"] for row in evaluator.evaluate(job.test, {"bridged": bridge}, "1", ("bridged",))
-    ]
+    said = [row["bridged_full"] for row in evaluator.evaluate(job.test, {"bridged": bridge}, "1", ("bridged",))]
     assert said == texts(find_eval(job.folder))
 
 
@@ -103,7 +98,7 @@ def test_a_run_folder_is_whole(past_the_best):
 def test_better_or_equal_is_kept_and_waiting_is_counted(tiny, make_job):
     job = make_job(tiny())
     bridge = build_bridge(job.config, 2, 4, job.pair.target)
-    best, path = train.Best(job, "bridged"), train.checkpoint_path(job.folder, "bridged")
+    best, path = trainer.Best(job, "bridged"), checkpoints.checkpoint_path(job.folder, "bridged")
     said = []
     for step, accuracy in enumerate([0.3, 0.5, 0.4, 0.5, 0.6, 0.1, 0.2]):
         with torch.no_grad():
@@ -128,8 +123,8 @@ def test_training_stops_when_nothing_gets_better(tiny, make_job):
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_a_checkpoint_that_cannot_be_finished_leaves_the_old_one(tiny, pair, tmp_path, monkeypatch, error):
     bridge = build_bridge(tiny(), 2, 4, pair.target)
-    train.save_bridge(bridge, tmp_path, "bridged", {"step": "1"})
-    path = train.checkpoint_path(tmp_path, "bridged")
+    checkpoints.save_bridge(bridge, tmp_path, "bridged", {"step": "1"})
+    path = checkpoints.checkpoint_path(tmp_path, "bridged")
     before = path.read_bytes()
     with torch.no_grad():
         bridge.producer.queries.points.zero_()
@@ -140,17 +135,17 @@ def test_a_checkpoint_that_cannot_be_finished_leaves_the_old_one(tiny, pair, tmp
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(type(error)):
-            train.save_bridge(bridge, tmp_path, "bridged", {"step": "2"})
+            checkpoints.save_bridge(bridge, tmp_path, "bridged", {"step": "2"})
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
-    train.save_bridge(bridge, tmp_path, "bridged", {"step": "2"})
+    checkpoints.save_bridge(bridge, tmp_path, "bridged", {"step": "2"})
     other = build_bridge(tiny(), 2, 4, pair.target)
-    train.load_bridge(other, tmp_path, "bridged")
+    checkpoints.load_bridge(other, tmp_path, "bridged")
     assert all(torch.equal(a, b) for a, b in zip(other.parameters(), bridge.parameters(), strict=True))
 
 
 def test_a_missing_checkpoint_is_named(tiny, pair, tmp_path):
     with pytest.raises(FileNotFoundError, match="constant.safetensors.*no checkpoint"):
-        train.load_bridge(build_bridge(tiny(), 2, 4, pair.target), tmp_path, "constant")
+        checkpoints.load_bridge(build_bridge(tiny(), 2, 4, pair.target), tmp_path, "constant")
 
 
 def test_a_run_folder_is_made_once_and_where_it_can_be_written(tiny, tmp_path):
@@ -160,9 +155,7 @@ def test_a_run_folder_is_made_once_and_where_it_can_be_written(tiny, tmp_path):
     with pytest.raises(ConfigError, match=r"^run folder '.*' exists already: choose another run.name.*$"):
         create_run(config, folder)
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        ConfigError, match=r"^run folder '.*' cannot be written \(Not a directory\): set run.runs_dir$"
-    ):
+    with pytest.raises(ConfigError, match=r"^run folder '.*' cannot be written \(Not a directory\): set run.runs_dir$"):
         create_run(config.with_(runs_dir=str(tmp_path / "file/runs")))
     assert (tmp_path / "file").read_text() == "in the way"
 
@@ -214,9 +207,7 @@ def test_a_problem_without_a_donor_is_refused_before_training(tiny, capsys):
 
 
 def test_fewer_test_problems_keep_all_donors(tiny):
-    folder = create_run(
-        tiny(n_test=40, eval_samples=5, conditions=["source", "target", "bridged", "shuffled"])
-    )
+    folder = create_run(tiny(n_test=40, eval_samples=5, conditions=["source", "target", "bridged", "shuffled"]))
     job = train.open_job(folder)
     held = [e for e in job.test if e.novelty != "seen"]
     assert len(held) == 5 and {e.donor_id for e in job.test} <= {e.id for e in job.donors}
@@ -231,11 +222,10 @@ def test_the_mix_of_the_training_data_is_the_one_asked_for(tiny, pair, make_job,
     job = make_job(tiny(source_only_share=share, n_train=80))
     groups = {}
     for name in ("bridged", "constant", "constant_natural"):
-        data = train.prepare_data(job, train.variant(job.config, name), name, pair.source, (1, 2))
+        data = trainer.prepare_data(job, trainer.variant(job.config, name), name, pair.source, (1, 2))
         literal = data.texts.literal
         asked = {
-            pair.target.tokenizer.decode(ids[mask][1:])
-            for ids, mask in zip(literal.ids, literal.mask, strict=True)
+            pair.target.tokenizer.decode(ids[mask][1:]) for ids, mask in zip(literal.ids, literal.mask, strict=True)
         }
         for mix in (0.75, -1.0):
             examples = load_examples(job.config.with_(source_only_share=mix), pair.lexicon_seed, "train")
@@ -251,7 +241,7 @@ def test_a_control_is_the_bridge_s_own_training_but_for_one_thing(tiny):
 
     config = tiny(producer="dit", flow_weight=0.1, info_nce_weight=0.2, source_only_share=0.6)
     changed = {
-        name: {k for k, v in to_flat(train.variant(config, name)).items() if v != to_flat(config)[k]}
+        name: {k for k, v in to_flat(trainer.variant(config, name)).items() if v != to_flat(config)[k]}
         for name in CONTROLS
     }
     losses = {"loss.flow_weight", "loss.info_nce_weight"}  # they speak of the source
@@ -262,10 +252,10 @@ def test_a_control_is_the_bridge_s_own_training_but_for_one_thing(tiny):
 
 def test_the_rate_warms_up_and_decays(tiny):
     config = tiny(steps=30, warmup_steps=10)
-    rates = [train.learning_rate(config, step) for step in range(31)]
+    rates = [trainer.learning_rate(config, step) for step in range(31)]
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10:] == pytest.approx([(1 + math.cos(math.pi * i / 20)) / 2 for i in range(21)])
-    assert train.learning_rate(tiny(steps=3, warmup_steps=10), 2) == 1.0  # a warm-up longer than the training
+    assert trainer.learning_rate(tiny(steps=3, warmup_steps=10), 2) == 1.0  # a warm-up longer than the training
 
 
 def test_summary_of_rows_counts_units_and_groups():
@@ -279,8 +269,8 @@ def test_summary_of_rows_counts_units_and_groups():
         )
     ]
     wanted = {"bridged": 0.75, "bridged_source_only": 0.5, "n": 4, "n_units": 3}
-    assert train.summarise_rows(rows, ("bridged",)) == wanted
+    assert trainer.summarise_rows(rows, ("bridged",)) == wanted
     for row in rows:
         row.update(group=None, unit=None)
-    assert train.summarise_rows(rows, ("bridged",)) == {"bridged": 0.75, "n": 4, "n_units": 4}
+    assert trainer.summarise_rows(rows, ("bridged",)) == {"bridged": 0.75, "n": 4, "n_units": 4}
     assert np.isfinite(wanted["bridged"])

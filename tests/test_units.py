@@ -145,9 +145,7 @@ def test_problems_are_spread_evenly_over_units(small, split, n):
         assert max(count.values()) - min(count.values()) <= 1
 
 
-@pytest.mark.parametrize(
-    "share, wanted", [(-1, (23, 46, 31)), (0.7, (70, 18, 12)), (0, (0, 60, 40)), (1, (100, 0, 0))]
-)
+@pytest.mark.parametrize("share, wanted", [(-1, (23, 46, 31)), (0.7, (70, 18, 12)), (0, (0, 60, 40)), (1, (100, 0, 0))])
 def test_the_mix_of_groups(lexicon, share, wanted):
     examples = units.make_examples(lexicon, "train", 1000, SEED, share=share)
     count = Counter(e.group for e in examples)
@@ -186,9 +184,7 @@ def test_a_worked_answer_is_right_whatever_the_value(family, value, seed):
     *lines, last = solution.split("\n")
     assert len(lines) == len(family.steps)
     for line in lines:
-        x, op, y, said, again, things = re.fullmatch(
-            r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+) (\w+)\.", line
-        ).groups()
+        x, op, y, said, again, things = re.fullmatch(r"<<(\d+)([-+*/])(\d+)=(\d+)>>(\d+) (\w+)\.", line).groups()
         x, y = int(x), int(y)
         assert int(said) == {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[op], line
         assert again == said and things == problem.things
@@ -196,9 +192,7 @@ def test_a_worked_answer_is_right_whatever_the_value(family, value, seed):
     assert last == f"#### {gold}" and lines[-1].startswith(f"<<{x}{op}{y}={gold}>>")
     assert extract_answer(solution) == gold
     asked = set(re.findall(r"\d+", problem.question))  # what the steps need can be read, but for the value
-    assert {
-        str(problem.numbers[s]) for s in "abck" if re.search(rf"\b{s}\b", " ".join(family.steps))
-    } == asked
+    assert {str(problem.numbers[s]) for s in "abck" if re.search(rf"\b{s}\b", " ".join(family.steps))} == asked
     assert "sisak" in problem.question
 
 
@@ -260,9 +254,7 @@ def test_facts_in_context_are_for_the_source_alone(lexicon):
 def test_facts_in_weights_are_in_no_prompt(small):
     for e in units.make_examples(small, "test", 100, SEED):
         assert source_prompt(e) == literal_prompt(e) and e.facts == ""
-        assert {int(n) for n in re.findall(r"\d+", literal_prompt(e).text)} == set(numbers_of(e).values()) - {
-            0
-        }
+        assert {int(n) for n in re.findall(r"\d+", literal_prompt(e).text)} == set(numbers_of(e).values()) - {0}
 
 
 @pytest.mark.parametrize("role, other", [("source", "target_only"), ("target", "source_only")])

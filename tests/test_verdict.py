@@ -64,16 +64,12 @@ def test_a_bridge_that_beats_every_control_in_every_seed_transfers(frames):
         for control in controls
         for seed in (7, 8, 9)
     ]
-    assert verdict.text.startswith(
-        "The bridge transfers: it beats every control in each of 3 training seeds."
-    )
+    assert verdict.text.startswith("The bridge transfers: it beats every control in each of 3 training seeds.")
     assert "450 problems about 150 units, 95% intervals" in verdict.text
     assert "headline" not in verdict.text
     worst = min((c.difference for c in verdict.comparisons if c.control == "target"), key=lambda d: d.low)
     assert f"target {worst.difference:+.3f} [{worst.low:+.3f}, {worst.high:+.3f}]" in verdict.text
-    assert worst == paired_difference(
-        frames[verdict.seeds.index(_seed_of(verdict, worst))], "bridged", "target"
-    )
+    assert worst == paired_difference(frames[verdict.seeds.index(_seed_of(verdict, worst))], "bridged", "target")
 
 
 def _seed_of(verdict, difference) -> int:

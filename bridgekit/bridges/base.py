@@ -55,7 +55,9 @@ class Prefix(nn.Module):
 class Bridge(nn.Module):
     """Optional source projection, producer, injector; soft tokens are brought to the target's embedding size."""
 
-    def __init__(self, producer: nn.Module, injector: nn.Module, source_width: int, projection: bool, rms: float | None):
+    def __init__(
+        self, producer: nn.Module, injector: nn.Module, source_width: int, projection: bool, rms: float | None
+    ):
         super().__init__()
         self.producer = producer
         self.injector = injector

@@ -12,7 +12,14 @@ import torch
 from torch import nn
 
 from bridgekit.bridges.base import MAX_SOFT_TOKENS, Message, hashed_normal, hashed_uniform
-from bridgekit.bridges.layers import Attention, FeedForward, Queries, SourceReader, count_soft_tokens, sinusoids
+from bridgekit.bridges.layers import (
+    Attention,
+    FeedForward,
+    Queries,
+    SourceReader,
+    count_soft_tokens,
+    sinusoids,
+)
 
 NEAR_END = 0.05  # 1 - t below which a predicted token's velocity is not divided further
 
@@ -118,7 +125,9 @@ class DiT(nn.Module):
         goal = torch.zeros_like(noise)
         n = min(k, embeds.shape[1])
         goal[:, :n] = (embeds * real[..., None])[:, :n].float()
-        goal = goal / goal.pow(2).sum((1, 2), keepdim=True).div(goal.ne(0).sum((1, 2), keepdim=True).clamp(min=1)).sqrt()
+        goal = (
+            goal / goal.pow(2).sum((1, 2), keepdim=True).div(goal.ne(0).sum((1, 2), keepdim=True).clamp(min=1)).sqrt()
+        )
         t = hashed_uniform(seeds + 1, 1)[:, 0].float()
         x = (1 - t)[:, None, None] * noise + t[:, None, None] * goal
         v, _ = self.velocity(x, t, source, pooled, mask, query_mask)
