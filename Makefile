@@ -27,8 +27,8 @@ phase1: setup  ## train the bridge on the embedded pair (CPU): run folder, execu
 smoke: setup  ## the same notebook in under a minute: does every part run?
 	$(PY) -m bridgekit.cli run $(NOTEBOOK) -f parameters/phase1_smoke.yaml $(ARGS)
 
-test: setup  ## run the tests (CPU, offline)
-	$(PY) -m pytest $(ARGS)
+test: setup  ## run the tests (CPU, offline); one process per core, one thread each
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 lint: setup  ## ruff on modules and notebooks; notebooks are stored without outputs
 	$(PY) -m ruff check .

@@ -44,7 +44,10 @@ def gather_parameters(
     parameters: dict[str, object],
     overrides: list[str],
 ) -> dict[str, object]:
-    """What to pass to a notebook: a file's values, then single ones, each held to its name and type."""
+    """What to pass to a notebook: a file's values, then single ones, each held to its name and type.
+
+    A file's list of overrides stands instead of the notebook's own; `overrides` come on top.
+    """
     defaults = read_defaults(notebook)
     given = read_parameters(parameters_file) if parameters_file else {}
     given |= parameters
@@ -54,13 +57,13 @@ def gather_parameters(
         if name not in BY_NAME and type(value) is not type(defaults[name]):
             wanted = type(defaults[name]).__name__
             raise ConfigError(f"{name}: expected {wanted}, got {type(value).__name__} {value!r}")
-    given_overrides = given.get("overrides", [])
+    given_overrides = given.get("overrides", defaults.get("overrides", []))
     if not all(isinstance(text, str) for text in given_overrides):
         raise ConfigError(f"overrides: expected a list of key=value texts, got {given_overrides!r}")
     if given.get("run_dir"):
         raise ConfigError("run_dir: a headless run makes its own folder; choose `name` or `run.runs_dir`")
     if "overrides" in defaults:
-        given["overrides"] = [*defaults["overrides"], *given_overrides, *overrides]
+        given["overrides"] = [*given_overrides, *overrides]
     elif overrides:
         raise ConfigError(f"{Path(notebook).name}: takes no overrides; its parameters are {', '.join(defaults)}")
     return defaults | given

@@ -278,15 +278,16 @@ def measure_knowledge(lm: LanguageModel, lexicon, role: str, n: int = 1000) -> d
     return results
 
 
-def make_pair(args) -> None:
-    """Train both models, at once where there is a GPU, and write the pair's record last."""
+def make_pair(args, argv: list[str]) -> None:
+    """Train both models, at once where there is a GPU, and write the pair's record last.
+
+    Each is a child of its own, given the same arguments."""
     out = Path(args.out)
     if (out / "pair.json").exists() and not args.replace:
         raise ConfigError(f"--out: '{out}' already holds a pair; choose another folder or add --replace")
     out.mkdir(parents=True, exist_ok=True)
     (out / "pair.json").unlink(missing_ok=True)
-    plain = [x for x in sys.argv[1:] if x != "pair"]
-    commands = [[sys.executable, "-m", "bridgekit.pretrain", *plain, "--role", r] for r in ("source", "target")]
+    commands = [[sys.executable, "-m", "bridgekit.pretrain", *argv, "--role", r] for r in ("source", "target")]
     if torch.cuda.is_available():
         children = [subprocess.Popen(c) for c in commands]
         codes = [c.wait() for c in children]
@@ -325,9 +326,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prompt-weight", type=float, default=0.1, help="loss weight of tokens that are not answer")
     parser.add_argument("--shape", type=parse_shape, help="e.g. hidden=192,layers=6")
     parser.add_argument("--log-every", type=int, default=100)
+    argv = sys.argv[1:] if argv is None else argv
     args = parser.parse_args(argv)
     if args.role is None:
-        make_pair(args)
+        make_pair(args, argv)
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     Path(args.out).mkdir(parents=True, exist_ok=True)

@@ -181,8 +181,9 @@ def watch_parent() -> None:
 
 def _is_alive(pid: int) -> bool:
     """False for a gone process and for a zombie: nobody is behind it any more."""
+    import psutil
+
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
         return False
-    return state != "Z"

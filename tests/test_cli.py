@@ -99,6 +99,10 @@ def test_later_parameters_win_and_overrides_add_up(tmp_path):
     assert (values["steps"], values["seed"]) == (7, 5)
     config = headless.resolve_config(values)
     assert (config.train.steps, config.task.n_val, config.run.seed) == (9, 400, 5)
+    # a file without a list keeps the notebook's own, one with a list replaces it
+    assert values["overrides"] == ["task.n_val=300", "train.steps=9", "task.n_val=400"]
+    kept = headless.gather_parameters(NOTEBOOK, write_yaml(tmp_path, "steps: 7\n"), {}, ["task.n_val=400"])
+    assert kept["overrides"] == [*headless.read_defaults(NOTEBOOK)["overrides"], "task.n_val=400"]
 
 
 def test_printed_configuration_reads_back(tmp_path, capsys):
