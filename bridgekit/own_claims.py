@@ -37,7 +37,8 @@ def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFra
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise MissingData(f"run '{run}' has no {names[0]}")
-    frame = _load_once(path)
+    stat = path.stat()
+    frame = _load_once(path, stat.st_mtime_ns, stat.st_size)
     for column, wanted in subset.items():
         if column not in frame:
             raise MissingData(f"{path.name} of run '{run}' has no column '{column}'")
@@ -48,8 +49,8 @@ def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFra
 
 
 @lru_cache(maxsize=64)
-def _load_once(path: Path) -> pd.DataFrame:
-    """Many claims read the same file; its columns of text would fill the memory, and no claim needs them."""
+def _load_once(path: Path, changed_ns: int, size: int) -> pd.DataFrame:
+    """Many claims read the same file, kept as long as it is unchanged; its texts would only fill the memory."""
     frame = load_eval(path)
     return frame.drop(columns=[c for c in frame if c.endswith("_full") or c in ("question", "gold_full_text")])
 

@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
+import safetensors.numpy
 from first_generation import OOM, evaluation, write_run
 from test_runfolders import BRIDGED, write_own
 
@@ -51,13 +53,15 @@ def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
     run = write_own(tmp_path / "resampler_20261120_101500")
     (run / "metrics_constant.jsonl").write_text('{"step": 10, "loss": 3.0}\n')
     (run / "checkpoint").mkdir()
-    (run / "checkpoint" / "bridge.safetensors").write_bytes(b"x" * 1000)
+    weights = {"a": np.linspace(0, 1, 500, dtype=np.float32), "steps": np.arange(3)}
+    whole = safetensors.numpy.save(weights, {"step": "10"})
+    (run / "checkpoint" / "bridged.safetensors").write_bytes(whole)
+    (run / "checkpoint" / "constant.safetensors").write_bytes(whole)
     (run / "checkpoint" / "optimizer.pt").write_bytes(b"x")
-    (run / "checkpoint" / "huge.safetensors").write_bytes(b"x" * 3_000_000)
     kept = preserve.preserve(run, root)
     names = sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file())
     assert names == [
-        "checkpoint/bridge.safetensors",
+        "checkpoint/bridged.safetensors",
         "checksums.json",
         "config.yaml",
         "eval_samples_step_final.jsonl.gz",
@@ -66,11 +70,16 @@ def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
         "metrics_constant.jsonl",
         "provenance.json",
     ]
+    halved = safetensors.numpy.load((kept / "checkpoint" / "bridged.safetensors").read_bytes())
+    assert halved["a"].dtype == np.float16 and np.abs(halved["a"] - weights["a"]).max() < 1e-3
+    assert np.array_equal(halved["steps"], weights["steps"])
     assert read_run(kept).outcomes.astype(str).equals(read_run(run).outcomes.astype(str))
     assert "`bridgekit run`" in (kept / "manifest.md").read_text()
     other = preserve.preserve(run, root, name="small_20261120_101500", max_jsonl_mb=0)
     assert (other / "outcomes.csv.gz").is_file() and read_run(other).generation == "bridgekit"
     assert read_run(other).outcomes.astype(str).equals(read_run(run).outcomes.astype(str))
+    light = preserve.preserve(run, root, name="light_20261120_101500", max_checkpoint_mb=0.0005)
+    assert not (light / "checkpoint").exists()
 
 
 def test_a_run_without_any_evaluation_is_kept_with_its_losses(tmp_path, root):
