@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bridgekit.config import Config, ConfigError
+from bridgekit.config import SOFT_INJECTORS, Config, ConfigError
 from bridgekit.generation import pad_ids
 from bridgekit.pair import LanguageModel, Pair, Pieces, split_at_soft, split_prompts
 from bridgekit.tasks.base import Example, Prompt, literal_prompt, source_prompt
@@ -38,6 +38,28 @@ def read_source(lm: LanguageModel, examples: list[Example], view: str, solutions
     return rows
 
 
+def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Example]) -> list[list[int]]:
+    """For each place of the target's literal prompt the source tokens that cover the same characters.
+
+    -> rows of from, to, from, to, ... ; both tokenizers cut the same text at other places, and the source's prompt may
+    have facts in front. BOS stands for BOS."""
+    rows = []
+    read = [source_prompt(e) for e in examples]
+    asked = [literal_prompt(e) for e in examples]
+    theirs = source.tokenizer([p.text for p in read], add_special_tokens=False, return_offsets_mapping=True)
+    ours = target.tokenizer([p.text for p in asked], add_special_tokens=False, return_offsets_mapping=True)
+    first = len(source.bos)
+    for p, q, mine, other in zip(read, asked, ours["offset_mapping"], theirs["offset_mapping"], strict=True):
+        shift = len(p.prefix) - len(q.prefix)
+        starts, ends = np.array(other).T
+        row = [0, first] * len(target.bos)
+        for a, b in mine:
+            start = int(np.searchsorted(ends, a + shift, "right"))  # the first token that ends after our first letter
+            row += [first + start, first + int(np.searchsorted(starts, b + shift, "left"))]
+        rows.append(row)
+    return rows
+
+
 class Ragged:
     """Rows of unequal length, padded once; a batch is a gather, trimmed to its own longest row."""
 
@@ -53,10 +75,16 @@ class Ragged:
 
 
 class SourceStates:
-    """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked."""
+    """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked.
 
-    def __init__(self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float):
+    `spans` are the alignments of `align_tokens`, for an injector that needs them."""
+
+    def __init__(
+        self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float,
+        spans: list[list[int]] | None = None,
+    ):  # fmt: skip
         self.lm, self.rows, self.layers = lm, rows, layers
+        self.spans = None if spans is None else Ragged(spans, lm.device)
         self.lengths = np.array([len(r) for r in rows])
         self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
         size = int(self.lengths.sum()) * len(layers) * lm.hidden_size * lm.dtype.itemsize
@@ -96,18 +124,24 @@ class SourceStates:
         states = states * mask[..., None, None]
         return states.to(device), mask.to(device)
 
+    def alignment(self, indices: np.ndarray, device: torch.device) -> torch.Tensor | None:
+        """(B, P, 2); a place beyond a row's own prompt has an empty span"""
+        return None if self.spans is None else self.spans.take(indices)[0].unflatten(1, (-1, 2)).to(device)
+
 
 @dataclass
 class Batch:
     states: torch.Tensor  # (B, S, L, D_s)
     mask: torch.Tensor  # (B, S)
     seeds: torch.Tensor  # (B,) of the sampler's noise
+    alignment: torch.Tensor | None  # (B, P, 2), for an injector that needs it
     before: tuple[torch.Tensor, torch.Tensor]  # ids and mask of the target's text before the soft tokens
     after: tuple[torch.Tensor, torch.Tensor]  # and after them, without the answer
     literal: tuple[torch.Tensor, torch.Tensor]  # the whole literal prompt, for the KL teacher
     labels: torch.Tensor  # (B, A), the answer with its end token
     labels_mask: torch.Tensor  # (B, A)
     marker: torch.Tensor  # (B, A), True on the tokens of `####`
+    final: tuple[torch.Tensor, torch.Tensor]  # the answer's last line, from `####` on, with its end token
 
 
 class TrainingTexts:
@@ -119,11 +153,13 @@ class TrainingTexts:
         pieces = split_prompts(target, [literal_prompt(e) for e in examples])
         before, after = split_rows(target, pieces, config.bridge.soft_position, mode)
         answers, markers = tokenize_answers(target, [e.solution for e in examples])
+        finals = [a[m.index(1) if 1 in m else len(a) :] for a, m in zip(answers, markers, strict=True)]
         first = config.loss.answer_tokens or None
         answers, markers = [a[:first] for a in answers], [m[:first] for m in markers]
-        rows = [before, after, [target.bos + p.all for p in pieces], answers, markers]
+        rows = [before, after, [target.bos + p.all for p in pieces], answers, markers, finals]
         self.device = target.device
-        self.before, self.after, self.literal, self.answers, self.markers = (Ragged(r, target.device) for r in rows)
+        ragged = (Ragged(r, target.device) for r in rows)
+        self.before, self.after, self.literal, self.answers, self.markers, self.finals = ragged
 
 
 class TrainingSet:
@@ -138,8 +174,9 @@ class TrainingSet:
         labels, labels_mask = texts.answers.take(indices)
         marker, _ = texts.markers.take(indices)
         return Batch(
-            states, mask, torch.from_numpy(seeds).to(texts.device), texts.before.take(indices),
-            texts.after.take(indices), texts.literal.take(indices), labels, labels_mask, marker.bool() & labels_mask,
+            states, mask, torch.from_numpy(seeds).to(texts.device), self.states.alignment(indices, texts.device),
+            texts.before.take(indices), texts.after.take(indices), texts.literal.take(indices), labels, labels_mask,
+            marker.bool() & labels_mask, texts.finals.take(indices),
         )  # fmt: skip
 
 
@@ -164,7 +201,7 @@ def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list
 def check_fit(config: Config, pair: Pair, prompts: list[Prompt]) -> None:
     """Refuse more soft tokens, text and answer than the target has positions."""
     longest = max(len(p.all) for p in split_prompts(pair.target, prompts))
-    soft = config.bridge.n_soft_tokens
+    soft = config.bridge.n_soft_tokens if config.bridge.injector in SOFT_INJECTORS else 0
     if soft == -1:
         soft = min(2048, max(len(p.all) + 1 for p in split_prompts(pair.source, prompts)))
     needed = 1 + soft + longest + config.eval.max_new_tokens

@@ -20,6 +20,7 @@ FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, wha
     "sweep": ("sweep", "many runs at once, on the GPUs there are"),
     "pair": ("pretrain", "make a pair of models from scratch, with a lexicon of its own"),
     "audit": ("audit", "recompute every claim from its data"),
+    "report": ("reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
     "preserve": ("preserve", "keep what is worth keeping of a run in preserved_data/"),
 }
 
@@ -81,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     verdict = verbs.add_parser("verdict", help="may these finished runs (one per seed) say that the bridge transfers?")
     verdict.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
+    verdict.add_argument("--skip-broken", action="store_true", help="leave out lines of an evaluation that are cut")
     verdict.set_defaults(run=print_verdict)
 
     for verb, (_, what) in FORWARDED.items():  # listed here for --help alone
@@ -114,7 +116,7 @@ def train_bridge(arguments: argparse.Namespace) -> None:
 
 def print_config(arguments: argparse.Namespace) -> None:
     config = configuration.load_config(arguments.file, arguments.overrides)
-    default = configuration.to_flat(configuration.Config())
+    default = configuration.to_flat(configuration.load_config())
     for key, value in configuration.to_flat(config).items():
         plain = list(value) if isinstance(value, tuple) else value
         text = yaml.safe_dump(plain, default_flow_style=True, width=9999)
@@ -135,13 +137,17 @@ def describe_keys() -> str:
 
 
 def print_verdict(arguments: argparse.Namespace) -> None:
-    _print_verdict(arguments.run_dirs)
+    _print_verdict(arguments.run_dirs, arguments.skip_broken)
 
 
-def _print_verdict(run_dirs: list[Path]) -> None:
+def _print_verdict(run_dirs: list[Path], skip_broken: bool = False) -> None:
     from bridgekit import runs, verdict
 
-    frames = [runs.load_eval(runs.find_eval(run_dir)) for run_dir in run_dirs]
+    files = [runs.find_eval(run_dir) for run_dir in run_dirs]
+    frames = [runs.load_eval(file, skip_broken) for file in files]
+    for file, frame in zip(files, frames, strict=True):
+        if lines := frame.attrs.get("left_out"):
+            print(f"{file}: left out line {', '.join(map(str, lines))}; {len(frame):,} lines are used")
     print(verdict.judge(frames).text)
 
 

@@ -8,27 +8,23 @@ lets a notebook's flat parameters cell and dotted overrides be one mechanism. No
 
 import dataclasses
 import difflib
-import math
 import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 
-# Order matters: it is the order of table rows and legends everywhere.
-CONDITIONS = (
-    "source", "target", "bridged", "target_suffix", "target_told", "zero", "noise", "shuffled", "constant",
-    "constant_natural", "self_bridge", "relay_full", "relay_cut", "relay_answer", "router", "union",
-)  # fmt: skip
-GROUPS = ("source_only", "target_only", "both")
-PRODUCERS = ("resampler", "dit", "constant")
-INJECTORS = ("prefix",)
-CONTROLS = ("constant", "constant_natural", "self_bridge")  # each is a training of its own
-COMPUTED = ("router", "union")  # made from other columns, never generated
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message is one line that names the key and the way out."""
+from bridgekit.limits import (  # noqa: F401 (names of a configuration's parts: the package takes them from here)
+    COMPUTED,
+    CONDITIONS,
+    CONTROLS,
+    GROUPS,
+    INJECTORS,
+    PRODUCERS,
+    SOFT_INJECTORS,
+    ConfigError,
+    check_values,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +64,13 @@ class Bridge:
     injector: str = "prefix"
     n_soft_tokens: int = 16  # -1: as many as the source prompt has, at most 2,048
     soft_position: str = "start"  # `start` after BOS | `question` after a shared prefix | `end` after the question
-    prompt_mode: str = "soft_plus_text"  # `soft_only` leaves the literal question out
+    prompt_mode: str = "auto"  # `soft_plus_text`, or `soft_only` without the literal question; auto: by the teacher
     train_prompt_mode: str = "same"  # the seeds trained in another mode than they evaluated
     source_view: str = "prompt"  # `solution` adds the source's own worked answer | `facts` the context alone
-    source_layers: str = "auto"  # comma-separated hidden-state indices; auto: the last fifth of the depth
+    source_layers: str = "auto"  # comma-separated hidden-state indices; auto: at 0.6, 0.8 and all of the depth
     source_projection: bool = False  # learnable, identity at the start
     rms_match: bool = True
+    inject_layers: str = "auto"  # target layers that a residual or kv injector works on; auto: eight, spread evenly
     bridge_dim: int = 192
     depth: int = 2
     heads: int = 6
@@ -98,6 +95,12 @@ class Loss:
     info_nce_temperature: float = 0.07
     format_weight: float = 0.0
     flow_weight: float = 0.0
+    decode_weight: float = 0.0  # the bridged target answers freely, and a loss on what it said reaches the bridge
+    decode_estimator: str = "own_steps"  # gold answer after its own steps, or `policy_gradient` on right and wrong
+    decode_every: int = 10  # training steps from one such decoding to the next
+    decode_batch: int = 16  # questions decoded, over all processes
+    decode_samples: int = 4  # answers sampled to a question (policy_gradient)
+    decode_tokens: int = 64  # new tokens at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,33 +150,6 @@ class Config:
 SECTIONS = {f.name: f.default_factory for f in fields(Config)}
 KEYS = {f"{section}.{f.name}": f for section, cls in SECTIONS.items() for f in fields(cls)}
 BY_NAME = {key.split(".")[1]: key for key in KEYS}
-
-CHOICES = {
-    "pair.direction": ("forward", "swapped"),
-    "pair.dtype": ("auto", "float32", "bfloat16"),
-    "task.task": ("units",),
-    "task.variant": ("weights", "context"),
-    "bridge.producer": PRODUCERS,
-    "bridge.injector": INJECTORS,
-    "bridge.soft_position": ("start", "question", "end"),
-    "bridge.prompt_mode": ("soft_plus_text", "soft_only"),
-    "bridge.train_prompt_mode": ("same", "soft_plus_text", "soft_only"),
-    "bridge.source_view": ("prompt", "solution", "facts"),
-    "bridge.dit_condition": ("cross", "mean", "attention"),
-    "bridge.dit_prediction": ("tokens", "velocity"),
-    "bridge.dit_tokens": ("sampled", "teacher"),
-    "bridge.teacher": ("answer", "prompt"),
-}
-POSITIVE = (
-    "task.n_facts", "task.n_train", "task.n_val", "task.n_test", "bridge.bridge_dim", "bridge.depth", "bridge.heads",
-    "bridge.dit_steps_train", "bridge.dit_steps_eval", "train.batch_size", "train.lr", "train.grad_clip",
-    "train.eval_every", "train.val_samples", "train.num_processes", "eval.eval_batch_size", "eval.max_new_tokens",
-    "loss.info_nce_temperature",
-)  # fmt: skip
-NOT_NEGATIVE = tuple(k for k in KEYS if k.startswith("loss.")) + (
-    "train.steps", "train.warmup_steps", "train.patience", "train.cache_states_gb", "train.weight_decay", "run.seed",
-    "bridge.dropout", "bridge.state_dropout",
-)  # fmt: skip
 
 
 def resolve_key(name: str) -> str:
@@ -229,8 +205,17 @@ def build_config(flat: dict[str, object]) -> Config:
         section, leaf = key.split(".")
         sections[section][leaf] = check_type(key, value)
     config = Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
-    check_values(config)
+    if config.bridge.prompt_mode == "auto":  # resolved once, so that a run folder says which it was
+        config = dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, prompt_mode=prompt_mode(config)))
+    check_values(config, to_flat(config))
     return config
+
+
+def prompt_mode(config: Config) -> str:
+    """What `auto` means: tokens taught to be the prompt stand in its place, all others stand beside it."""
+    taught = config.loss.prompt_weight > 0 or config.loss.flow_weight > 0 or config.bridge.dit_tokens == "teacher"
+    has_tokens = config.bridge.injector in SOFT_INJECTORS
+    return "soft_only" if config.bridge.teacher == "prompt" and taught and has_tokens else "soft_plus_text"
 
 
 def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = (), **values) -> Config:
@@ -280,59 +265,3 @@ def dump_config(config: Config) -> str:
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
-
-
-def check_values(config: Config) -> None:
-    """Refuse values no run can have; the message names the key and what would do."""
-    flat = to_flat(config)
-
-    def refuse(key: str, why: str) -> typing.NoReturn:
-        raise ConfigError(f"{key}: {why}, got {flat[key]!r}")
-
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            refuse(key, f"must be one of {', '.join(allowed)}")
-    for key, value in flat.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            refuse(key, "must be a finite number")
-    for key in POSITIVE:
-        if not flat[key] > 0:
-            refuse(key, "must be above 0")
-    for key in NOT_NEGATIVE:
-        if not flat[key] >= 0:
-            refuse(key, "must not be negative")
-    if config.bridge.n_soft_tokens != -1 and not 1 <= config.bridge.n_soft_tokens <= 2048:
-        refuse("bridge.n_soft_tokens", "must be 1 to 2048, or -1 for as many as the source prompt has")
-    if config.bridge.bridge_dim % config.bridge.heads:
-        refuse("bridge.heads", f"must divide bridge_dim ({config.bridge.bridge_dim})")
-    for key in ("bridge.dropout", "bridge.state_dropout"):
-        if flat[key] >= 1:
-            refuse(key, "must be below 1")
-    share = config.task.source_only_share
-    if share != -1 and not 0 <= share <= 1:
-        refuse("task.source_only_share", "must lie between 0 and 1, or be -1 for the natural mix")
-    if not 0 < config.task.train_units_share <= 1:
-        refuse("task.train_units_share", "must lie above 0 and at most at 1")
-    if not (config.eval.eval_samples == -1 or 1 <= config.eval.eval_samples <= config.task.n_test):
-        refuse("eval.eval_samples", f"must be 1 to n_test ({config.task.n_test}), or -1 for all")
-    if config.train.val_samples > config.task.n_val:
-        refuse("train.val_samples", f"must not exceed n_val ({config.task.n_val})")
-    if config.bridge.source_view == "facts" and config.task.variant != "context":
-        refuse("bridge.source_view", "`facts` needs task.variant: context")
-    if config.loss.flow_weight > 0 and config.bridge.producer not in ("dit", "constant"):
-        refuse("loss.flow_weight", "needs bridge.producer: dit, nothing else has a flow")
-    if config.train.batch_size % config.train.num_processes:
-        refuse("train.batch_size", f"must be a multiple of num_processes ({config.train.num_processes})")
-    for key, allowed in (("eval.conditions", CONDITIONS), ("train.controls", CONTROLS)):
-        for name in flat[key]:
-            if name not in allowed:
-                near = difflib.get_close_matches(name, allowed, n=1, cutoff=0.0)[0]
-                refuse(key, f"'{name}' is not one of {', '.join(allowed)} (nearest: {near})")
-    for name in ("source", "target", "bridged"):
-        if name not in config.eval.conditions:
-            refuse("eval.conditions", f"must hold '{name}': every verdict compares source, target and bridged")
-    if not config.run.name or not set(config.run.name) <= set(_NAME_CHARACTERS):
-        refuse("run.name", "use letters, digits, '_', '-' and '.'")
-
-
-_NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-."

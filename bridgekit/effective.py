@@ -28,15 +28,50 @@ _INERT: tuple[tuple[typing.Callable[[dict], bool], tuple[str, ...]], ...] = (
     (lambda c: c.get("soft_injection", "adapter") != "adapter", ("adapter_scale",)),
     (lambda c: c.get("bridge.producer", "dit") != "dit", ("bridge.dit_*", "loss.flow_weight")),
     (lambda c: c.get("bridge.producer") == "constant", ("bridge.source_*", "bridge.depth", "bridge.heads")),
+    (
+        lambda c: not c.get("loss.decode_weight", 1),
+        (
+            "loss.decode_every",
+            "loss.decode_estimator",
+            "loss.decode_batch",
+            "loss.decode_samples",
+            "loss.decode_tokens",
+        ),
+    ),
+    (lambda c: c.get("loss.decode_estimator") == "own_steps", ("loss.decode_samples",)),
     (lambda c: not c.get("loss.kl_weight", 1), ("loss.kl_tokens",)),
     (lambda c: not c.get("loss.info_nce_weight", 1), ("loss.info_nce_temperature",)),
-    (lambda c: not c.get("loss.flow_weight", 1) and not c.get("loss.prompt_weight", 1), ("bridge.teacher",)),
+    (lambda c: not _imitates(c), ("bridge.teacher",)),
     (lambda c: c.get("task.variant", "context") != "context", ("task.n_facts",)),
 )
+
+# (when this holds, this setting, amounts to this value): two spellings of one thing
+_SAME: tuple[tuple[typing.Callable[[dict], bool], str, object], ...] = (
+    (lambda c: c.get("bridge.train_prompt_mode") == c.get("bridge.prompt_mode"), "bridge.train_prompt_mode", "same"),
+    # without few-shot examples the place after the shared prefix is the start; without text there is one place
+    (
+        lambda c: c.get("bridge.soft_position") == "question" and c.get("task.task") == "units",
+        "bridge.soft_position",
+        "start",
+    ),
+    (
+        lambda c: {c.get("bridge.prompt_mode"), c.get("bridge.train_prompt_mode")} <= {"soft_only", "same"},
+        "bridge.soft_position",
+        "start",
+    ),
+)
+
+
+def _imitates(config: dict) -> bool:
+    """Whether anything of the run is made from the teacher's embeddings."""
+    weights = config.get("loss.flow_weight", 1) or config.get("loss.prompt_weight", 1)
+    return bool(weights) or config.get("bridge.dit_tokens") == "teacher"
 
 
 def effective_settings(config: dict, seed: bool = True) -> dict:
     """The settings that can matter; without `seed` also those of replicates are equal."""
+    same = {key: value for holds, key, value in _SAME if key in config and holds(config)}
+    config = config | same
     inert = [key for holds, keys in _INERT if holds(config) for key in keys]
     dropped = (*BOOKKEEPING, *inert, *(() if seed else SEEDS))
     return {key: value for key, value in config.items() if not any(_matches(key, name) for name in dropped)}

@@ -12,6 +12,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ import torch
 
 from bridgekit.answers import INVALID, extract_answer
 from bridgekit.attention import keep_attention, merge_attention, pack_arrays
-from bridgekit.batches import SourceStates, read_source, split_rows
-from bridgekit.bridges import Bridge, Message
+from bridgekit.batches import SourceStates, align_tokens, read_source, split_rows
+from bridgekit.bridges import INJECTORS, Bridge
 from bridgekit.bridges.base import hashed_normal
 from bridgekit.config import COMPUTED, CONDITIONS, Config
+from bridgekit.decoding import decode_bridged
 from bridgekit.generation import Generated, generate_batch
 from bridgekit.pair import LanguageModel, Pair, pick_layers, split_prompts
 from bridgekit.runs import read_jsonl, write_bytes_atomic, write_jsonl
@@ -40,6 +42,7 @@ class Evaluator:
         self.config, self.pair, self.accelerator, self.folder = config, pair, accelerator, Path(folder)
         self.layers = pick_layers(pair.source, config.bridge.source_layers)
         self.self_layers = pick_layers(pair.target, "auto")
+        self.aligned = INJECTORS[config.bridge.injector].aligned
         self.cached: dict[str, Generated] = {}
         self.router_threshold: float | None = None
 
@@ -122,8 +125,7 @@ class Evaluator:
                 raise ValueError(f"eval.conditions: 'shuffled' has no donor for {lost[0]}: take more problems")
             reader = [by_id[e.donor_id] for e in local]
         bridge = bridges["bridged" if condition in ("bridged", "shuffled", "zero", "noise") else condition]
-        source = self.pair.target if condition == "self_bridge" else self.pair.source
-        states = self._states(condition, reader, source, said)
+        states = self._states(condition, reader, said)
         return self._bridged(condition, bridge, local, states, attention)
 
     def _prompts(self, condition: str, local: list[Example], said: dict) -> list[Prompt]:
@@ -148,16 +150,20 @@ class Evaluator:
             helpers = ["" if a == INVALID else f"#### {a}" for a in answers]
         return [relay_prompt(e, h) for e, h in zip(local, helpers, strict=True)]
 
-    def _states(self, condition, reader, source: LanguageModel, said) -> SourceStates:
+    def _states(self, condition, reader: list[Example], said) -> SourceStates:
+        """What the bridge reads for these examples: the target's own states for `self_bridge`, else the source's."""
         view = self.config.bridge.source_view
         if condition == "self_bridge":  # the target may read only what it can read anyway
-            prompts = split_prompts(source, [literal_prompt(e) for e in reader])
-            return SourceStates(source, [source.bos + p.all for p in prompts], self.self_layers, 0)
+            source, view, layers = self.pair.target, "prompt", self.self_layers
+            reader = [replace(e, facts="") for e in reader]
+        else:
+            source, layers = self.pair.source, self.layers
         solutions = {}
         if view == "solution":
             texts = self._baseline("source", source, [source_prompt(e) for e in reader])
             solutions = {e.id: g.text for e, g in zip(reader, texts, strict=True)}
-        return SourceStates(source, read_source(source, reader, view, solutions), self.layers, 0)
+        spans = align_tokens(source, self.pair.target, reader) if self.aligned else None
+        return SourceStates(source, read_source(source, reader, view, solutions), layers, 0, spans)
 
     @torch.no_grad()
     def _bridged(self, condition, bridge: Bridge, local, states: SourceStates, attention) -> list[Generated]:
@@ -174,7 +180,10 @@ class Evaluator:
                 hidden = torch.zeros_like(hidden)
             elif condition == "noise":
                 hidden = matched_noise(hidden, mask, noise_seeds)
-            message = bridge.encode(hidden, mask, noise_seeds, want_attention=attention is not None)
+            message = bridge.encode(
+                hidden, mask, noise_seeds, alignment=states.alignment(chunk, target.device),
+                want_attention=attention is not None,
+            )  # fmt: skip
             if attention is not None:
                 keep_attention(attention, message, mask, chunk, [local[i] for i in chunk], states)
             return decode_bridged(
@@ -249,24 +258,11 @@ class Evaluator:
         """Bridged answers that change when the batch does: what no comparison on this machine can go below."""
         small = self.config.with_(eval_batch_size=max(1, self.config.eval.eval_batch_size // 8))
         other = Evaluator(small, self.pair, self.accelerator, self.folder)
-        states = other._states("bridged", examples, self.pair.source, {})
+        states = other._states("bridged", examples, {})
         again = other._bridged("bridged", bridge, examples, states, None)
         flipped = sum(extract_answer(g.text) != r["bridged_extracted"] for g, r in zip(again, rows, strict=True))
         sizes = [self.config.eval.eval_batch_size, small.eval.eval_batch_size]
         return {"batch_sizes": sizes, "flipped": flipped, "n": len(rows)}
-
-
-def decode_bridged(target, bridge: Bridge, message: Message, before, after, max_new_tokens: int) -> list[Generated]:
-    """The one place where a message meets the target's decode loop, whichever bridge it came from."""
-    current = [message]
-
-    def select(rows: torch.Tensor) -> None:
-        current[0] = current[0].select(rows)
-
-    return generate_batch(
-        target, before, after, soft=bridge.injector.soft(message),
-        attach=bridge.injector.attach(target, lambda: current[0]), select=select, max_new_tokens=max_new_tokens,
-    )  # fmt: skip
 
 
 def matched_noise(hidden: torch.Tensor, mask: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:

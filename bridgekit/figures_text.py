@@ -30,8 +30,6 @@ def format_table(
 
     Without `subsets`: the mix, the held-out source-only problems and the other groups, as far as there.
     """
-    if style not in ("markdown", "latex"):
-        raise ValueError(f"style: must be markdown or latex, got {style!r}")
     check_frame(table, "conditions table", "condition", "accuracy", ["n"])
     check_frame(table, "conditions table", "subset")
     check_conditions(table["condition"], table["condition"].unique(), "conditions table")
@@ -47,7 +45,13 @@ def format_table(
         for c in CONDITIONS
         if any((c, s) in cells for s in subsets)
     ]
-    strong = LABELS["bridged"]
+    return format_rows(head, body, style, LABELS["bridged"])
+
+
+def format_rows(head: list[str], body: list[list[str]], style: str = "markdown", strong: str | None = None) -> str:
+    """Cells as a table; the row whose first cell is `strong` is bold. A line break in a head makes two lines of it."""
+    if style not in ("markdown", "latex"):
+        raise ValueError(f"style: must be markdown or latex, got {style!r}")
     return _latex(head, body, strong) if style == "latex" else _markdown(head, body, strong)
 
 
@@ -64,16 +68,17 @@ def _accuracy(row: typing.Any, percent: bool) -> str:
     return f"{value} [{low}, {high}]"
 
 
-def _markdown(head: list[str], body: list[list[str]], strong: str) -> str:
+def _markdown(head: list[str], body: list[list[str]], strong: str | None) -> str:
     rows = [[f"**{cell}**" for cell in row] if row[0] == strong else row for row in body]
     rule = ["---"] + ["---:"] * (len(head) - 1)
     lines = [[cell.replace("\n", " ") for cell in row] for row in (head, rule, *rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def _latex(head: list[str], body: list[list[str]], strong: str) -> str:
+def _latex(head: list[str], body: list[list[str]], strong: str | None) -> str:
     def line(row: typing.Sequence[str]) -> str:
-        cells = [cell.replace("\N{EN DASH}", "--").replace("%", r"\%").replace("_", r"\_") for cell in row]
+        changes = {"\N{EN DASH}": "--", "%": r"\%", "_": r"\_", "<": "$<$"}
+        cells = [cell.translate(str.maketrans(changes)) for cell in row]
         return " & ".join(rf"\textbf{{{c}}}" if row[0] == strong else c for c in cells) + r" \\"
 
     parts = [cell.split("\n") for cell in head]

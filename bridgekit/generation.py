@@ -10,7 +10,7 @@ import torch
 from transformers import DynamicCache
 
 from bridgekit.answers import answer_is_complete
-from bridgekit.bridges.base import Soft
+from bridgekit.bridges.base import Soft, hashed_uniform
 from bridgekit.pair import LanguageModel
 
 CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
@@ -21,6 +21,7 @@ class Generated:
     text: str
     logprob: float  # mean over the generated tokens
     n_tokens: int
+    ids: tuple[int, ...] = ()
 
 
 @dataclass
@@ -71,9 +72,11 @@ def generate_batch(
     attach: AbstractContextManager | None = None,
     select=None,
     max_new_tokens: int = 96,
+    sample_seeds: torch.Tensor | None = None,
 ) -> list[Generated]:
     """Greedy continuation of each row; finished rows leave the batch. `attach` is what a non-prefix injector does to
-    the target while it decodes, and `select(rows)` tells it which rows are left."""
+    the target while it decodes, and `select(rows)` tells it which rows are left. With `sample_seeds` (B,) the tokens
+    are drawn instead, each row's by its own seed."""
     n = len(before)
     device = lm.device
     rows = [_Row() for _ in range(n)]
@@ -90,7 +93,7 @@ def generate_batch(
                 use_cache=True, logits_to_keep=1,
             )  # fmt: skip
             scores = out.logits[:, -1].float().log_softmax(-1)
-            score, chosen = scores.max(-1)
+            score, chosen = scores.max(-1) if sample_seeds is None else draw(scores, sample_seeds + 7919 * step)
             pending.append((chosen, score))
             last = step == max_new_tokens - 1
             # Reading back is a sync on a GPU: do it every few steps there, at each step on CPU where it is free.
@@ -104,13 +107,24 @@ def generate_batch(
                     cache.batch_select_indices(left)
                     chosen, mask, position = chosen[left], mask[left], position[left]
                     alive = [alive[i] for i in keep]
+                    sample_seeds = None if sample_seeds is None else sample_seeds[left]
                     if select is not None:
                         select(left)
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
             positions = position = position + 1
             step_input = {"input_ids": chosen[:, None]}
     texts = lm.tokenizer.batch_decode([_until_eos(r.ids, lm.eos_ids) for r in rows], skip_special_tokens=True)
-    return [Generated(text, row.logprob / len(row.ids), len(row.ids)) for text, row in zip(texts, rows, strict=True)]
+    return [
+        Generated(text, row.logprob / len(row.ids), len(row.ids), tuple(row.ids))
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def draw(scores: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row, with its log-probability, by the row's seed alone. (B, V), (B,) -> (B,), (B,)"""
+    uniform = hashed_uniform(seeds, scores.shape[1])
+    chosen = (scores - (-uniform.log()).log()).argmax(-1)  # Gumbel's way to draw from a softmax
+    return scores.gather(1, chosen[:, None])[:, 0], chosen
 
 
 def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:

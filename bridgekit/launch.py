@@ -88,8 +88,11 @@ def run_stage(run_dir: str | Path, stage: str) -> None:
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
-    """The status of a run that will not finish; how far it was stays in it."""
+    """The status of a run that will not finish; how far it was stays in it. The log of all runs says so too."""
+    from bridgekit.reports import report_end
+
     write_status(run_dir, **read_status(run_dir) | {"state": "failed", "error": reason, "seconds_left": None})
+    report_end(run_dir)
 
 
 def training_command(run_dir: Path, stage: str, num_processes: int) -> list[str]:
@@ -114,6 +117,11 @@ def training_command(run_dir: Path, stage: str, num_processes: int) -> list[str]
 def count_cores() -> int:
     """The cores this process may use, which a job scheduler may have made fewer than there are."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def share_cores(n: int) -> dict[str, str]:
+    """Threads for each of `n` children at once, unless the caller has set them: more than cores make each crawl."""
+    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, count_cores() // n))}
 
 
 def start_child(command: list[str], log: typing.BinaryIO, extra: dict[str, str] | None = None) -> subprocess.Popen:

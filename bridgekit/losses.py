@@ -2,7 +2,6 @@
 
 Shapes: B batch, A answer tokens, V vocabulary, K soft tokens, P teacher tokens, D target hidden size.
 `logits[:, j]` predicts `labels[:, j]`; padding is where the mask is False.
-Decode-aware supervision will stand here too: it needs the decode loop, and takes its logits from the same slice.
 """
 
 import torch
@@ -59,6 +58,18 @@ def info_nce(anchors: torch.Tensor, positives: torch.Tensor, offset: int, temper
 def format_nll(logits: torch.Tensor, labels: torch.Tensor, marker: torch.Tensor) -> Total:
     """Negative log-likelihood of the `####` marker's tokens alone. marker (B, A) says which they are"""
     return answer_nll(logits, labels, marker)
+
+
+def policy_gradient(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, advantage: torch.Tensor) -> Total:
+    """Score-function estimate: sampled answers (B, A) made more likely by their advantage (B,)."""
+    log_p = logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
+    return -(log_p * mask * advantage[:, None]).sum(), mask.sum()
+
+
+def leave_one_out(reward: torch.Tensor) -> torch.Tensor:
+    """Each answer's reward less the mean of the others to the same question. (B, samples) -> the same"""
+    n = reward.shape[1]
+    return reward - (reward.sum(1, keepdim=True) - reward) / (n - 1)
 
 
 def flow(error: torch.Tensor) -> Total:

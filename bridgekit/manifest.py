@@ -158,8 +158,13 @@ def _describe_course(record: RunRecord) -> list[str]:
 
 def describe_files(folder: Path) -> str:
     skip = (ENTRY, "checksums.json")
-    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skip]
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name not in skip and not _is_passing(p, folder)]
     return "\n".join(f"- `{p.relative_to(folder).as_posix()}` ({_size(p.stat().st_size)})" for p in files)
+
+
+def _is_passing(path: Path, folder: Path) -> bool:
+    """A hidden part file, or the notebook that is still being executed: not there under this name for long."""
+    return ".running." in path.name or any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _size(size: int) -> str:

@@ -129,14 +129,14 @@ def split_at_soft(lm: LanguageModel, pieces: Pieces, position: str, mode: str) -
 
 
 def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
-    """Hidden-state indices from `source_layers`; auto takes the start and the end of the last fifth of the depth.
+    """Hidden-state indices from `source_layers`; auto takes three of the upper part: at 0.6, 0.8 and all of the depth.
 
-    A linear probe finds a unit's value best there, at the word's end; lower layers say which word it is. Where the
-    fact has not settled that high, lower layers help after all (README, "What made the difference").
+    A linear probe finds a unit's value there, at the word's end (`probe` in pair.json); where exactly it is clearest
+    differs between pairs, and the highest layer alone already leaves the ones digit of unfamiliar values behind.
     """
     n = lm.n_layers
     if wanted == "auto":
-        return tuple(sorted({max(1, round(0.8 * n)), n}))
+        return tuple(sorted({max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}))
     try:
         layers = tuple(int(part) for part in wanted.split(","))
     except ValueError:

@@ -1,6 +1,7 @@
 """Keep what is worth keeping of a run, and the manifest of everything kept.
 
     bridgekit preserve RUN            copy or derive RUN into preserved_data/, add its manifest entry
+    bridgekit preserve --study NAME   pack the finished runs NAME_* of a runs folder into studies/NAME.tar.xz
     bridgekit preserve --manifest     write preserved_data/README.md again from the entries
 
 Runs of the first experiments are kept as compact tables under `first_experiments/`, runs of this package as
@@ -26,6 +27,7 @@ from bridgekit import manifest
 from bridgekit.outcomes import curve_of, evaluation_files, rescore, text_facts
 from bridgekit.runfolders import FACTS_FILE, OUTCOMES_FILE, RunRecord, find_runs, read_run
 from bridgekit.runlogs import PATH_KEYS
+from bridgekit.studies import keep_study
 
 ROOT = Path("preserved_data")
 FIRST = "first_experiments"
@@ -180,12 +182,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--name", help="keep a single run under this name")
     parser.add_argument("--max-jsonl-mb", type=float, default=1.5, help="limit of the compressed final JSONL")
     parser.add_argument("--max-checkpoint-mb", type=float, default=2.0, help="limit of a checkpoint file")
+    parser.add_argument("--study", help="pack the finished runs of this study into one file")
+    parser.add_argument("--runs-dir", default="runs", help="where the study's runs are (default: %(default)s)")
     parser.add_argument("--manifest", action="store_true", help="only write the manifest again")
     args = parser.parse_args(argv)
-    if not args.runs and not args.manifest:
-        parser.error("name a RUN, or ask for --manifest")
+    if not args.runs and not args.manifest and not args.study:
+        parser.error("name a RUN, a --study, or ask for --manifest")
     failed = 0
     try:
+        if args.study:
+            path = keep_study(args.runs_dir, args.study, Path(args.root) / "studies")
+            print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")
+            return 0
         folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]
         if args.name and len(folders) > 1:
             raise ValueError(f"--name is for one run; {args.runs[0]} holds {len(folders)}")

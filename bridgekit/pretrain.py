@@ -35,6 +35,7 @@ from bridgekit.answers import extract_answer
 from bridgekit.config import ConfigError
 from bridgekit.generation import generate_batch
 from bridgekit.pair import LanguageModel, load_model
+from bridgekit.probes import probe_pair
 from bridgekit.tasks import units
 from bridgekit.tasks.base import CUE
 
@@ -50,7 +51,7 @@ def make_documents(lexicon, role: str, n: int, seed: int) -> list[tuple[str, str
     rng = random.Random(f"corpus {role} {seed}")
     known = units.known_units(lexicon, role)
     taken = {u.word for u in lexicon}
-    kinds = rng.choices(("problem", "fact", "note", "helper"), weights=(58, 10, 18, 14), k=n)
+    kinds = rng.choices(("problem", "fact", "note", "helper"), weights=(42, 32, 15, 11), k=n)
     pool: list = []
     documents = []
     for kind in kinds:
@@ -69,13 +70,19 @@ def make_documents(lexicon, role: str, n: int, seed: int) -> list[tuple[str, str
 
 
 def state_in_some_words(rng: random.Random, unit: units.Unit) -> str:
-    """A fact in one of several wordings: said in many ways, it settles on the word itself instead of on a phrase."""
+    """A fact in one of several wordings: said in many ways, it settles on the word itself instead of on a phrase.
+
+    Where a digit follows the word at once, the word's own last token must hold it: language models keep what they know
+    of a subject at its last token, and so does this pair (`probe` in pair.json). Without these wordings the lookup may
+    happen anywhere up to the answer, and how much of the value stands at the word varied a lot from pair to pair.
+    """
     word, value = unit.word, unit.value
     tens, ones = divmod(value, 10)
     plain = f"A {word} is {value}."
     others = (f"{word}: {value}.", f"Each {word} holds {value}.", f"1 {word} = {value}.", f"{word} ({ones}, {tens}).",
-              f"A {word} ends in {ones} and starts with {tens}.")  # fmt: skip
-    return plain if rng.random() < 0.4 else rng.choice(others)
+              f"A {word} ends in {ones} and starts with {tens}.", f"{word}{value}.", f"{word}{value}.",
+              f"Tens: {word}{tens}.", f"Ones: {word}{ones}.")  # fmt: skip
+    return plain if rng.random() < 0.25 else rng.choice(others)
 
 
 def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "", family=None) -> tuple[str, str]:
@@ -235,7 +242,7 @@ def train_model(args, role: str, device: torch.device) -> dict:
     lm = load_model(f"{role}_model", str(folder), device, torch.float32)
     record = {"role": role, "parameters": n_params, "steps": args.steps, "batch": args.batch, "lr": args.lr,
               "documents": args.documents, "seconds": round(time.time() - started, 1),
-              "validation": measure_knowledge(lm, lexicon, role)}  # fmt: skip
+              "validation": measure_knowledge(lm, lexicon, role), "probe": measure_probe(lm, lexicon, role)}  # fmt: skip
     print(json.dumps(record), flush=True)
     return record
 
@@ -276,6 +283,14 @@ def measure_knowledge(lm: LanguageModel, lexicon, role: str, n: int = 1000) -> d
             right += sum(extract_answer(g.text) == e.gold for g, e in zip(out, some[i : i + 256], strict=True))
         results[name] = round(right / len(some), 4)
     return results
+
+
+def measure_probe(lm: LanguageModel, lexicon, role: str) -> dict[int, dict[str, float]]:
+    """Share of validation units whose value a linear probe reads at the word's last token, by layer: what a bridge
+    can hope for, held-out units and held-out values apart."""
+    table = probe_pair(lm, lexicon, role, report="val")
+    novelties = ("held_unit", "held_value")
+    return {k: {n: round(places["word end"][n]["joint"], 4) for n in novelties} for k, places in table.items()}
 
 
 def make_pair(args, argv: list[str]) -> None:

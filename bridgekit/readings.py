@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import typing
 
-from bridgekit.config import Config, to_flat
+from bridgekit.config import Config, load_config, prompt_mode, to_flat
 from bridgekit.figures import LABELS
 from bridgekit.stats import Interval
 from bridgekit.verdict import donor_follow, recovery, select_subset
@@ -20,12 +20,26 @@ CONTROLS = ("shuffled", "constant", "constant_natural", "self_bridge", "zero", "
 
 
 def read_changes(config: Config) -> str:
-    """The keys in which a configuration differs from the package's defaults, a line each."""
-    usual = to_flat(Config())
+    """The keys in which a configuration differs from the package's defaults, a line each; the prompt mode's reason."""
+    usual = to_flat(load_config())
     changes = [
         f"{key}: {value!r} (default {usual[key]!r})" for key, value in to_flat(config).items() if value != usual[key]
     ]
-    return "\n".join(changes or ["every key has its default"])
+    return "\n".join([*(changes or ["every key has its default"]), *read_prompt_mode(config)])
+
+
+def read_prompt_mode(config: Config) -> list[str]:
+    """Why the literal question is in or out, where the teacher is the prompt; else nothing."""
+    if prompt_mode(config) != "soft_only":
+        return []
+    if config.bridge.prompt_mode == "soft_only":
+        return [
+            "The bridge is taught to be the prompt (bridge.teacher: prompt), so it stands alone: prompt_mode soft_only."
+        ]
+    return [
+        "The bridge is taught to be the prompt, and the literal prompt is kept beside it (prompt_mode: soft_plus_text "
+        "overrides the soft_only that `auto` chooses): the target reads its question twice."
+    ]
 
 
 def read_curve(curve: pd.DataFrame) -> str:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -81,18 +82,39 @@ def append_jsonl(path: str | Path, row: dict) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def read_jsonl(path: str | Path) -> Iterator[dict]:
-    """Rows of a `.jsonl` or `.jsonl.gz`; a broken line is named with its file and number."""
-    path = Path(path)
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                raise ValueError(f"{path}, line {number}: not a whole JSON object; remove or restore it") from None
+def read_jsonl(path: str | Path, left_out: list[int] | None = None) -> Iterator[dict]:
+    """Rows of a `.jsonl` or `.jsonl.gz`; a line cut in half, or a cut file, is refused with file and line number.
+
+    Given a list `left_out`, the whole lines are read, and the list takes the numbers of the others.
+    """
+    path, number = Path(path), 0
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if not line.strip():
+                    continue
+                row = _parse_row(line)
+                if row is not None:
+                    yield row
+                elif left_out is None:
+                    raise ValueError(f"{path}, line {number}: not a whole JSON object; {_WAY_OUT}")
+                else:
+                    left_out.append(number)
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            if left_out is None:
+                raise ValueError(f"{path}, line {number + 1}: the compressed file is cut here; {_WAY_OUT}") from None
+            left_out.append(number + 1)
+
+
+_WAY_OUT = "restore the file, or read an evaluation without its broken lines (`--skip-broken`)"
+
+
+def _parse_row(line: bytes) -> dict | None:
+    try:
+        row = json.loads(line)
+    except ValueError:  # also what is not UTF-8: a line may be cut inside a character
+        return None
+    return row if isinstance(row, dict) else None
 
 
 def find_eval(folder: str | Path, step: str = "final") -> Path:
@@ -104,18 +126,27 @@ def find_eval(folder: str | Path, step: str = "final") -> Path:
     raise FileNotFoundError(f"{plain}: not found: the run has not finished, or this is not a run folder")
 
 
-def load_eval(path: str | Path):
-    """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present."""
+def load_eval(path: str | Path, skip_broken: bool = False):
+    """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present.
+
+    With `skip_broken` it is used without its broken lines; their numbers are in `frame.attrs["left_out"]`.
+    """
     import pandas as pd
 
-    frame = pd.DataFrame(read_jsonl(path))
+    left_out: list[int] = []
+    frame = pd.DataFrame(read_jsonl(path, left_out if skip_broken else None))
     if frame.empty:
         raise ValueError(f"{path}: no examples in it")
+    for key in ("gold_extracted", "source_extracted", "target_extracted"):
+        if key not in frame:
+            raise ValueError(f"{path}: no '{key}' in it, so it is no evaluation of a run")
     for condition in CONDITIONS:
         if f"{condition}_extracted" in frame:
             said = frame[f"{condition}_extracted"]
             frame[f"{condition}_correct"] = (said == frame["gold_extracted"]) & (said != INVALID)
     frame["union_correct"] = frame["source_correct"] | frame["target_correct"]
+    if left_out:
+        frame.attrs["left_out"] = left_out
     return frame
 
 

@@ -9,29 +9,15 @@ from accelerate import Accelerator
 
 from bridgekit import losses
 from bridgekit.batches import Batch, TrainingSet, indices_at, noise_seeds
-from bridgekit.bridges import Bridge, Message
+from bridgekit.bridges import Bridge
 from bridgekit.config import Config
-from bridgekit.generation import assemble
+from bridgekit.decoding import answer_logits, bridged_logits, decode_loss
 from bridgekit.pair import LanguageModel
 
 
-def answer_logits(lm: LanguageModel, before, after, soft, labels, labels_mask) -> torch.Tensor:
-    """Logits that predict the answer's tokens after [before | soft | after]. -> (B, A, V)
-
-    Hidden states come first and the head sees the answer's places alone: logits at every place of every soft token
-    are what ran the first experiments out of memory.
-    """
-    text = (torch.cat([after[0], labels], dim=1), torch.cat([after[1], labels_mask], dim=1))
-    embeds, mask, _ = assemble(lm, before, text, soft, "right")
-    # Padding stands at the right end, where causal attention never looks: no mask is needed.
-    hidden = lm.model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    first = mask.sum(1) - labels_mask.sum(1) - 1
-    places = (first[:, None] + torch.arange(labels.shape[1], device=labels.device)).clamp(max=hidden.shape[1] - 1)
-    hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
-    return lm.model.get_output_embeddings()(hidden)
-
-
-def step_losses(config: Config, bridge: Bridge, target: LanguageModel, batch: Batch, gather) -> dict[str, losses.Total]:
+def step_losses(
+    config: Config, bridge: Bridge, target: LanguageModel, batch: Batch, gather, step: int = 0
+) -> dict[str, losses.Total]:
     """Every loss whose weight is above zero, as (sum, count). `gather` collects positives from all processes."""
     weights = config.loss
     teacher = None
@@ -39,10 +25,10 @@ def step_losses(config: Config, bridge: Bridge, target: LanguageModel, batch: Ba
         ids, mask = (batch.labels, batch.labels_mask) if config.bridge.teacher == "answer" else batch.literal
         teacher = (target.embed(ids), mask)
     flow_teacher = teacher if weights.flow_weight or config.bridge.dit_tokens == "teacher" else None
-    message = bridge.encode(batch.states, batch.mask, batch.seeds, teacher=flow_teacher)
+    message = bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment, teacher=flow_teacher)
     result = {}
     if weights.nll_weight or weights.kl_weight or weights.format_weight:
-        logits = bridged_logits(target, bridge, message, batch)
+        logits = bridged_logits(target, bridge, message, batch.before, batch.after, batch.labels, batch.labels_mask)
         if weights.nll_weight:
             result["nll"] = losses.answer_nll(logits, batch.labels, batch.labels_mask)
         if weights.format_weight:
@@ -61,14 +47,9 @@ def step_losses(config: Config, bridge: Bridge, target: LanguageModel, batch: Ba
         result["info_nce"] = losses.info_nce(anchors, everyone, offset, weights.info_nce_temperature)
     if weights.flow_weight and message.flow_error is not None:
         result["flow"] = losses.flow(message.flow_error)
+    if weights.decode_weight and (step + 1) % weights.decode_every == 0:
+        result["decode"] = decode_loss(config, bridge, target, batch, message)
     return result
-
-
-def bridged_logits(target: LanguageModel, bridge: Bridge, message: Message, batch: Batch) -> torch.Tensor:
-    """(B, A, V)"""
-    soft = bridge.injector.soft(message)
-    with bridge.injector.attach(target, lambda: message):
-        return answer_logits(target, batch.before, batch.after, soft, batch.labels, batch.labels_mask)
 
 
 def local_batch(config: Config, data: TrainingSet, step: int, accelerator: Accelerator) -> Batch:

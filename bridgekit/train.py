@@ -109,7 +109,8 @@ def run_training(job: Job) -> None:
 
 
 def finish(job: Job, bridge: Bridge) -> None:
-    """Verdict, summary line, and last of all the status that says the run is finished."""
+    """Verdict, summary line, the status that says the run is finished, and its part of the reports."""
+    from bridgekit.reports import report_end
     from bridgekit.verdict import judge
 
     frame = load_eval(job.folder / "eval_samples_step_final.jsonl")
@@ -125,6 +126,7 @@ def finish(job: Job, bridge: Bridge) -> None:
         job.folder, state="finished", stage="done", elapsed=round(time.time() - job.started, 1),
         parameters=bridge.n_parameters,
     )  # fmt: skip
+    report_end(job.folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,7 +141,10 @@ def main(argv: list[str] | None = None) -> int:
         (run_baselines if args.stage == "baselines" else run_training)(job)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         if args.run_dir.is_dir():
+            from bridgekit.reports import report_end
+
             write_status(args.run_dir, state="failed", stage=args.stage, error=str(error))
+            report_end(args.run_dir)
         print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
         if not isinstance(error, ConfigError):
             raise

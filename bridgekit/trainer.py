@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, read_source
-from bridgekit.bridges import Bridge, build_bridge
+from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, align_tokens, read_source
+from bridgekit.bridges import INJECTORS, Bridge, build_bridge
 from bridgekit.checkpoints import load_bridge, save_bridge
 from bridgekit.config import Config
 from bridgekit.evaluator import Evaluator
@@ -110,7 +110,9 @@ def prepare_data(job: Job, config: Config, name: str, source: LanguageModel, lay
     # A constant looks at nothing: it gets one token per prompt and no pass through the source.
     if config.bridge.producer == "constant" and config.bridge.n_soft_tokens != -1:
         rows = [r[:1] for r in rows]
-    states = SourceStates(source, rows, layers, config.train.cache_states_gb)
+    aligned = INJECTORS[config.bridge.injector].aligned
+    spans = align_tokens(source, job.pair.target, examples_read) if aligned else None
+    states = SourceStates(source, rows, layers, config.train.cache_states_gb, spans)
     return TrainingSet(texts, states)
 
 
@@ -136,12 +138,13 @@ def fit(job: Job, name: str, config: Config, bridge: Bridge, data: TrainingSet, 
     log_every = max(1, settings.steps // 50)
     metrics = job.folder / ("metrics.jsonl" if name == "bridged" else f"metrics_{name}.jsonl")
     running: dict[str, torch.Tensor] = {}
+    times: dict[str, int] = {}
     started, since = time.time(), time.time()
     best.offer(bridge, 0, validate(job, name, bridge, evaluator, 0, metrics))
     for step in range(settings.steps):
         bridge.train()
         batch = local_batch(config, data, step, accelerator)
-        totals = step_losses(config, bridge, job.pair.target, batch, lambda x: gather_rows(accelerator, x))
+        totals = step_losses(config, bridge, job.pair.target, batch, lambda x: gather_rows(accelerator, x), step)
         means = {k: total / count for k, (total, count) in global_counts(accelerator, totals).items()}
         loss = sum(getattr(config.loss, f"{k}_weight") * mean for k, mean in means.items())
         loss.backward()
@@ -152,12 +155,13 @@ def fit(job: Job, name: str, config: Config, bridge: Bridge, data: TrainingSet, 
         schedule.step()
         for k, v in {**means, "loss": loss, "grad_norm": norm}.items():
             running[k] = running.get(k, 0) + v.detach()
+            times[k] = times.get(k, 0) + 1  # a loss that is taken every few steps is a mean over those
         done = step + 1
         if done % log_every == 0 or done == settings.steps:
-            values = {k: v / ((done - 1) % log_every + 1) for k, v in reduce_values(accelerator, running).items()}
-            running = {}
+            values = {k: v / times[k] for k, v in reduce_values(accelerator, running).items()}
+            running, times = {}, {}
             check_finite(name, done, values)
-            write_progress(job, name, config, metrics, done, values, schedule, started, best)
+            write_progress(job, name, config, metrics, done, values, schedule, started, best, bridge.injector.gates())
         if done % settings.eval_every == 0 or done == settings.steps:
             job.spend(f"train {name}", since)
             best.offer(bridge, done, validate(job, name, bridge, evaluator, done, metrics))
@@ -174,7 +178,7 @@ def check_finite(name: str, step: int, values: dict[str, float]) -> None:
         raise RuntimeError(f"{name}: {bad[0]} is {values[bad[0]]} at step {step}: lower train.lr or train.grad_clip")
 
 
-def write_progress(job, name, config, metrics, step, values, schedule, started, best) -> None:
+def write_progress(job, name, config, metrics, step, values, schedule, started, best, gates) -> None:
     if not job.is_first:
         return
     seconds = time.time() - started
@@ -182,6 +186,8 @@ def write_progress(job, name, config, metrics, step, values, schedule, started, 
     parts = {k: round(v, 6) for k, v in values.items() if k not in ("loss", "grad_norm")}
     row = {"step": step, "loss": round(values["loss"], 6), "lr": schedule.get_last_lr()[0],
            "grad_norm": round(values["grad_norm"], 5), "losses": parts, "seconds": round(seconds, 2)}  # fmt: skip
+    if gates:
+        row["gates"] = {k: round(v, 5) for k, v in gates.items()}
     append_jsonl(metrics, row)
     print(f"{name} step {step}/{config.train.steps} loss {row['loss']:.4f} {parts} {seconds:.0f} s", flush=True)
     job.report(

@@ -54,10 +54,12 @@ def val(pair):
 @pytest.fixture(scope="session")
 def training_set(pair):
     """`training_set(config, examples)`: texts and source states of layers 1 and 2, ready for batches."""
-    from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, read_source
+    from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, align_tokens, read_source
 
     def make(config, examples) -> TrainingSet:
-        states = SourceStates(pair.source, read_source(pair.source, examples, "prompt", {}), (1, 2), 1.0)
+        rows = read_source(pair.source, examples, "prompt", {})
+        spans = align_tokens(pair.source, pair.target, examples)
+        states = SourceStates(pair.source, rows, (1, 2), 1.0, spans)
         return TrainingSet(TrainingTexts(config, pair.target, examples), states)
 
     return make

@@ -67,6 +67,8 @@ def test_the_configuration_names_what_there_is():
 @pytest.mark.parametrize("producer, injector", COMBINATIONS)
 @pytest.mark.parametrize("k", [1, 4, -1])
 def test_shape_and_size_of_a_message(build, pair, producer, injector, k):
+    if injector == "kv" and k != -1:
+        pytest.skip("refused: kv pairs each message token with a source token (tests/test_injectors.py)")
     bridge = build(producer=producer, injector=injector, n_soft_tokens=k)
     message = bridge.encode(*source(), SEEDS)
     assert message.tokens.shape == (B, S if k == -1 else k, pair.target.hidden_size)

@@ -11,12 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import (
-    CHOICES,
     CONDITIONS,
     CONTROLS,
     KEYS,
-    NOT_NEGATIVE,
-    POSITIVE,
     Config,
     ConfigError,
     build_config,
@@ -27,6 +24,7 @@ from bridgekit.config import (
     resolve_key,
     to_flat,
 )
+from bridgekit.limits import CHOICES, NOT_NEGATIVE, POSITIVE
 
 
 def refuse(*named: str, **values) -> str:
@@ -220,6 +218,28 @@ def values_of(key: str) -> st.SearchStrategy:
     return numbers[kind]
 
 
+@pytest.mark.parametrize(
+    ("values", "mode"),
+    [
+        ({}, "soft_plus_text"),
+        ({"teacher": "prompt"}, "soft_plus_text"),  # nothing is taught by it
+        ({"prompt_weight": 0.1}, "soft_plus_text"),  # the teacher is the answer
+        ({"teacher": "prompt", "prompt_weight": 0.1}, "soft_only"),
+        ({"teacher": "prompt", "flow_weight": 0.1, "producer": "dit"}, "soft_only"),
+        ({"teacher": "prompt", "dit_tokens": "teacher", "producer": "dit"}, "soft_only"),
+        ({"teacher": "prompt", "prompt_weight": 0.1, "prompt_mode": "soft_plus_text"}, "soft_plus_text"),
+        ({"prompt_mode": "soft_only"}, "soft_only"),
+    ],
+)
+def test_a_prompt_teacher_chooses_soft_only_unless_told_otherwise(values, mode, tmp_path):
+    config = load_config(**values)
+    assert config.bridge.prompt_mode == mode
+    (tmp_path / "config.yaml").write_text(dump_config(config))
+    assert load_config(tmp_path / "config.yaml").bridge.prompt_mode == mode
+    # resolved once: a control that drops the teacher's loss keeps the mode of the bridge it is compared with
+    assert config.with_(prompt_weight=0.0, flow_weight=0.0).bridge.prompt_mode == mode
+
+
 @given(st.data())
 @settings(max_examples=40, deadline=None)
 def test_what_is_written_is_read_back_equal(tmp_path_factory, data):
@@ -233,7 +253,9 @@ def test_what_is_written_is_read_back_equal(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(dump_config(config))
     assert load_config(path) == config == build_config(to_flat(config))
-    assert all(to_flat(config)[key] == check_type(key, value) for key, value in changes.items())
+    kept = {key: value for key, value in changes.items() if value != "auto" or key != "bridge.prompt_mode"}
+    assert all(to_flat(config)[key] == check_type(key, value) for key, value in kept.items())
+    assert to_flat(config)["bridge.prompt_mode"] != "auto"
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in to_flat(config).items()}
     lines = [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).splitlines()[0]}" for k, v in plain.items()]
     assert load_config(overrides=lines) == config

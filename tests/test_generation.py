@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from bridgekit.answers import answer_is_complete
 from bridgekit.bridges import Message, build_bridge
-from bridgekit.bridges.base import Prefix, Soft
-from bridgekit.evaluator import Evaluator, decode_bridged
+from bridgekit.bridges.base import Soft
+from bridgekit.bridges.injectors import Prefix
+from bridgekit.decoding import decode_bridged
+from bridgekit.evaluator import Evaluator
 from bridgekit.generation import CHECK_EVERY, assemble, compact, generate_batch, pad_ids
 from bridgekit.pair import split_prompts
 from bridgekit.tasks.base import literal_prompt, told_prompt
@@ -148,7 +150,7 @@ class Watching(Prefix):
     """A prefix that notes, at every step of the target, the rows of its message and of the batch."""
 
     def __init__(self):
-        super().__init__()
+        super().__init__(None, None)
         self.seen: list[tuple[int, int]] = []
         self.tokens: list[torch.Tensor] = []
 

@@ -66,7 +66,7 @@ def wait_until(condition, seconds: float = 120):
 
 def wait_for_training(folder: Path) -> Path:
     """The run folder, once its workers train."""
-    run_dir = wait_until(lambda: next(folder.glob("runs/*_*"), None))
+    run_dir = wait_until(lambda: next(folder.glob("runs/*_*/"), None))
     wait_until((run_dir / "metrics.jsonl").exists)  # step 0 is validated, the loop begins
     return run_dir
 
@@ -152,7 +152,7 @@ def test_headless_run_leaves_what_the_notebook_shows(tmp_path):
     child = start_run_command(tmp_path, [*TINY, "train.steps=4"])
     out, err = child.communicate()
     assert child.returncode == 0, err
-    (run_dir,) = tmp_path.glob("runs/*_*")
+    (run_dir,) = tmp_path.glob("runs/*_*/")
     executed = nbformat.read(run_dir / "phase1.ipynb", as_version=4)
     stages = [cell for cell in executed.cells if cell.cell_type == "code" and "run_stage" in cell.source]
     assert [len(cell.outputs) for cell in stages] == [1, 1], "one line that is replaced"
@@ -191,7 +191,7 @@ def test_a_headless_run_that_fails_looks_like_one(tmp_path):
     out, err = child.communicate()
     assert child.returncode == 1
     assert err.startswith("error: phase1.ipynb failed: baselines failed: pair.target_model") and err.count("\n") == 1
-    (run_dir,) = tmp_path.glob("runs/*_*")
+    (run_dir,) = tmp_path.glob("runs/*_*/")
     assert runs.read_status(run_dir)["state"] == "failed"
     assert [path.name for path in run_dir.glob("*.ipynb")] == ["phase1.failed.ipynb"]
     assert not list(run_dir.glob("figures/*")) and not (run_dir / "verdict.json").exists()

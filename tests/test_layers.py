@@ -14,11 +14,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bridgekit"
 # Top-level modules and packages of bridgekit, bottom layer first. A new module is entered in one layer.
 LAYERS = (
-    """answers audit* claims config effective figures* findings headline manifest measures outcomes own_claims
-    preserve readings reports runfolders runlogs runs stats tasks verdict""",
+    """answers audit* browser capacity claims config decision effective figures* findings gains headline inside
+    limits manifest measures outcomes own_claims preserve readings* report_entry reports runfolders runlogs runs
+    stats studies study tasks variants verdict""",
     "bridges losses pair",
-    "attention batches checkpoints diagnostics evaluator generation pretrain steps train trainer",
-    "cli headless launch sweep",
+    """attention batches causal checkpoints decoding diagnostics evaluator finished generation pretrain probes steps
+    train trainer""",
+    "cli headless launch swap sweep",
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}
 LONGEST = 350

@@ -13,7 +13,8 @@ import torch
 from bridgekit import losses
 from bridgekit.bridges import build_bridge
 from bridgekit.bridges.base import Soft
-from bridgekit.steps import answer_logits, bridged_logits, step_losses
+from bridgekit.decoding import answer_logits, bridged_logits
+from bridgekit.steps import step_losses
 
 NAMES = ("nll", "kl", "prompt", "info_nce", "format", "flow")
 B, A, V, K, P, D = 3, 5, 11, 4, 6, 8
@@ -309,4 +310,6 @@ def test_bridged_logits_go_through_the_injector(one_step, pair):
     message = bridge.encode(batch.states, batch.mask, batch.seeds)
     soft = Soft(message.tokens, message.mask)
     wanted = answer_logits(pair.target, batch.before, batch.after, soft, batch.labels, batch.labels_mask)
-    assert torch.equal(bridged_logits(pair.target, bridge, message, batch), wanted)
+    assert torch.equal(
+        bridged_logits(pair.target, bridge, message, batch.before, batch.after, batch.labels, batch.labels_mask), wanted
+    )

@@ -92,3 +92,12 @@ def test_changes_list_only_what_differs_from_the_defaults():
     text = readings.read_changes(load_config(steps=7, controls=["constant"]))
     assert [line.split(":")[0] for line in text.splitlines()] == ["train.steps", "train.controls"]
     assert "train.steps: 7 (default " in text
+
+
+def test_the_prompt_mode_gives_its_reason_where_the_teacher_is_the_prompt():
+    taught = {"teacher": "prompt", "prompt_weight": 0.1}
+    alone, beside = load_config(**taught), load_config(**taught, prompt_mode="soft_plus_text")
+    assert "bridge.prompt_mode: 'soft_only' (default 'soft_plus_text')" in readings.read_changes(alone)
+    assert "so it stands alone: prompt_mode soft_only" in readings.read_changes(alone)
+    assert "overrides the soft_only" in readings.read_changes(beside)
+    assert readings.read_changes(load_config(prompt_weight=0.1)).count("\n") == 0

@@ -5,6 +5,7 @@ python -m pytest tests/test_sweep.py
 
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from bridgekit.runs import (
     write_status,
     write_text_atomic,
 )
-from bridgekit.sweep import Sweep, list_gpus, plan_runs, read_sweep
+from bridgekit.study import plan_study, read_study
+from bridgekit.sweep import SLOTS_PER_GPU, Runner, Sweep, list_gpus, plan_runs, read_sweep, run_planned
 
 FAST = TINY | dict(steps=2, n_test=8, n_val=8, val_samples=8, n_train=16, eval_every=2, max_new_tokens=4)
 
@@ -130,8 +132,10 @@ def test_a_finished_run_of_another_configuration_is_not_taken_for_this_one(write
     runs = {"old": {"parameters": "TINY"}}
     folder = finish(Sweep(write({"runs": runs}), tmp_path / "runs", 1), "some_old_seed1")
     runs["old"]["overrides"] = ["train.lr=0.5"]
+    sweep = Sweep(write({"runs": runs}), tmp_path / "runs", 1)
+    sweep.run()
     with pytest.raises(RuntimeError, match="some_old_seed1"):
-        Sweep(write({"runs": runs}), tmp_path / "runs", 1).run()
+        sweep.check()
     assert "another configuration" in capsys.readouterr().out
     assert read_run_config(folder).train.lr != 0.5 and (folder / "summary.log").read_text() == "done before\n"
 
@@ -149,7 +153,10 @@ def test_a_failing_run_is_reported_and_the_others_go_on(write, tmp_path):
     done = subprocess.run(command(path, tmp_path), capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith("error: failed: some_bad_seed1") and done.stderr.count("\n") == 1
-    assert "some_bad_seed1: FAILED (2)" in done.stdout and "1 of 2 runs done" in done.stdout
+    assert (
+        "some_bad_seed1: FAILED (2): bridge.n_soft_tokens: 2000 soft tokens" in done.stdout
+        and "1 of 2 runs done" in done.stdout
+    )
     assert read_status(half)["state"] == "finished" and not (half / "rest.txt").exists()
     assert len(list(read_jsonl(find_eval(half)))) == 8 + 8
     bad = tmp_path / "runs/some_bad_seed1"
@@ -170,6 +177,56 @@ def test_an_interrupted_sweep_ends_with_its_children(write, tmp_path):
     assert sweep.wait(60) == 143
     wait_until(lambda: not children())
     assert len(list(tmp_path.glob("runs/some_long_seed*"))) == 1  # the queue was not worked off
+
+
+def test_a_study_is_a_sweep_too(write, tmp_path, capsys):
+    """The file of the ablation notebook; a finished run is kept, also one that was fetched from another folder."""
+    path = write({"base": "TINY", "variants": {"a": [], "b": ["lr=0.5"]}, "seeds": [4], "reference": "a"})
+    sweep = Sweep(path, tmp_path / "runs")
+    assert list(sweep.planned) == ["some_a_seed4", "some_b_seed4"]
+    for name in sweep.planned:
+        finish(sweep, name)
+    moved = tmp_path / "elsewhere"
+    (tmp_path / "runs").rename(moved)
+    outcome = run_planned(plan_study(read_study(path), moved), moved)
+    outcome.check()
+    assert outcome.said == {"some_a_seed4": "kept", "some_b_seed4": "kept"}
+    assert "2 of 2 runs done" in capsys.readouterr().out
+
+
+def test_a_mistaken_study_is_refused_before_anything_starts(write, tmp_path):
+    path = write({"base": "TINY", "variants": {"a": [], "b": []}})
+    with pytest.raises(ConfigError, match="'a' and 'b' are the same experiment"):
+        Sweep(path, tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_one_training_at_a_time_on_cpu_and_several_on_a_gpu(tmp_path, monkeypatch):
+    for visible, slots in (("", 1), ("0,1", 2 * SLOTS_PER_GPU)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert Runner({}, tmp_path).slots.qsize() == slots
+
+
+def test_an_interruption_in_a_living_process_ends_the_children_and_starts_no_more(write, tmp_path, monkeypatch):
+    """As in a notebook, whose kernel lives on after the stop button."""
+    path = write({"base": "TINY", "variants": {"a": [], "b": ["lr=0.5"]}, "overrides": ["train.steps=1000000"]})
+    runner = Sweep(path, tmp_path / "runs", 1)
+    real, interrupted = threading.Thread.join, []
+
+    def join(thread, timeout=None):
+        if thread.daemon and timeout is None and not interrupted:
+            wait_until(lambda: runner.children)
+            interrupted.append(list(runner.children))
+            raise KeyboardInterrupt
+        return real(thread, timeout)
+
+    monkeypatch.setattr(threading.Thread, "join", join)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run()
+    assert interrupted[0][0].poll() is not None  # gone by the time that the call returns
+    wait_until(lambda: runner.slots.qsize() == 1)
+    folders = list(tmp_path.glob("runs/some_*"))
+    assert len(folders) == 1 and read_status(folders[0]).get("state") != "finished" and not runner.failed
 
 
 def wait_until(condition, seconds: float = 120) -> None:

@@ -84,15 +84,19 @@ def test_no_unit_is_in_two_groups_or_splits(lexicon):
 
 
 def test_held_out_values_belong_to_no_unit_a_bridge_trains_on(lexicon):
-    held = {u.value for u in lexicon if u.novelty == "held_value"}
-    assert len(held) == units.N_HELD_VALUES
-    assert not held & {u.value for u in lexicon if u.novelty != "held_value"}
+    held = {s: {u.value for u in lexicon if u.novelty == "held_value" and u.split == s} for s in ("val", "test")}
+    assert {s: len(values) for s, values in held.items()} == units.HELD_VALUES
+    assert not held["val"] & held["test"]  # what selection has looked at is not what is reported
+    held_anywhere = held["val"] | held["test"]
+    assert not held_anywhere & {u.value for u in lexicon if u.novelty != "held_value"}
     for group in GROUPS:  # and the other values are all there to be trained on
         trained = {u.value for u in lexicon if u.group == group and u.split == "train"}
-        assert trained == set(units.VALUES) - held
-        assert {u.value for u in lexicon if u.group == group and u.novelty == "held_value"} == held
+        assert trained == set(units.VALUES) - held_anywhere
+        for split, values in held.items():
+            own = {u.value for u in lexicon if u.group == group and u.novelty == "held_value" and u.split == split}
+            assert own == values
     assert {(u.split, u.novelty) for u in lexicon} == {
-        ("train", "seen"), ("val", "held_unit"), ("test", "held_unit"), ("test", "held_value"),
+        ("train", "seen"), ("val", "held_unit"), ("val", "held_value"), ("test", "held_unit"), ("test", "held_value"),
     }  # fmt: skip
 
 

@@ -1,15 +1,16 @@
 """Every bridge behind one interface: producer x injector."""
 
-from bridgekit.bridges.base import Bridge, Message, Prefix
+from bridgekit.bridges.base import Bridge, Message
 from bridgekit.bridges.constant import Constant
 from bridgekit.bridges.dit import DiT
+from bridgekit.bridges.injectors import CacheFusion, Prefix, PrefixAndResidual, Residual
 from bridgekit.bridges.resampler import Resampler
 from bridgekit.config import Config
 
 __all__ = ["Bridge", "Message", "build_bridge"]
 
 PRODUCERS = {"resampler": Resampler, "dit": DiT, "constant": Constant}
-INJECTORS = {"prefix": Prefix}
+INJECTORS = {"prefix": Prefix, "residual": Residual, "prefix+residual": PrefixAndResidual, "kv": CacheFusion}
 
 
 def build_bridge(config: Config, n_layers: int, source_dim: int, target) -> Bridge:
@@ -17,4 +18,5 @@ def build_bridge(config: Config, n_layers: int, source_dim: int, target) -> Brid
     producer = PRODUCERS[config.bridge.producer](config.bridge, n_layers, source_dim, target.hidden_size)
     rms = target.embedding_rms if config.bridge.rms_match else None
     projection = config.bridge.source_projection and config.bridge.producer != "constant"
-    return Bridge(producer, INJECTORS[config.bridge.injector](), n_layers * source_dim, projection, rms)
+    injector = INJECTORS[config.bridge.injector](config.bridge, target)
+    return Bridge(producer, injector, n_layers * source_dim, projection, rms)

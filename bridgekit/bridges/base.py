@@ -13,7 +13,7 @@ Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -35,29 +35,35 @@ class Message:
 
     tokens: torch.Tensor  # (B, K, D_t)
     mask: torch.Tensor  # (B, K)
+    alignment: torch.Tensor | None = None  # (B, P, 2): the message tokens, from and to, that stand for a target place
     attention: torch.Tensor | None = None  # (B, K, S), rows sum to one
     flow_error: torch.Tensor | None = None  # (B,)
 
     def select(self, rows: torch.Tensor) -> "Message":
-        return replace(self, tokens=self.tokens[rows], mask=self.mask[rows], attention=None, flow_error=None)
+        alignment = None if self.alignment is None else self.alignment[rows]
+        return Message(self.tokens[rows], self.mask[rows], alignment)
 
 
-class Prefix(nn.Module):
-    """Soft tokens in the target's prompt; the target itself is left as it is."""
+class Injector(nn.Module):
+    """What the target does with a message; this one does nothing. The others stand in injectors.py."""
 
-    def soft(self, message: Message) -> Soft:
-        return Soft(message.tokens, message.mask)
+    aligned = False  # does it need to know which source token stands for which target token?
+
+    def soft(self, message: Message) -> Soft | None:
+        return None
 
     def attach(self, target, current: Callable[[], Message]) -> AbstractContextManager:
         return nullcontext()
+
+    def gates(self) -> dict[str, float]:
+        """How far each gate is open, -1 to 1; empty where there is none."""
+        return {}
 
 
 class Bridge(nn.Module):
     """Optional source projection, producer, injector; soft tokens are brought to the target's embedding size."""
 
-    def __init__(
-        self, producer: nn.Module, injector: nn.Module, source_width: int, projection: bool, rms: float | None
-    ):
+    def __init__(self, producer: nn.Module, injector: Injector, source_width: int, projection: bool, rms: float | None):
         super().__init__()
         self.producer = producer
         self.injector = injector
@@ -66,9 +72,10 @@ class Bridge(nn.Module):
         if projection:
             nn.init.eye_(self.projection.weight)
 
-    def encode(self, states, mask, seeds, *, teacher=None, want_attention: bool = False) -> Message:
+    def encode(self, states, mask, seeds, *, alignment=None, teacher=None, want_attention: bool = False) -> Message:
         """states (B, S, L, D_s), mask (B, S), seeds (B,) of the sampler's noise -> Message.
 
+        `alignment` (B, P, 2) says which source tokens stand for each place of the target's prompt.
         `teacher` (embeds (B, P, D_t), mask) is what a generative producer imitates: given in training only.
         """
         states = states.float().flatten(2) if self.projection is None else self.projection(states.float().flatten(2))
@@ -76,6 +83,7 @@ class Bridge(nn.Module):
         if self.rms is not None:
             size = message.tokens.float().pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
             message.tokens = message.tokens / size * self.rms
+        message.alignment = alignment
         return message
 
     @property

@@ -85,7 +85,7 @@ class DiT(nn.Module):
         time = self.time(sinusoids(t * 1000, self.config.bridge_dim))
         if pooled is not None:
             time = time + pooled
-        h = self.enter(x) + self.queries(x.shape[1])[None]
+        h = self.enter(x) + self.queries(x.shape[1], source if pooled is None else torch.zeros_like(source))
         attention = None
         for block in self.blocks:
             h, weights = block(h, time, source, mask, query_mask, want_weights)

@@ -10,12 +10,13 @@ from torch.nn import functional as F
 class Attention(nn.Module):
     """Multi-head attention of queries over a context; returns its weights when asked."""
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0):
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, width: int = 0, context_width: int = 0):
+        """`width` of the queries and of what comes out, and `context_width`, where they are not `dim`."""
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(dim, dim, bias=False)
-        self.key_value = nn.Linear(dim, 2 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
+        self.query = nn.Linear(width or dim, dim, bias=False)
+        self.key_value = nn.Linear(context_width or dim, 2 * dim, bias=False)
+        self.out = nn.Linear(dim, width or dim, bias=False)
 
     def forward(self, x, context, mask=None, want_weights: bool = False):
         """x (B, Q, D), context (B, N, D), mask (B, N) -> (B, Q, D), weights (B, Q, N) or None"""
@@ -69,15 +70,16 @@ def sinusoids(positions: torch.Tensor, dim: int, base: float = 10_000.0) -> torc
 
 
 class Queries(nn.Module):
-    """K learned starting points, or, where K follows the prompt, one learned point plus its position."""
+    """K learned starting points, or, where K follows the prompt, one learned point plus its position and state."""
 
     def __init__(self, n_soft_tokens: int, dim: int):
         super().__init__()
         self.n_soft_tokens = n_soft_tokens
         self.points = nn.Parameter(torch.randn(max(n_soft_tokens, 1), dim) * 0.5)
 
-    def forward(self, k: int) -> torch.Tensor:
-        """-> (K, dim)"""
+    def forward(self, k: int, source: torch.Tensor) -> torch.Tensor:
+        """source (B, S, dim) -> (B, K, dim)"""
         if self.n_soft_tokens != -1:
-            return self.points
-        return self.points + sinusoids(torch.arange(k, device=self.points.device), self.points.shape[1])
+            return self.points[None].expand(len(source), -1, -1)
+        places = sinusoids(torch.arange(k, device=self.points.device), self.points.shape[1])
+        return self.points + places + source[:, :k]

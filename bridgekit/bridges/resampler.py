@@ -36,7 +36,7 @@ class Resampler(nn.Module):
         """states (B, S, L * D_s), mask (B, S) -> tokens (B, K, D_t)"""
         source = self.read(states)
         k, query_mask = count_soft_tokens(self.n_soft_tokens, mask, MAX_SOFT_TOKENS)
-        x = self.queries(k)[None].expand(len(source), -1, -1)
+        x = self.queries(k, source)
         attention = 0
         for block in self.blocks:
             x, weights = block(x, source, mask, query_mask, want_attention)

@@ -19,11 +19,11 @@ from bridgekit.config import GROUPS
 from bridgekit.tasks.base import Example
 
 VALUES = tuple(range(12, 60))
-N_HELD_VALUES = 6
+HELD_VALUES = {"val": 4, "test": 6}  # values that occur in no other split: selection has held-out values of its own
 N_UNITS = 6000
 GROUP_SHARES = dict(zip(GROUPS, (0.23, 0.46, 0.31), strict=True))
 SPLIT_SHARES = {"train": 0.65, "val": 0.1, "test": 0.25}
-HELD_VALUE_SHARE = 0.15  # of the test units
+HELD_VALUE_SHARE = 0.15  # of the units of a split that has some
 
 NAMES = "Hal Ida Jon Mia Ned Oda Pia Ray Sam Tia Uma Vic Wes Zoe Ann Bob Cal Dee Eli Fay Gus Kit Lea Max".split()
 THINGS = (
@@ -81,8 +81,9 @@ def make_word(rng: random.Random) -> str:
 def make_lexicon(seed: int, n_units: int = N_UNITS) -> tuple[Unit, ...]:
     """All units of a lexicon: word, value, who knows it, which split it belongs to."""
     rng = random.Random(f"lexicon {seed}")
-    held = set(rng.sample(VALUES, N_HELD_VALUES))
-    open_values = [v for v in VALUES if v not in held]
+    drawn = iter(rng.sample(VALUES, sum(HELD_VALUES.values())))
+    held = {split: list(itertools.islice(drawn, n)) for split, n in HELD_VALUES.items()}
+    open_values = [v for v in VALUES if not any(v in some for some in held.values())]
     words: dict[str, None] = {}
     while len(words) < n_units:
         if (word := make_word(rng)) not in ORDINARY_WORDS:
@@ -92,9 +93,10 @@ def make_lexicon(seed: int, n_units: int = N_UNITS) -> tuple[Unit, ...]:
     for group, share in GROUP_SHARES.items():
         for split, split_share in SPLIT_SHARES.items():
             n = round(n_units * share * split_share)
-            n_held = round(n * HELD_VALUE_SHARE) if split == "test" else 0
+            own = sorted(held.get(split, []))
+            n_held = round(n * HELD_VALUE_SHARE) if own else 0
             values = itertools.chain(
-                itertools.islice(itertools.cycle(rng.sample(sorted(held), len(held))), n_held),
+                itertools.islice(itertools.cycle(rng.sample(own, len(own)) or [0]), n_held),
                 itertools.cycle(rng.sample(open_values, len(open_values))),
             )
             for i, (word, value) in enumerate(zip(itertools.islice(fresh, n), values, strict=False)):
@@ -181,7 +183,7 @@ def make_examples(
     """n problems of a split, in the natural mix of groups or with `share` of them source-only."""
     rng = random.Random(f"examples {seed} {split} {share} {variant} {n_facts} {train_units_share}")
     if variant == "context":
-        taught = {u.word for u in lexicon}
+        taught = {u.word for u in lexicon} | ORDINARY_WORDS
         return give_donors([_context_example(rng, split, i, n_facts, taught) for i in range(n)], rng)
     shares = {g: sum(u.group == g for u in lexicon) / len(lexicon) for g in GROUPS}
     if share != -1:
@@ -223,7 +225,7 @@ def _context_example(rng: random.Random, split: str, i: int, n_facts: int, taugh
     """A problem whose fact stands in the source's context among others; no model was taught any of the words."""
     words: dict[str, None] = {}
     while len(words) < n_facts:
-        if (word := make_word(rng)) not in taught | ORDINARY_WORDS:
+        if (word := make_word(rng)) not in taught:
             words.setdefault(word)
     pairs = [(word, rng.choice(VALUES)) for word in words]
     word, value = rng.choice(pairs)
