@@ -14,18 +14,27 @@ PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed-$(if $(EXTRA),$(EXTRA),base)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup phase1 smoke test lint lab clean
+.PHONY: help setup phase1 notebooks smoke test lint lab clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP)  ## create .venv with everything in it (done once; the other targets call it)
 
 phase1: setup  ## train the bridge on the embedded pair (CPU): run folder, executed notebook, figures, verdict
 	$(PY) -m bridgekit.cli run $(NOTEBOOK) -f $(PARAMETERS) $(ARGS)
 
-smoke: setup  ## the same notebook in under a minute: does every part run?
-	$(PY) -m bridgekit.cli run $(NOTEBOOK) -f parameters/phase1_smoke.yaml $(ARGS)
+notebooks: setup  ## execute every notebook with its small parameters (CPU, some minutes each)
+	@for name in phase1 ablation swap diagnostics paper preserved; do \
+	  file=parameters/$$name.yaml; \
+	  $(PY) -m bridgekit.cli run notebooks/$$name.ipynb $$(test -f $$file && echo -f $$file) || exit 1; \
+	done
+
+smoke: setup  ## every notebook that runs something, in under a minute each: does every part work?
+	@rm -rf runs/ablation_smoke* runs/swap_smoke*  # finished runs would be kept, and nothing tried
+	@for name in phase1 ablation swap diagnostics; do \
+	  $(PY) -m bridgekit.cli run notebooks/$$name.ipynb -f parameters/$${name}_smoke.yaml || exit 1; \
+	done
 
 test: setup  ## run the tests (CPU, offline); one process per core, one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

@@ -27,7 +27,13 @@ _INERT: tuple[tuple[typing.Callable[[dict], bool], tuple[str, ...]], ...] = (
     (lambda c: not c.get("dit_loss_weight", 1), ("dit_loss_warmup",)),
     (lambda c: c.get("soft_injection", "adapter") != "adapter", ("adapter_scale",)),
     (lambda c: c.get("bridge.producer", "dit") != "dit", ("bridge.dit_*", "loss.flow_weight")),
-    (lambda c: c.get("bridge.producer") == "constant", ("bridge.source_*", "bridge.depth", "bridge.heads")),
+    (lambda c: c.get("bridge.producer") == "constant", ("bridge.source_*", "bridge.depth")),
+    (
+        lambda c: c.get("bridge.producer") == "constant" and c.get("bridge.injector", "prefix") == "prefix",
+        ("bridge.heads", "bridge.bridge_dim", "bridge.dropout"),
+    ),
+    (lambda c: c.get("bridge.injector", "prefix") == "prefix", ("bridge.inject_layers",)),
+    (lambda c: c.get("bridge.injector") in ("residual", "kv"), ("bridge.soft_position",)),
     (
         lambda c: not c.get("loss.decode_weight", 1),
         (

@@ -16,7 +16,7 @@ from bridgekit.stats import clustered_proportion
 
 ROOT = Path("preserved_data")
 SEEDS = (1, 2, 3)
-LEXICONS = {"lexicon 1": "", "lexicon 2 (shipped)": "_lex2", "lexicon 3": "_lex3"}
+LEXICONS = {"lexicon 1": "", "lexicon 2": "_lex2", "lexicon 3": "_lex3"}
 HELD = {
     "held-out units": "source_only_held_unit",
     "held-out values": "source_only_held_value",

@@ -124,12 +124,13 @@ def _copy_run(record: RunRecord, folder: Path, max_jsonl_mb: float, max_checkpoi
             shutil.copyfile(path, folder / path.name)
     if not _compress_evaluations(record, folder, max_jsonl_mb) and len(record.outcomes):
         write_gzip(folder / OUTCOMES_FILE, record.outcomes.to_csv(index=False, lineterminator="\n").encode())
-    bridge = record.folder / "checkpoint" / "bridged.safetensors"
-    if bridge.is_file():
-        data = halve_checkpoint(bridge.read_bytes())
-        if len(data) <= max_checkpoint_mb * 1e6:
-            (folder / "checkpoint").mkdir()
-            (folder / "checkpoint" / bridge.name).write_bytes(data)
+    for name in ("bridged", "constant"):  # the diagnostics set the one against the other
+        bridge = record.folder / "checkpoint" / f"{name}.safetensors"
+        if bridge.is_file():
+            data = halve_checkpoint(bridge.read_bytes())
+            if len(data) <= max_checkpoint_mb * 1e6:
+                (folder / "checkpoint").mkdir(exist_ok=True)
+                (folder / "checkpoint" / bridge.name).write_bytes(data)
 
 
 def halve_checkpoint(data: bytes) -> bytes:

@@ -199,16 +199,10 @@ def train_model(args, role: str, device: torch.device) -> dict:
     ids, weights = pack_documents(tokenizer, documents, args.prompt_weight)
     model = build_model(role, tokenizer, shape).to(device)
     n_params = sum(p.numel() for p in model.parameters())
-    print(
-        f"{role}: {n_params / 1e6:.2f}M parameters, {len(ids)} windows, data {time.time() - started:.0f} s",
-        flush=True,
-    )
+    took = f"data {time.time() - started:.0f} s"
+    print(f"{role}: {n_params / 1e6:.2f}M parameters, {len(ids)} windows, {took}", flush=True)
     optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=args.lr,
-        betas=(0.9, 0.98),
-        weight_decay=args.weight_decay,
-        fused=device.type == "cuda",
+        model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=device.type == "cuda"
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, args.steps))
     ids, weights = ids.to(device), weights.to(device)
@@ -231,18 +225,16 @@ def train_model(args, role: str, device: torch.device) -> dict:
         schedule.step()
         total += loss.detach()
         if step % args.log_every == 0 or step == args.steps:
-            elapsed = time.time() - started
-            print(
-                f"{role}: step {step}/{args.steps} loss {total.item() / args.log_every:.4f} {elapsed:.0f} s",
-                flush=True,
-            )
+            mean, elapsed = total.item() / args.log_every, time.time() - started
+            print(f"{role}: step {step}/{args.steps} loss {mean:.4f} {elapsed:.0f} s", flush=True)
             total.zero_()
     folder = Path(args.out) / role
     save_model(model, tokenizer, folder)
     lm = load_model(f"{role}_model", str(folder), device, torch.float32)
     record = {"role": role, "parameters": n_params, "steps": args.steps, "batch": args.batch, "lr": args.lr,
               "documents": args.documents, "seconds": round(time.time() - started, 1),
-              "validation": measure_knowledge(lm, lexicon, role), "probe": measure_probe(lm, lexicon, role)}  # fmt: skip
+              "validation": measure_knowledge(lm, lexicon, role),
+              "probe": measure_probe(lm, lexicon, role)}  # fmt: skip
     print(json.dumps(record), flush=True)
     return record
 

@@ -285,13 +285,13 @@ def test_progress_is_one_line_on_a_terminal_and_news_elsewhere(tmp_path):
 
 def test_a_child_knows_its_parent_and_does_not_spin(tmp_path, monkeypatch):
     """Spinning OpenMP threads cost a run on a shared machine several times its length."""
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    code = "import os; print(*(os.environ.get(n) for n in ('BRIDGEKIT_PARENT_PID', 'OMP_WAIT_POLICY', 'MORE')))"
-    for expected in ("PASSIVE", "ACTIVE"):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    code = "import os; print(*(os.environ.get(n) for n in ('BRIDGEKIT_PARENT_PID', 'GOMP_SPINCOUNT', 'MORE')))"
+    for expected in ("30000", "7"):
         with open(tmp_path / "log", "wb") as log:
             launch.start_child([sys.executable, "-c", code], log, {"MORE": "1"}).wait()
         assert (tmp_path / "log").read_text().split() == [str(os.getpid()), expected, "1"]
-        monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")  # who sets it, has it
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # who sets it, has it
 
 
 def test_several_processes_are_started_the_way_that_works_on_cpu():

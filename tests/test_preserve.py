@@ -57,11 +57,13 @@ def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
     whole = safetensors.numpy.save(weights, {"step": "10"})
     (run / "checkpoint" / "bridged.safetensors").write_bytes(whole)
     (run / "checkpoint" / "constant.safetensors").write_bytes(whole)
+    (run / "checkpoint" / "self_bridge.safetensors").write_bytes(whole)
     (run / "checkpoint" / "optimizer.pt").write_bytes(b"x")
     kept = preserve.preserve(run, root)
     names = sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file())
     assert names == [
         "checkpoint/bridged.safetensors",
+        "checkpoint/constant.safetensors",
         "checksums.json",
         "config.yaml",
         "eval_samples_step_final.jsonl.gz",

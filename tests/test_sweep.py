@@ -111,6 +111,20 @@ def test_runs_are_named_by_what_they_are(write, tmp_path):
     assert planned["some_second_seed1"][0].pair.source_model == "embedded"
 
 
+def test_some_runs_of_a_file_with_the_pairs_they_need(write, tmp_path):
+    """`--only dit` is `dit` with all its seeds, and not `dit_fresh`."""
+    tiny = {"parameters": "TINY", "seeds": [1, 2]}
+    path = write({"runs": {"dit": tiny, "dit_fresh": tiny | {"pair": "new"}}, "pairs": {"new": {"lexicon_seed": 9}}})
+    sweep = Sweep(path, tmp_path / "runs", 1)
+    sweep.keep_only(["dit"])
+    assert list(sweep.planned) == ["some_dit_seed1", "some_dit_seed2"] and not sweep.pair_ready
+    sweep = Sweep(path, tmp_path / "runs", 1)
+    sweep.keep_only(["dit_fresh"])
+    assert list(sweep.planned) == ["some_dit_fresh_seed1", "some_dit_fresh_seed2"] and set(sweep.pair_ready) == {"new"}
+    with pytest.raises(ConfigError, match="--only: 'fresh' is no run of this file"):
+        sweep.keep_only(["fresh"])
+
+
 def test_runs_take_turns_on_the_gpus_that_may_be_used(write, tmp_path, monkeypatch):
     for visible, gpus in (("0,2, 5", ["0", "2", "5"]), ("GPU-8f1c", ["GPU-8f1c"]), ("", []), ("-1", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
