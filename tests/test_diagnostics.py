@@ -17,7 +17,7 @@ from bridgekit.bridges import build_bridge
 from bridgekit.checkpoints import checkpoint_path, save_bridge
 from bridgekit.config import ConfigError
 from bridgekit.finished import open_finished
-from bridgekit.pair import fingerprint_folder, resolve_folder
+from bridgekit.pair import fingerprint_folder, pick_layers, resolve_folder
 from bridgekit.runs import append_jsonl, find_eval, load_eval, write_status
 from bridgekit.tasks import units
 from bridgekit.train import describe
@@ -35,7 +35,7 @@ def finish(make_job):
         job = make_job(config)
         if config.pair.direction == "swapped":
             job.pair = replace(job.pair, source=job.pair.target, target=job.pair.source)
-        layers = 2 if config.bridge.source_layers == "auto" else len(config.bridge.source_layers.split(","))
+        layers = len(pick_layers(job.pair.source, config.bridge.source_layers))
         for name in ("bridged", "constant"):
             torch.manual_seed(1)
             bridge = build_bridge(variant(config, name), layers, job.pair.source.hidden_size, job.pair.target)
