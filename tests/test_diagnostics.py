@@ -213,7 +213,8 @@ def test_attention_is_made_where_the_run_has_none_and_the_constant_has_none(open
 def test_representations_are_compared_with_the_digits_of_the_value(opened):
     table = diagnostics.compare_representations(opened, opened.pick(None, 60))
     pairs = {frozenset((r.a, r.b)): r.cka for r in table.itertuples()}
-    assert len(pairs) == 8 * 7 / 2
+    n = 2 * len(opened.evaluator.layers) + 4  # each layer at the word and on the mean; messages, embeddings, digits
+    assert len(pairs) == n * (n - 1) / 2
     assert pairs[frozenset(("source layer 4, word end", "source layer 5, word end"))] > 0.4
     assert abs(pairs[frozenset(("target embeddings, question", "digits of the value"))]) < 0.2
 
