@@ -97,8 +97,8 @@ class PatchedStates(SourceStates):
 
 def place_variants(opened: Opened, pairs: list[tuple[Example, Example]]) -> dict[str, SourceStates]:
     """The source states of each variant."""
-    own = opened.evaluator._states("bridged", [e for e, _ in pairs], {})
-    donor = opened.evaluator._states("bridged", [d for _, d in pairs], {})
+    own = opened.evaluator.source_states("bridged", [e for e, _ in pairs])
+    donor = opened.evaluator.source_states("bridged", [d for _, d in pairs])
     words = [
         np.array(classify_tokens(opened.pair.source, d, row)) == 1
         for (_, d), row in zip(pairs, donor.rows, strict=True)
@@ -124,7 +124,7 @@ def causal_check(opened: Opened, examples: list[Example], variants=VARIANTS, see
     rows = []
     for name, bridge in opened.bridges.items():
         for variant in variants:
-            said = opened.evaluator._bridged(name, bridge, asked, states[variant], None)
+            said = opened.evaluator.decode_messages(name, bridge, asked, states[variant], None)
             for (e, donor), out in zip(pairs, said, strict=True):
                 answer = extract_answer(out.text)
                 rows.append({
@@ -137,7 +137,7 @@ def causal_check(opened: Opened, examples: list[Example], variants=VARIANTS, see
 
 def same_length(opened: Opened, pairs: list[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
     """Pairs whose two source prompts have as many tokens; a worked answer in the prompt may make them differ."""
-    own, donor = (opened.evaluator._states("bridged", [p[i] for p in pairs], {}).lengths for i in (0, 1))
+    own, donor = (opened.evaluator.source_states("bridged", [p[i] for p in pairs]).lengths for i in (0, 1))
     return [p for p, a, b in zip(pairs, own, donor, strict=True) if a == b]
 
 

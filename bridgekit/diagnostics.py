@@ -47,8 +47,8 @@ def read_attention(opened: Opened, examples: list[Example], scratch: Path) -> tu
     if kept.is_file():
         return load_attention(kept), kept
     attention: dict[str, np.ndarray] = {}
-    states = opened.evaluator._states("bridged", examples, {})
-    opened.evaluator._bridged("bridged", opened.bridges["bridged"], examples, states, attention)
+    states = opened.evaluator.source_states("bridged", examples)
+    opened.evaluator.decode_messages("bridged", opened.bridges["bridged"], examples, states, attention)
     if not attention:
         return {}, kept
     made, part = Path(scratch) / "attention.npz", Path(scratch) / "attention.part.npz"
@@ -175,7 +175,7 @@ def entropy_table(frame: pd.DataFrame) -> pd.DataFrame:
 @torch.no_grad()
 def compare_representations(opened: Opened, examples: list[Example], name: str = "bridged") -> pd.DataFrame:
     """CKA of every pair of: source states, soft tokens, the target's embeddings, and the digits of the value."""
-    target, states = opened.pair.target, opened.evaluator._states("bridged", examples, {})
+    target, states = opened.pair.target, opened.evaluator.source_states("bridged", examples)
     found: dict[str, list[torch.Tensor]] = {}
     ends = [unit_end(opened, e, row) for e, row in zip(examples, states.rows, strict=True)]
     for chunk in chunks(len(examples)):

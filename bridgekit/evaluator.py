@@ -125,8 +125,8 @@ class Evaluator:
                 raise ValueError(f"eval.conditions: 'shuffled' has no donor for {lost[0]}: take more problems")
             reader = [by_id[e.donor_id] for e in local]
         bridge = bridges["bridged" if condition in ("bridged", "shuffled", "zero", "noise") else condition]
-        states = self._states(condition, reader, said)
-        return self._bridged(condition, bridge, local, states, attention)
+        states = self.source_states(condition, reader)
+        return self.decode_messages(condition, bridge, local, states, attention)
 
     def _prompts(self, condition: str, local: list[Example], said: dict) -> list[Prompt]:
         """The text of a condition that has no soft tokens."""
@@ -150,8 +150,10 @@ class Evaluator:
             helpers = ["" if a == INVALID else f"#### {a}" for a in answers]
         return [relay_prompt(e, h) for e, h in zip(local, helpers, strict=True)]
 
-    def _states(self, condition, reader: list[Example], said) -> SourceStates:
-        """What the bridge reads for these examples: the target's own states for `self_bridge`, else the source's."""
+    def source_states(self, condition: str, reader: list[Example], cache_gb: float = 0) -> SourceStates:
+        """What a bridge reads of these examples, in training and in evaluation alike; kept when it fits `cache_gb`.
+
+        The target's own states for `self_bridge`, else the source's."""
         view = self.config.bridge.source_view
         if condition == "self_bridge":  # the target may read only what it can read anyway
             source, view, layers = self.pair.target, "prompt", self.self_layers
@@ -163,10 +165,15 @@ class Evaluator:
             texts = self._baseline("source", source, [source_prompt(e) for e in reader])
             solutions = {e.id: g.text for e, g in zip(reader, texts, strict=True)}
         spans = align_tokens(source, self.pair.target, reader) if self.aligned else None
-        return SourceStates(source, read_source(source, reader, view, solutions), layers, 0, spans)
+        rows = read_source(source, reader, view, solutions)
+        # A constant looks at nothing: it gets one token per prompt, and the source hardly runs.
+        is_constant = condition.startswith("constant") or self.config.bridge.producer == "constant"
+        if is_constant and self.config.bridge.n_soft_tokens != -1:
+            rows = [row[:1] for row in rows]
+        return SourceStates(source, rows, layers, cache_gb, spans)
 
     @torch.no_grad()
-    def _bridged(self, condition, bridge: Bridge, local, states: SourceStates, attention) -> list[Generated]:
+    def decode_messages(self, condition, bridge: Bridge, local, states: SourceStates, attention) -> list[Generated]:
         target, settings = self.pair.target, self.config.bridge
         pieces = split_prompts(target, [literal_prompt(e) for e in local])
         before, after = split_rows(target, pieces, settings.soft_position, settings.prompt_mode)
@@ -258,8 +265,8 @@ class Evaluator:
         """Bridged answers that change when the batch does: what no comparison on this machine can go below."""
         small = self.config.with_(eval_batch_size=max(1, self.config.eval.eval_batch_size // 8))
         other = Evaluator(small, self.pair, self.accelerator, self.folder)
-        states = other._states("bridged", examples, {})
-        again = other._bridged("bridged", bridge, examples, states, None)
+        states = other.source_states("bridged", examples)
+        again = other.decode_messages("bridged", bridge, examples, states, None)
         flipped = sum(extract_answer(g.text) != r["bridged_extracted"] for g, r in zip(again, rows, strict=True))
         sizes = [self.config.eval.eval_batch_size, small.eval.eval_batch_size]
         return {"batch_sizes": sizes, "flipped": flipped, "n": len(rows)}

@@ -60,7 +60,7 @@ class Opened:
     def training_set(self, examples: list[Example]) -> TrainingSet:
         """The examples as training would see them, in the prompt mode and at the length of evaluation."""
         whole = self.config.with_(train_prompt_mode="same", answer_tokens=0)
-        states = self.evaluator._states("bridged", examples, {})
+        states = self.evaluator.source_states("bridged", examples)
         return TrainingSet(TrainingTexts(whole, self.pair.target, examples), states)
 
     def seeds(self, examples: list[Example]) -> np.ndarray:
@@ -69,7 +69,7 @@ class Opened:
     @torch.no_grad()
     def encode(self, examples: list[Example], name: str = "bridged") -> tuple[torch.Tensor, torch.Tensor]:
         """The messages' tokens and mask. -> (N, K, D_t), (N, K)"""
-        states, seeds = self.evaluator._states("bridged", examples, {}), self.seeds(examples)
+        states, seeds = self.evaluator.source_states("bridged", examples), self.seeds(examples)
         tokens, masks = [], []
         for chunk in chunks(len(examples)):
             message = encode_chunk(self.bridges[name], states, chunk, seeds, self.pair.target.device)

@@ -10,7 +10,6 @@ Shapes: N questions, K soft tokens, S source tokens, D any width.
 
 from __future__ import annotations
 
-import json
 import math
 import typing
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bridgekit.runs import read_jsonl
 from bridgekit.stats import Interval
 
 if typing.TYPE_CHECKING:
@@ -119,13 +119,7 @@ def gates_from_metrics(path: str | Path) -> pd.DataFrame:
     """Columns step, gate, value from the rows of a metrics.jsonl that have `gates`; empty where none has."""
     import pandas as pd
 
-    rows = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            rows += [(row["step"], name, float(value)) for name, value in row.get("gates", {}).items()]
-        except (ValueError, TypeError, KeyError, AttributeError):
-            raise ValueError(f"{path}, line {number}: not a whole row of metrics; remove or restore it") from None
+    rows = [(row["step"], gate, value) for row in read_jsonl(path) for gate, value in row.get("gates", {}).items()]
     return pd.DataFrame(rows, columns=["step", "gate", "value"])
 
 

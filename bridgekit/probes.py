@@ -5,8 +5,8 @@
     frame = list_probe(table)                               # long: layer, place, novelty, digit, accuracy, low, high
 
 Tens and ones are classifiers of their own, so that a value the probe never saw can still be read; `joint` asks for
-both. Fitted on units of the train split, strength chosen on part of the validation split, reported on units it never
-saw. On `val` some values are left out of the fit, and stand in for the held-out values of the test units.
+both. Fitted on units of the train split, strength chosen on the validation split (on a tenth of the train units where
+the validation units are reported on), reported on units it never saw.
 Shapes: N prompts, P places, L hidden states (0 is the embeddings), D hidden size, C classes.
 """
 

@@ -10,7 +10,6 @@ import typing
 
 from bridgekit.config import Config, load_config, prompt_mode, to_flat
 from bridgekit.figures import LABELS
-from bridgekit.stats import Interval
 from bridgekit.verdict import donor_follow, recovery, select_subset
 
 if typing.TYPE_CHECKING:
@@ -86,7 +85,7 @@ def read_groups(frame: pd.DataFrame) -> str:
             size = f"{share.n:,} problems about {share.n_clusters:,} {label}"
             if math.isfinite(share.high):
                 parts.append(
-                    f"On {size}, known to the source alone, the bridge recovers {_range(share)} "
+                    f"On {size}, known to the source alone, the bridge recovers {share} "
                     "of what the target has right once it is told the fact."
                 )
             else:
@@ -94,7 +93,7 @@ def read_groups(frame: pd.DataFrame) -> str:
     if "shuffled_extracted" in frame and "donor_gold" in frame:
         share = donor_follow(frame, "source_only")
         parts.append(
-            f"Given another question's message, {_range(share)} of the source-only answers are what the "
+            f"Given another question's message, {share} of the source-only answers are what the "
             "other question's fact makes them."
         )
     return " ".join(parts) or "This task has no knowledge groups."
@@ -107,10 +106,6 @@ def read_minutes(seconds: dict[str, float]) -> str:
     lines = ["| stage | minutes | share |", "| --- | ---: | ---: |"]
     lines += [f"| {name} | {spent / 60:.1f} | {spent / total:.0%} |" for name, spent in longest_first]
     return "\n".join([*lines, f"| all | {total / 60:.1f} | |"])
-
-
-def _range(share: Interval) -> str:
-    return f"{share.point:.3f} [{share.low:.3f}, {share.high:.3f}]"
 
 
 def _share(row: pd.Series) -> str:

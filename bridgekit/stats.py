@@ -37,6 +37,9 @@ class Interval:
     n: int
     n_clusters: int
 
+    def __str__(self) -> str:
+        return f"{self.point:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -53,6 +56,9 @@ class Difference:
     gained: int
     lost: int
     mcnemar_p: float
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
 
 
 def wilson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:

@@ -11,7 +11,6 @@ The rest are tables and sentences from those frames: nothing is said that is not
 from __future__ import annotations
 
 import shutil
-import sys
 import typing
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from bridgekit import stats, verdict
 from bridgekit.answers import INVALID
 from bridgekit.config import CONDITIONS, Config, ConfigError, parse_override, prompt_mode
 from bridgekit.figures import LABELS, SUBSET_LABELS
-from bridgekit.launch import find_error, kill_tree, share_cores, start_child
+from bridgekit.launch import run_stage
 from bridgekit.outcomes import evaluation_files
 from bridgekit.runs import create_run, find_eval, load_eval, read_run_config, read_status
 from bridgekit.sweep import same_run
@@ -76,25 +75,18 @@ def read_plan(planned: dict[str, Config]) -> str:
 
 
 def measure_headroom(planned: dict[str, Config], runs_dir: str | Path) -> dict[str, Path]:
-    """Source and target alone in both directions at once, before anything is trained: {direction: headroom file}."""
-    files, children = {}, {}
-    try:
-        for (name, config), direction in zip(planned.items(), DIRECTIONS, strict=False):
-            folder = Path(runs_dir) / name
-            files[direction] = folder / "headroom.jsonl"
-            if not _has_headroom(folder, config):
-                shutil.rmtree(folder, ignore_errors=True)  # a half-finished run is made again
-                create_run(config, folder)
-                command = [sys.executable, "-m", "bridgekit.train", str(folder), "--stage", "baselines"]
-                with open(folder / "train.log", "ab") as log:
-                    children[folder] = start_child(command, log, share_cores(len(DIRECTIONS)))
-        for folder, child in children.items():
-            if child.wait() != 0:
-                raise RuntimeError(f"headroom of {folder.name} failed: {find_error(folder / 'train.log')}")
-    except BaseException:
-        for child in children.values():
-            kill_tree(child)
-        raise
+    """Source and target alone in both directions, before anything is trained: {direction: headroom file}."""
+    files = {}
+    for (name, config), direction in zip(planned.items(), DIRECTIONS, strict=False):
+        folder = Path(runs_dir) / name
+        files[direction] = folder / "headroom.jsonl"
+        if not _has_headroom(folder, config):
+            shutil.rmtree(folder, ignore_errors=True)  # a half-finished run is made again
+            create_run(config, folder)
+            try:
+                run_stage(folder, "baselines")
+            except RuntimeError as error:
+                raise RuntimeError(f"headroom of {name} failed: {error}") from None
     return files
 
 
@@ -176,7 +168,7 @@ def read_teacher(frames: dict[str, pd.DataFrame]) -> str:
         difference = stats.paired_difference(rows, "bridged", "target")
         lines.append(
             f"**{ARMS[arm].replace(chr(10), ' ')}**: bridged {rows['bridged_correct'].mean():.3f}, the target alone "
-            f"{rows['target_correct'].mean():.3f}; difference {_change(difference)}, {_say(difference, 'it')}. "
+            f"{rows['target_correct'].mean():.3f}; difference {difference}, {_say(difference, 'it')}. "
             f"{invalid:.0%} of its answers are invalid."
         )
         only = verdict.select_subset(frames[arm], "source_only", allow_empty=True)
@@ -185,12 +177,12 @@ def read_teacher(frames: dict[str, pd.DataFrame]) -> str:
             arrives = "some of it arrives" if change.low > 0 else "it is not shown that any arrives"
             lines[-1] += (
                 f" Of what only the source knows ({change.n:,} problems), "
-                f"bridged {only['bridged_correct'].mean():.3f}, difference {_change(change)}: {arrives}."
+                f"bridged {only['bridged_correct'].mean():.3f}, difference {change}: {arrives}."
             )
     kept, alone = pair_arms(frames, "literal_kept", "swapped"), pair_arms(frames, "literal_kept", "soft_only")
     lines.append(
         f"With the literal prompt kept, the prompt teacher against the bridge of the same direction without it: "
-        f"{_change(kept)}. Literal prompt kept against soft tokens alone: {_change(alone)}."
+        f"{kept}. Literal prompt kept against soft tokens alone: {alone}."
     )
     return "\n\n".join(lines)
 
@@ -224,8 +216,8 @@ def read_training(folder: str | Path) -> str:
     best = max(frames, key=lambda step: (frames[step]["bridged_correct"].mean(), step))
     first, last = (stats.paired_difference(frames[step], "bridged", "target") for step in (min(frames), max(frames)))
     text = (
-        f"On {last.n:,} validation problems, bridged minus target alone: {_change(first)} at step {min(frames):,}, "
-        f"{_change(last)} at step {max(frames):,}, {_say(last, 'the trained bridge')}. Validation kept step {best:,}"
+        f"On {last.n:,} validation problems, bridged minus target alone: {first} at step {min(frames):,}, "
+        f"{last} at step {max(frames):,}, {_say(last, 'the trained bridge')}. Validation kept step {best:,}"
     )
     return text + (", the weights from before training, so the test shows no trained bridge." if best == 0 else ".")
 
@@ -235,7 +227,7 @@ def read_directions(judged: dict[str, verdict.Verdict], frames: dict[str, pd.Dat
     lines = [f"**{direction}: {one.outcome}.** {one.text}" for direction, one in judged.items()]
     passed = [direction for direction, one in judged.items() if one.passes]
     said = "both directions pass" if len(passed) == 2 else f"only {passed[0]} passes" if passed else "neither passes"
-    gains = ", ".join(f"{d} {_change(stats.paired_difference(verdict.select_subset(frames[d]), 'bridged', 'target'))}"
+    gains = ", ".join(f"{d} {stats.paired_difference(verdict.select_subset(frames[d]), 'bridged', 'target')}"
                       for d in judged)  # fmt: skip
     return "\n\n".join([*lines, f"With the same hyperparameters and one seed, {said} the claim rule; "
                         f"bridged minus target: {gains}."])  # fmt: skip
@@ -245,7 +237,3 @@ def _say(difference: stats.Difference, what: str) -> str:
     if difference.high < 0:
         return f"so {what} harms"
     return f"so {what} helps" if difference.low > 0 else f"so neither help nor harm is shown at n = {difference.n:,}"
-
-
-def _change(d: stats.Difference) -> str:
-    return f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"

@@ -5,7 +5,7 @@ The examples of a step are a function of (seed, step, slot): resuming and other 
 
 import math
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +13,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, align_tokens, read_source
-from bridgekit.bridges import INJECTORS, Bridge, build_bridge
+from bridgekit.batches import TrainingSet, TrainingTexts
+from bridgekit.bridges import Bridge, build_bridge
 from bridgekit.checkpoints import load_bridge, save_bridge
 from bridgekit.config import Config
 from bridgekit.evaluator import Evaluator
-from bridgekit.pair import LanguageModel, Pair
+from bridgekit.pair import Pair
 from bridgekit.runs import append_jsonl, write_status
 from bridgekit.steps import (
     gather_rows,
@@ -30,7 +30,6 @@ from bridgekit.steps import (
     sum_gradients,
 )  # fmt: skip
 from bridgekit.tasks import Example, load_examples
-from bridgekit.tasks.base import source_prompt
 
 
 @dataclass
@@ -83,41 +82,21 @@ def train_bridge(job: Job, name: str, evaluator: Evaluator) -> Bridge:
     set_seed(config.run.seed)
     bridge = build_bridge(config, len(layers), source.hidden_size, job.pair.target).to(job.accelerator.device)
     job.log(f"{name}: {bridge.n_parameters:,} parameters, {config.bridge.producer} x {config.bridge.injector}")
-    data = prepare_data(job, config, name, source, layers)
+    data = prepare_data(job, config, name, evaluator)
     job.spend("prepare", started)
     fit(job, name, config, bridge, data, evaluator)
     load_bridge(bridge, job.folder, name)
     return bridge
 
 
-def prepare_data(job: Job, config: Config, name: str, source: LanguageModel, layers) -> TrainingSet:
+def prepare_data(job: Job, config: Config, name: str, evaluator: Evaluator) -> TrainingSet:
     job.report(f"prepare {name}")
     share = config.task.source_only_share
     if share not in job.texts:
         examples = load_examples(config, job.pair.lexicon_seed, "train")
         job.texts[share] = examples, TrainingTexts(config, job.pair.target, examples)
     examples, texts = job.texts[share]
-    view, solutions = config.bridge.source_view, {}
-    if name == "self_bridge":
-        examples_read, view = [_without_facts(e) for e in examples], "prompt"
-    else:
-        examples_read = examples
-        if view == "solution":
-            evaluator = Evaluator(config, job.pair, job.accelerator, job.folder)
-            said = evaluator._baseline("source", source, [source_prompt(e) for e in examples])
-            solutions = {e.id: g.text for e, g in zip(examples, said, strict=True)}
-    rows = read_source(source, examples_read, view, solutions)
-    # A constant looks at nothing: it gets one token per prompt and no pass through the source.
-    if config.bridge.producer == "constant" and config.bridge.n_soft_tokens != -1:
-        rows = [r[:1] for r in rows]
-    aligned = INJECTORS[config.bridge.injector].aligned
-    spans = align_tokens(source, job.pair.target, examples_read) if aligned else None
-    states = SourceStates(source, rows, layers, config.train.cache_states_gb, spans)
-    return TrainingSet(texts, states)
-
-
-def _without_facts(example: Example) -> Example:
-    return replace(example, facts="")
+    return TrainingSet(texts, evaluator.source_states(name, examples, config.train.cache_states_gb))
 
 
 def learning_rate(config: Config, step: int) -> float:

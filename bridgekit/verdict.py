@@ -110,8 +110,8 @@ def headroom(frame: pd.DataFrame, level: float = 0.95) -> Headroom:
     gain = counts["source_only"] / n
     hope = "" if effect <= gain else ": more than there is, so that no bridge could be shown to help here"
     text = (
-        f"{_size(n, n_units)}: source {_share(shares['source'])}, target {_share(shares['target'])}, "
-        f"either {_share(shares['union'])}. The source alone is right on {counts['source_only']:,}, so a "
+        f"{_size(n, n_units)}: source {shares['source']}, target {shares['target']}, "
+        f"either {shares['union']}. The source alone is right on {counts['source_only']:,}, so a "
         f"bridge that loses nothing can gain {gain:+.3f}. The smallest gain this set finds with power 0.8 "
         f"is {effect:+.3f}{hope}."
     )
@@ -269,7 +269,7 @@ def _describe(verdict: Verdict, shares: list[Interval], level: float) -> str:
     lost = [c for c in verdict.comparisons if c.control == "target" and c.difference.high < 0]
     ran = f"It beats every control that was run, in {seeds}" if verdict.comparisons else "No control was run"
     sizes = " / ".join(dict.fromkeys(_size(share.n, share.n_clusters) for share in shares))
-    accuracy = _share(shares[0]) if n_seeds == 1 else f"{_range(shares)} in seeds {verdict.seeds}"
+    accuracy = shares[0] if n_seeds == 1 else f"{_range(shares)} in seeds {verdict.seeds}"
     worst_seed = " in the worst seed" if n_seeds > 1 else ""
     lines = [
         {
@@ -291,7 +291,7 @@ def _describe(verdict: Verdict, shares: list[Interval], level: float) -> str:
         lines.append(f"Not applicable: {', '.join(verdict.not_applicable)}.")
     lines += _rivals_in_words(verdict.rivals, worst_seed)
     if beyond := [share for share in verdict.exact if share]:
-        value = _share(beyond[0]) if len(beyond) == 1 else _range(beyond)
+        value = beyond[0] if len(beyond) == 1 else _range(beyond)
         lines.append(f"Where neither model was right ({beyond[0].n:,} problems), the bridge was on {value}.")
     if n_seeds < 3:
         lines.append(f"A headline needs three training seeds; this is {n_seeds}.")
@@ -307,7 +307,7 @@ def _compare_in_words(comparisons: list[Comparison], worst_seed: str) -> list[st
                  for name in dict.fromkeys(c.control for c in here)]  # fmt: skip
         if worst:
             problems = "" if subset == "all" else f" on the {worst[0].difference.n:,} source-only problems"
-            differences = ", ".join(f"{c.control} {_change(c.difference)}" for c in worst)
+            differences = ", ".join(f"{c.control} {c.difference}" for c in worst)
             said = f"Bridged minus control{problems}{worst_seed}: {differences}"
             lines.append(f"{said} (p after Holm at most {max(c.adjusted_p for c in here):.2g}).")
     return lines
@@ -319,7 +319,7 @@ def _rivals_in_words(rivals: dict[str, list[Difference]], worst_seed: str) -> li
     for rival, by_seed in rivals.items():
         won, lost = all(d.high < 0 for d in by_seed), all(d.low > 0 for d in by_seed)
         worst = min(by_seed, key=lambda d: d.low)
-        said["wins" if won else "loses" if lost else "open"].append(f"{rival} {_change(worst)}")
+        said["wins" if won else "loses" if lost else "open"].append(f"{rival} {worst}")
     titles = {"wins": "these win", "loses": "the bridge beats", "open": "undecided"}
     parts = [f"{titles[key]}: {', '.join(found)}" for key, found in said.items() if found]
     return [f"Rivals beside the rule, bridged minus rival{worst_seed}: {'; '.join(parts)}."] if parts else []
@@ -327,18 +327,9 @@ def _rivals_in_words(rivals: dict[str, list[Difference]], worst_seed: str) -> li
 
 def _seeds(comparisons: list[Comparison]) -> str:
     return ", ".join(
-        f"seed {c.seed} {_change(c.difference)}"
-        + (f" but p after Holm {c.adjusted_p:.2g}" if c.difference.low > 0 else "")
+        f"seed {c.seed} {c.difference}" + (f" but p after Holm {c.adjusted_p:.2g}" if c.difference.low > 0 else "")
         for c in comparisons
     )
-
-
-def _change(d: Difference) -> str:
-    return f"{d.difference:+.3f} [{d.low:+.3f}, {d.high:+.3f}]"
-
-
-def _share(share: Interval) -> str:
-    return f"{share.point:.3f} [{share.low:.3f}, {share.high:.3f}]"
 
 
 def _range(shares: list[Interval]) -> str:

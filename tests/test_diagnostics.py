@@ -224,7 +224,7 @@ def test_the_words_end_is_found_in_whatever_the_source_reads(open_fresh, source_
     for task in ("weights", "context"):
         opened = open_fresh(variant=task, source_view=source_view)
         examples = opened.test[:12]
-        rows = opened.evaluator._states("bridged", examples, {}).rows
+        rows = opened.evaluator.source_states("bridged", examples).rows
         for e, row in zip(examples, rows, strict=True):
             upto = opened.pair.source.tokenizer.decode(row[: diagnostics.unit_end(opened, e, row) + 1])
             assert upto.endswith(e.unit) and upto.count(e.unit) == (2 if e.facts else 1)
@@ -279,7 +279,7 @@ def test_patched_states_are_the_donors_where_asked_and_its_own_elsewhere(opened)
         assert said and said in e.unit * e.question.count(e.unit)  # its first letters may be the donor's as well
         assert diagnostics.unit_end(opened, e, states["nowhere"].rows[row]) in taken
     with pytest.raises(ValueError, match="same number of tokens"):
-        shorter = opened.evaluator._states("bridged", [replace(e, question="How many?") for e, _ in pairs], {})
+        shorter = opened.evaluator.source_states("bridged", [replace(e, question="How many?") for e, _ in pairs])
         causal.PatchedStates(states["nowhere"], shorter, [])
 
 

@@ -289,9 +289,9 @@ def test_a_self_bridge_reads_only_what_the_target_may_read(tiny, pair, make_eval
     config = tiny(variant="context", n_facts=3)
     examples = load_examples(config, pair.lexicon_seed, "val")[:5]
     evaluator = make_evaluator(config)
-    own = evaluator._states("self_bridge", examples, {})
+    own = evaluator.source_states("self_bridge", examples)
     assert [pair.target.tokenizer.decode(row[1:]) for row in own.rows] == [literal_prompt(e).text for e in examples]
-    theirs = evaluator._states("bridged", examples, {})
+    theirs = evaluator.source_states("bridged", examples)
     for e, row in zip(examples, theirs.rows, strict=True):
         assert e.facts in pair.source.tokenizer.decode(row) and e.facts
 
@@ -299,7 +299,7 @@ def test_a_self_bridge_reads_only_what_the_target_may_read(tiny, pair, make_eval
 def test_a_source_may_be_read_through_its_own_solution(tiny, pair, val, make_evaluator):
     evaluator = make_evaluator(tiny(source_view="solution", max_new_tokens=40))
     rows = evaluator.evaluate(val[:3], {}, "0", ("source",))
-    states = evaluator._states("bridged", val[:3], {})
+    states = evaluator.source_states("bridged", val[:3])
     for e, row, ids in zip(val, rows, states.rows, strict=False):
         wanted = literal_prompt(e).text + row["source_full"]  # its own words, not the gold answer
         assert pair.source.tokenizer.decode(ids[1:]) == wanted

@@ -220,9 +220,10 @@ def test_fewer_test_problems_keep_all_donors(tiny):
 @pytest.mark.parametrize("share", [0.75, -1.0])
 def test_the_mix_of_the_training_data_is_the_one_asked_for(tiny, pair, make_job, share):
     job = make_job(tiny(source_only_share=share, n_train=80))
+    evaluator = Evaluator(job.config, pair, job.accelerator, job.folder)
     groups = {}
     for name in ("bridged", "constant", "constant_natural"):
-        data = trainer.prepare_data(job, trainer.variant(job.config, name), name, pair.source, (1, 2))
+        data = trainer.prepare_data(job, trainer.variant(job.config, name), name, evaluator)
         literal = data.texts.literal
         asked = {
             pair.target.tokenizer.decode(ids[mask][1:]) for ids, mask in zip(literal.ids, literal.mask, strict=True)
