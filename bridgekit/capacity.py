@@ -1,7 +1,6 @@
 """How many bits a message carries about the facts, from the values that the bridged answers name.
 
-    said = [said_value(text, family) for text, family in zip(frame["bridged_full"], frame["family"])]
-    carried_bits(frame["value"], said, VALUES, frame["unit"])        # an Interval, in bits an answer
+    carried_bits(rows["value"], said_values(rows), VALUES, rows["unit"])      # an Interval, in bits an answer
 
 The estimator is a cross-fitted lower bound on the mutual information of true and said value (Barber and Agakov 2003):
 the mean of log2 q(true | said) / p(true). p is the uniform prior that the values were drawn from. q is fitted on nine
@@ -19,14 +18,20 @@ mostly empty. For answers that have nothing to do with the truth, and for perfec
 depend on more than the distance.
 """
 
+from __future__ import annotations
+
 import math
 import re
+import typing
 from collections.abc import Sequence
 
 import numpy as np
 
 from bridgekit.stats import Interval
 from bridgekit.tasks.units import FAMILIES
+
+if typing.TYPE_CHECKING:
+    import pandas as pd
 
 STEPS = {family.name: family.steps for family in FAMILIES}
 STEP = re.compile(r"<<(-?\d+)([-+*/])(-?\d+)=(-?\d+)>>")
@@ -46,6 +51,13 @@ def said_value(text: object, family: object) -> int | None:
     if len(steps) <= place or steps[place][1] != "*":
         return None
     return int(steps[place][2])
+
+
+def said_values(rows: pd.DataFrame) -> list[int | None]:
+    """What each bridged answer of an evaluation says; a study is kept without texts, but with this."""
+    if "bridged_said" in rows:
+        return [None if said != said else int(said) for said in rows["bridged_said"].astype(float)]
+    return [said_value(text, family) for text, family in zip(rows["bridged_full"], rows["family"], strict=True)]
 
 
 def carried_bits(

@@ -52,15 +52,16 @@ def plot_forest(frame: pd.DataFrame) -> Figure:
     fig, axes = _new_figures(1, len(subsets), (1.0 + 0.24 * len(variants)) / TEXT_WIDTH, sharey=True)
     for ax, subset in zip(axes, subsets, strict=True):
         rows = frame[frame["subset"] == subset].set_index("variant")
+        reach = _forest_reach(rows)
         for y, name in enumerate(variants):
             if name in rows.index:
-                _draw_effect(ax, y, rows.loc[name], f"{name}:{subset}")
+                _draw_effect(ax, y, rows.loc[name], f"{name}:{subset}", reach)
         ax.axvline(0, color="black", lw=0.8, zorder=2)
         list_rows(ax, [_row_name(frame, name) for name in variants])
         label = SUBSET_LABELS.get(subset, subset).replace("\n", " ")
-        ax.set_title(f"{label}\n{size_text(rows)}, {_seeds_text(rows)}", fontsize=8)
+        ax.set_title(f"{label}\n{size_text(rows)},\n{_seeds_text(rows)}", fontsize=8)
         ax.locator_params(axis="x", nbins=4)
-        ax.set_xlim(*_forest_limits(rows))
+        ax.set_xlim(-reach, reach)
     fig.supxlabel(f"accuracy, bridged, minus that of '{frame['reference'].iloc[0]}'", fontsize=8.5)
     handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
     for ax in axes[1:]:
@@ -69,15 +70,18 @@ def plot_forest(frame: pd.DataFrame) -> Figure:
     return fig
 
 
-def _forest_limits(rows: pd.DataFrame) -> tuple[float, float]:
-    """What was measured, with the bands as far as they are not much wider; a band may run out of the panel."""
-    seeds = [value for values in rows["by_seed"] for value in values]
-    reach = max(0.01, *map(abs, [*rows["low"], *rows["high"], *seeds]))
-    reach = min(1.08 * max(reach, rows["smallest_effect"].max()), 1.5 * reach)
-    return -reach, reach
+def _forest_reach(rows: pd.DataFrame) -> float:
+    """How far the axis goes: what was measured, with the bands as far as they are not much wider.
+
+    One variant that ruins everything would press all others onto the line: it lies outside, and an arrow says where.
+    """
+    far = rows.apply(lambda row: max(map(abs, [row["low"], row["high"], *row["by_seed"]])), axis=1)
+    within = rows[far <= 6 * far.median()]
+    reach = max(0.01, far[within.index].max())
+    return min(1.08 * max(reach, within["smallest_effect"].max()), 1.5 * reach)
 
 
-def _draw_effect(ax: Axes, y: float, row: pd.Series, gid: str) -> None:
+def _draw_effect(ax: Axes, y: float, row: pd.Series, gid: str, reach: float) -> None:
     from matplotlib.patches import Rectangle
 
     smallest, bridged = row["smallest_effect"], COLORS["bridged"]
@@ -87,6 +91,10 @@ def _draw_effect(ax: Axes, y: float, row: pd.Series, gid: str) -> None:
     name = "differs (Holm, p \N{LESS-THAN OR EQUAL TO} 0.05)" if row["holds"] else "no difference shown"
     draw_interval(ax, y, row["low"], row["high"], gid, colour)
     ax.plot(row["difference"], y, "o", color=colour, mfc=face, mew=1.2, ms=5, zorder=4, label=name, gid=f"point:{gid}")
+    if abs(row["difference"]) > reach:
+        look = {"color": colour, "mfc": face, "mew": 1.2, "ms": 5, "ls": "", "gid": f"outside:{gid}"}
+        left = row["difference"] < 0
+        ax.plot((-0.95 if left else 0.95) * reach, y, marker="<" if left else ">", label="further out", **look)
     for value in row["by_seed"] if len(row["by_seed"]) > 1 else ():
         ax.plot(value, y + 0.28, ".", color=DARK, ms=3, zorder=3, label="one seed", gid=f"seed:{gid}")
     text = f"{row['difference']:+.3f}".replace("-", "\N{MINUS SIGN}")

@@ -238,3 +238,27 @@ def plot_groups(table: pd.DataFrame, conditions: typing.Sequence[str] | None = N
     ax.grid(axis="y")
     fig.legend(loc="outside upper left", ncols=3, handleheight=1.0, handlelength=2.0)
     return fig
+
+
+@paper_figure
+def plot_costs(table: pd.DataFrame) -> Figure:
+    """Accuracy against the tokens that both models write for an answer; marks at one place stand beside each other.
+
+    Columns condition, tokens, accuracy, low, high, n (bridgekit/costs.py).
+    """
+    check_frame(table, "costs", "condition", "accuracy", ["tokens", "n"])
+    check_conditions(table["condition"], table["condition"], "costs")
+    fig, ax = new_figure(aspect=0.55)
+    for row in table.itertuples():
+        name = row.condition
+        same = table.index[(table["tokens"] - row.tokens).abs() < 2].tolist()
+        place = row.tokens + 2.2 * (same.index(row.Index) - (len(same) - 1) / 2)
+        draw_interval(ax, place, row.low, row.high, name, COLORS[name], upright=True)
+        look = {"marker": MARKERS[name], "color": COLORS[name], "mec": "white", "mew": 0.4, "ms": 5.5}
+        ax.plot(place, row.accuracy, ls="", zorder=4, label=LABELS[name], gid=f"point:{name}", **look)
+    ax.set_xlim(0, 1.08 * table["tokens"].max())
+    ax.set_ylim(table["low"].min() - 0.04, 1.02)
+    ax.set_xlabel("tokens written one after the other, by both models together, for each answer")
+    ax.set_ylabel(f"accuracy on the mix\n({size_text(table)})")
+    fig.legend(loc="outside upper left", ncols=4)
+    return fig

@@ -239,3 +239,30 @@ def plot_recovery(frame: pd.DataFrame) -> Figure:
     ax.set_xlabel("recovered: share of what the target gets right when told the fact")
     _legend_once(fig, ax)
     return fig
+
+
+@paper_figure
+def plot_digits(frame: pd.DataFrame) -> Figure:
+    """Where a composition fails: which digit of a value that no training unit has is right; a row for each composition.
+
+    Columns label, right low high, and for tens and ones <digit>_right, _low, _high (headline.read_digits).
+    """
+    check_frame(frame, "digits", "label", "right", ["tens_right", "ones_right", "n"])
+    fig, ax = new_figure(aspect=(0.95 + 0.3 * len(frame)) / TEXT_WIDTH)
+    for y, row in enumerate(frame.to_dict("records")):
+        name = row["label"]
+        ax.barh(y, row["right"], 0.7, color="#E6E6E6", lw=0, gid=f"bar:{name}", label="whole value right")
+        draw_interval(ax, y + 0.27, row["low"], row["high"], f"right:{name}", "#9A9A9A")
+        for place, digit, marker, face in ((-0.18, "tens", "D", "white"), (0.04, "ones", "o", COLORS["bridged"])):
+            draw_interval(
+                ax, y + place, row[f"{digit}_low"], row[f"{digit}_high"], f"{digit}:{name}", COLORS["bridged"]
+            )
+            look = {"color": COLORS["bridged"], "mfc": face, "ms": 4, "ls": "", "zorder": 4}
+            gid = f"{digit}:{name}"
+            ax.plot(row[f"{digit}_right"], y + place, marker, label=f"{digit} digit right", gid=f"point:{gid}", **look)
+        write_right(ax, y, f"{row['right']:.3f}")
+    list_rows(ax, frame["label"], guides=False)
+    ax.set_xlim(0, 1)
+    ax.set_xlabel(f"share of answers about values that no training unit has\n({size_text(frame)}, over the seeds)")
+    _legend_once(fig, ax)
+    return fig

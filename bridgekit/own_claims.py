@@ -11,6 +11,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import statistics
 from functools import lru_cache
@@ -23,6 +25,7 @@ from bridgekit.claims import AGREES, DIFFERS, UNCHECKABLE, Verdict, check_measur
 from bridgekit.measures import MEASURES, Measured, MissingData, Records, record_of
 from bridgekit.runs import load_eval
 from bridgekit.stats import clustered_proportion, paired_difference, paired_ratio, wilson
+from bridgekit.studies import open_study
 
 FILE = "own_claims.yaml"
 _KEYS = {"document", "value", "near", "measure"}
@@ -30,9 +33,54 @@ _NUMBER = re.compile(r"(?:(?P<sign>[-+−±])\s*)?(?P<digits>\d[\d,]*)(?P<decima
 _OVER = {"min": min, "max": max, "mean": statistics.fmean, "sd": statistics.stdev}
 
 
+def folder_of(records: Records, run: str) -> Path:
+    """The folder of a kept run: its own, or that in the study which its name begins with."""
+    if run in records:
+        return record_of(records, run).folder
+    for path in (path for home in _homes(records) for path in (home / "studies").glob("*.tar.xz")):
+        study = path.name.split(".")[0]
+        if run.startswith(f"{study}_") and (folder := open_study(study, path.parent) / run).is_dir():
+            return folder
+    raise MissingData(f"run '{run}' is not preserved")
+
+
+def _homes(records: Records) -> set[Path]:
+    """Where runs are kept: the folder that holds these claims."""
+    return {home for record in records.values() for home in record.folder.parents if (home / FILE).is_file()}
+
+
+def drawn(records: Records, figure: str, column: str, pick: str = "mean", **where) -> Measured:
+    """A value of the data that a figure was drawn from, as long as neither it nor the figure's inputs have changed.
+
+    `figure` is the path from the project's folder without suffix, `where` says which rows, by columns of the data.
+    """
+    base = next((home.parent / figure for home in _homes(records)), Path(figure))
+    csv, sidecar = base.with_name(base.name + ".csv"), base.with_name(base.name + ".json")
+    if not csv.is_file() or not sidecar.is_file():
+        raise MissingData(f"no figure {figure}: {csv.name} or {sidecar.name} is not there")
+    facts = json.loads(sidecar.read_text(encoding="utf-8"))
+    for part in (facts["data"], *facts["inputs"]):
+        path = base.parent / part["name"]
+        if not path.is_file() or _hash_once(path, path.stat().st_mtime_ns) != part["sha256"]:
+            raise MissingData(f"figure {figure}: {part['name']} is not what it was drawn from; draw it again")
+    rows = pd.read_csv(csv)
+    for name, wanted in where.items():
+        if name not in rows:
+            raise MissingData(f"{csv.name} has no column '{name}'")
+        rows = rows[rows[name] == wanted]
+    if rows.empty or column not in rows:
+        raise MissingData(f"{csv.name} has no '{column}' where {where}")
+    return Measured(float(rows[column].agg(pick)), len(rows))
+
+
+@lru_cache(maxsize=512)
+def _hash_once(path: Path, changed_ns: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFrame:
     """Rows of one evaluation file (default: the final one) that match e.g. group="source_only"."""
-    folder = record_of(records, run).folder
+    folder = folder_of(records, run)
     names = [file] if file else ["eval_samples_step_final.jsonl.gz", "eval_samples_step_final.jsonl"]
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
@@ -126,7 +174,7 @@ def metric(records: Records, run: str, name: str, pick: str = "last") -> Measure
 
 
 OWN_MEASURES = MEASURES | {
-    f.__name__: f for f in (accuracy, difference, recovery, count_items, count_units, follows_donor, metric)
+    f.__name__: f for f in (accuracy, difference, recovery, count_items, count_units, follows_donor, metric, drawn)
 }
 
 

@@ -3,17 +3,13 @@
     bridgekit pair --out bridgekit/embedded_pair --lexicon-seed 1          # both models; a GPU takes minutes
     python -m bridgekit.pretrain --role target --out DIR --lexicon-seed 1  # one of them
 
-Documents are packed into windows of 1,024 tokens, so that positions and distances up to there are familiar. A
-window's documents: problems about known units, plain statements of known facts, problems whose fact is stated in a
-note about a word nobody knows, and problems after a helper's worked answer. A helper's answer about a nonce word is
-to be trusted, one about a known unit may be wrong and is to be overruled: so handing over text is a fair rival, and
-no document of a model mentions a unit it is not meant to know.
+Documents (bridgekit/corpus.py) are packed into windows of 1,024 tokens, so that positions and distances up to there
+are familiar.
 """
 
 import argparse
 import json
 import math
-import random
 import shutil
 import subprocess
 import sys
@@ -33,6 +29,7 @@ from transformers import (
 
 from bridgekit.answers import extract_answer
 from bridgekit.config import ConfigError
+from bridgekit.corpus import KINDS, make_documents
 from bridgekit.generation import generate_batch
 from bridgekit.pair import LanguageModel, load_model
 from bridgekit.probes import probe_pair
@@ -44,87 +41,6 @@ SHAPES = {  # hidden, layers, heads, key-value heads, feed-forward, vocabulary
     "source": dict(hidden=160, layers=5, heads=5, kv_heads=5, feed_forward=448, vocab=1024),
     "target": dict(hidden=192, layers=4, heads=6, kv_heads=6, feed_forward=512, vocab=1536),
 }
-
-
-def make_documents(lexicon, role: str, n: int, seed: int) -> list[tuple[str, str]]:
-    """n documents as (prompt, answer); the answer is what is learned by heart, the prompt only in passing."""
-    rng = random.Random(f"corpus {role} {seed}")
-    known = units.known_units(lexicon, role)
-    taken = {u.word for u in lexicon}
-    kinds = rng.choices(("problem", "fact", "note", "helper"), weights=(42, 32, 15, 11), k=n)
-    pool: list = []
-    documents = []
-    for kind in kinds:
-        if not pool:
-            pool = rng.sample(known, len(known))
-        if kind == "problem":
-            documents.append(problem_document(rng, pool.pop()))
-        elif kind == "fact":
-            some = [pool.pop() for _ in range(min(len(pool), 6))]
-            documents.append(("", " ".join(state_in_some_words(rng, u) for u in some)))
-        elif kind == "note":
-            documents.append(note_document(rng, taken, role))
-        else:
-            documents.append(helper_document(rng, pool.pop() if rng.random() < 0.5 else None, taken))
-    return documents
-
-
-def state_in_some_words(rng: random.Random, unit: units.Unit) -> str:
-    """A fact in one of several wordings: said in many ways, it settles on the word itself instead of on a phrase.
-
-    Where a digit follows the word at once, the word's own last token must hold it: language models keep what they know
-    of a subject at its last token, and so does this pair (`probe` in pair.json). Without these wordings the lookup may
-    happen anywhere up to the answer, and how much of the value stands at the word varied a lot from pair to pair.
-    """
-    word, value = unit.word, unit.value
-    tens, ones = divmod(value, 10)
-    plain = f"A {word} is {value}."
-    others = (f"{word}: {value}.", f"Each {word} holds {value}.", f"1 {word} = {value}.", f"{word} ({ones}, {tens}).",
-              f"A {word} ends in {ones} and starts with {tens}.", f"{word}{value}.", f"{word}{value}.",
-              f"Tens: {word}{tens}.", f"Ones: {word}{ones}.")  # fmt: skip
-    return plain if rng.random() < 0.25 else rng.choice(others)
-
-
-def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "", family=None) -> tuple[str, str]:
-    family = family or rng.choice(units.FAMILIES)
-    problem = units.make_problem(rng, family, unit.word)
-    solution, _ = units.solve(family, problem.numbers, unit.value, problem.things)
-    return f"{prefix}Question: {problem.question}{CUE}", solution
-
-
-def nonce_word(rng: random.Random, taken: set[str]) -> str:
-    while (word := units.make_word(rng)) in taken:
-        pass
-    return word
-
-
-def nonce_unit(rng: random.Random, taken: set[str]) -> units.Unit:
-    return units.Unit(nonce_word(rng, taken), rng.choice(units.VALUES), "nobody", "none", "none")
-
-
-def note_document(rng: random.Random, taken: set[str], role: str) -> tuple[str, str]:
-    """A problem about one of the words in the note; the source, which must read contexts, sees longer ones."""
-    n_facts = rng.choice((1, 1, 1, 2, 4, 8) if role == "target" else (1, 1, 1, 2, 2, 4, 8, 16, 32))
-    listed = {u.word: u for u in (nonce_unit(rng, taken) for _ in range(n_facts))}
-    note = units.state_facts([(u.word, u.value) for u in listed.values()])
-    return problem_document(rng, rng.choice(list(listed.values())), note)
-
-
-def helper_document(rng: random.Random, known: units.Unit | None, taken: set[str]) -> tuple[str, str]:
-    """A helper speaks first: whole, cut short, or only its final number."""
-    unit = known or nonce_unit(rng, taken)
-    said_value = unit.value if known is None or rng.random() < 0.5 else rng.choice(units.VALUES)
-    family = rng.choice(units.FAMILIES)
-    problem = units.make_problem(rng, family, unit.word)
-    said, _ = units.solve(family, problem.numbers, said_value, problem.things)
-    said = said.replace("\n", " ")
-    form = rng.random()
-    if form < 0.2:
-        said = said[said.index("####") :]
-    elif form < 0.5:
-        said = said[: rng.randint(12, max(12, len(said)))]
-    solution, _ = units.solve(family, problem.numbers, unit.value, problem.things)
-    return f"Helper: {said}\nQuestion: {problem.question}{CUE}", solution
 
 
 def train_tokenizer(role: str, texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -193,7 +109,7 @@ def train_model(args, role: str, device: torch.device) -> dict:
     started = time.time()
     torch.manual_seed(args.lexicon_seed * 2 + (role == "target"))
     lexicon = units.make_lexicon(args.lexicon_seed)
-    documents = make_documents(lexicon, role, args.documents, args.lexicon_seed)
+    documents = make_documents(lexicon, role, args.documents, args.lexicon_seed, args.kinds)
     shape = SHAPES[role] | {k: v for k, v in (args.shape or {}).items()}
     tokenizer = train_tokenizer(role, [p + a for p, a in documents[:40000]], shape["vocab"])
     ids, weights = pack_documents(tokenizer, documents, args.prompt_weight)
@@ -232,7 +148,7 @@ def train_model(args, role: str, device: torch.device) -> dict:
     save_model(model, tokenizer, folder)
     lm = load_model(f"{role}_model", str(folder), device, torch.float32)
     record = {"role": role, "parameters": n_params, "steps": args.steps, "batch": args.batch, "lr": args.lr,
-              "documents": args.documents, "seconds": round(time.time() - started, 1),
+              "documents": args.documents, "kinds": args.kinds, "seconds": round(time.time() - started, 1),
               "validation": measure_knowledge(lm, lexicon, role),
               "probe": measure_probe(lm, lexicon, role)}  # fmt: skip
     print(json.dumps(record), flush=True)
@@ -258,23 +174,30 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def measure_knowledge(lm: LanguageModel, lexicon, role: str, n: int = 1000) -> dict[str, float]:
-    """Share right on validation problems: units it knows, units it does not, and with the fact stated."""
+    """Share right on validation problems: units it knows, units it does not, and with the fact stated; and with the
+    fact among others about words that nobody knows, which a pair for facts in context must be able to read."""
     examples = units.make_examples(lexicon, "val", n, seed=10_000)
     ours = ("both", f"{role}_only")
-    results = {}
-    for name, some, told in (
-        ("known", [e for e in examples if e.group in ours], False),
-        ("unknown", [e for e in examples if e.group not in ours], False),
-        ("told", [e for e in examples if e.group not in ours], True),
-    ):
-        texts = [f"{e.told if told else ''}Question: {e.question}{CUE}" for e in some]
-        right = 0
-        for i in range(0, len(some), 256):
-            prompts = lm.tokenize(texts[i : i + 256])
-            out = generate_batch(lm, [lm.bos + p for p in prompts], [[] for _ in prompts])
-            right += sum(extract_answer(g.text) == e.gold for g, e in zip(out, some[i : i + 256], strict=True))
-        results[name] = round(right / len(some), 4)
+    foreign = [e for e in examples if e.group not in ours]
+    results = {
+        "known": _share_right(lm, [("", e) for e in examples if e.group in ours]),
+        "unknown": _share_right(lm, [("", e) for e in foreign]),
+        "told": _share_right(lm, [(e.told, e) for e in foreign]),
+    }
+    for n_facts in (4, 16, 64):
+        some = units.make_examples(lexicon, "val", n // 5, seed=10_000, variant="context", n_facts=n_facts)
+        results[f"among_{n_facts}"] = _share_right(lm, [(e.facts, e) for e in some])
     return results
+
+
+def _share_right(lm: LanguageModel, asked: list[tuple[str, units.Example]]) -> float:
+    right = 0
+    for i in range(0, len(asked), 256):
+        some = asked[i : i + 256]
+        prompts = lm.tokenize([f"{before}Question: {e.question}{CUE}" for before, e in some])
+        out = generate_batch(lm, [lm.bos + p for p in prompts], [[] for _ in prompts])
+        right += sum(extract_answer(g.text) == e.gold for g, (_, e) in zip(out, some, strict=True))
+    return round(right / len(asked), 4)
 
 
 def measure_probe(lm: LanguageModel, lexicon, role: str) -> dict[int, dict[str, float]]:
@@ -319,6 +242,19 @@ def parse_shape(text: str) -> dict:
     return {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
 
 
+def parse_kinds(text: str) -> dict[str, int]:
+    """`note=60,problem=40`: kinds that are not named do not occur."""
+    try:
+        kinds = {name: int(weight) for name, weight in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected e.g. problem=20,note=80, got '{text}'") from None
+    if unknown := set(kinds) - set(KINDS):
+        raise argparse.ArgumentTypeError(f"no kind '{min(unknown)}' (there are: {', '.join(KINDS)})")
+    if min(kinds.values()) < 0 or not sum(kinds.values()):
+        raise argparse.ArgumentTypeError(f"weights are at least 0 and not all 0, got '{text}'")
+    return kinds
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bridgekit pair", description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True, help="folder for source/, target/ and pair.json")
@@ -328,6 +264,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=48, help="windows of 1,024 tokens a step")
     parser.add_argument("--documents", type=int, default=300_000)
+    parser.add_argument(
+        "--kinds",
+        type=parse_kinds,
+        default=KINDS,
+        metavar="KIND=WEIGHT,...",
+        help="the mix of documents; more notes make models that read facts in their context",
+    )
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)
     parser.add_argument("--prompt-weight", type=float, default=0.1, help="loss weight of tokens that are not answer")

@@ -4,9 +4,9 @@
     folder = open_study("ablation_losses")                   # its run folders, unpacked once into runs/.studies
     bridgekit preserve --study ablation_losses --runs-dir runs
 
-A kept run has its configuration, status, course and, for each test problem, the extracted answer of every condition;
-texts are left out, but for the bridged text where a figure reads it (facts in context). The runs of a study repeat
-each other's problems and baselines, which a common dictionary stores once: 15 kB a run instead of 300.
+A kept run has its configuration, status, course and, for each test problem, the extracted answer of every condition
+and the unit's value that the bridged answer says; texts are left out. The runs of a study repeat each other's problems
+and baselines, which a common dictionary stores once: 15 kB a run instead of 300.
 """
 
 import io
@@ -17,7 +17,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from bridgekit.runs import find_eval, read_jsonl, read_run_config, read_status, write_bytes_atomic
+from bridgekit.capacity import said_value
+from bridgekit.runs import find_eval, read_jsonl, read_status, write_bytes_atomic
 
 ROOT = Path("preserved_data/studies")
 FILES = ("config.yaml", "status.json", "provenance.json", "metrics.jsonl", "timing.json")
@@ -49,11 +50,12 @@ def keep_study(runs_dir: str | Path, name: str, root: str | Path = ROOT) -> Path
 
 
 def _lean_answers(folder: Path) -> bytes:
-    texts = ("bridged_full",) if read_run_config(folder).task.variant == "context" else ()
     lines = []
     for row in read_jsonl(find_eval(folder)):
-        kept = [k for k in row if k in ALWAYS or k in texts or k.endswith("_extracted")]
-        lines.append(json.dumps({k: row[k] for k in kept}, ensure_ascii=False) + "\n")
+        kept = {k: v for k, v in row.items() if k in ALWAYS or k.endswith("_extracted")}
+        if "family" in row:
+            kept["bridged_said"] = said_value(row["bridged_full"], row["family"])
+        lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from bridgekit import stats, verdict
-from bridgekit.capacity import carried_bits, message_bits, said_value
+from bridgekit.capacity import carried_bits, message_bits, said_values
 from bridgekit.config import Config
 from bridgekit.figures_runs import curve_from_metrics
 from bridgekit.runs import find_eval, load_eval, read_run_config, read_status
@@ -111,10 +111,10 @@ def student_quantile(share: float, df: float) -> float:
     return float(stdtrit(df, share))
 
 
-def pooled_accuracy(frames: list[pd.DataFrame], subset: str) -> stats.Interval:
-    """Bridged accuracy of a variant over its seeds, with the same two variances."""
+def pooled_accuracy(frames: list[pd.DataFrame], subset: str, condition: str = "bridged") -> stats.Interval:
+    """Accuracy of a variant over its seeds, with the same two variances."""
     parts = [verdict.select_subset(frame, subset).set_index("id").sort_index() for frame in frames]
-    right = np.stack([stats.read_correct(part, "bridged").astype(float) for part in parts], axis=1)
+    right = np.stack([stats.read_correct(part, condition).astype(float) for part in parts], axis=1)
     mean, deviation, df = _mean_and_deviation(right, _units_of(parts[0]))
     half = student_quantile(1 - ALPHA / 2, df) * deviation
     n_units = _units_of(parts[0]).nunique()
@@ -246,9 +246,10 @@ def read_axis(study: Study, planned: dict[str, Config], runs: Runs) -> pd.DataFr
 
 def _bits_columns(frame: pd.DataFrame, config: Config) -> dict:
     rows = verdict.select_subset(frame, "source_only")
-    said = [said_value(text, family) for text, family in zip(rows["bridged_full"], rows["family"], strict=True)]
     bits = message_bits(
-        carried_bits(rows["value"], said, VALUES, rows["unit"]), config.task.n_facts, config.bridge.source_view
+        carried_bits(rows["value"], said_values(rows), VALUES, rows["unit"]),
+        config.task.n_facts,
+        config.bridge.source_view,
     )
     k = config.bridge.n_soft_tokens
     return {"bits": bits.point, "bits_low": bits.low, "bits_high": bits.high, "bits_per_token": bits.point / k,

@@ -1,19 +1,24 @@
 """The audit: each fault is found in runs made to have it, and in no others; the data alone judge claims."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from first_generation import OOM, evaluation, write_jsonl, write_run
 from test_runfolders import BRIDGED, write_own
 
 from bridgekit import audit, claims, own_claims, preserve
+from bridgekit.figures import new_figure, save_figure
 from bridgekit.findings import find_all
 from bridgekit.measures import paired
 from bridgekit.runfolders import read_run
+from bridgekit.runs import write_status
+from bridgekit.studies import keep_study
 
 A, B = "treatment_20251116_201212", "control_20251117_013909"
 PROJECT = Path(__file__).parent.parent
@@ -287,6 +292,33 @@ def test_a_changed_answer_breaks_the_number(tmp_path):
     path = tmp_path / "preserved_data" / OWN / "eval_samples_step_final.jsonl"
     path.write_text(path.read_text().replace('"bridged_extracted": "100"', '"bridged_extracted": "101"'))
     assert audit.run_audit(tmp_path / "preserved_data", tmp_path).broken
+
+
+def test_a_number_of_a_run_kept_in_a_study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    entries = [
+        {"document": "README.md", "value": "0.750", "measure": {"accuracy": {"run": f"s_{kind}_seed1"}}}
+        for kind in ("base", "gone")
+    ]
+    own_project(tmp_path, entries, "0.750")
+    shutil.copytree(tmp_path / "preserved_data" / OWN, tmp_path / "runs" / "s_base_seed1")
+    write_status(tmp_path / "runs" / "s_base_seed1", state="finished")
+    keep_study(tmp_path / "runs", "s", tmp_path / "preserved_data" / "studies")
+    result = audit.run_audit(tmp_path / "preserved_data", tmp_path)
+    assert [v.why for v in result.own] == ["", "run 's_gone_seed1' is not preserved"]
+
+
+def test_a_number_of_a_figure_holds_as_long_as_its_inputs_do(tmp_path):
+    measure = {"drawn": {"figure": "figures/gains", "column": "difference", "variant": "kl", "pick": "min"}}
+    entries = [{"document": "README.md", "value": "-0.25", "measure": measure}]
+    assert "no figure figures/gains" in own_project(tmp_path, entries, "-0.25").own[0].why
+    data = pd.DataFrame({"variant": ["kl", "kl", "nce"], "difference": [-0.25, 0.5, -1.0]})
+    source = tmp_path / "preserved_data" / OWN / "eval_samples_step_final.jsonl"
+    save_figure(new_figure()[0], tmp_path / "figures" / "gains", data, [source])
+    assert not audit.run_audit(tmp_path / "preserved_data", tmp_path).broken
+    source.write_text(source.read_text() + "\n")
+    again = audit.run_audit(tmp_path / "preserved_data", tmp_path).broken
+    assert "is not what it was drawn from; draw it again" in again[0].why
 
 
 @pytest.mark.parametrize(("printed", "value", "same"), [

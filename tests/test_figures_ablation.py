@@ -94,8 +94,21 @@ def test_forest_shows_effect_interval_seeds_and_what_could_not_be_found(compared
             assert low < row.low and row.high < high  # nothing that was measured lies outside
     names = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert names == ["kl", "info_nce", "b2 (replicate of base)"]
-    assert "n = 393 on 293 units, 3 seeds" in fig.axes[0].get_title(loc="left") + fig.axes[0].get_title()
+    assert "n = 393 on 293 units,\n3 seeds" in fig.axes[0].get_title(loc="left") + fig.axes[0].get_title()
     assert "'base'" in fig.get_supxlabel()
+
+
+def test_a_variant_far_out_does_not_hide_the_others(compared):
+    columns = ["difference", "low", "high"]
+    ruined = compared[compared["variant"] == "kl"].assign(variant="ruined")
+    ruined[columns] -= 0.9
+    fig = plot_forest(pd.concat([compared, ruined], ignore_index=True))
+    plain = plot_forest(compared)
+    for ax, other, subset in zip(fig.axes, plain.axes, compared["subset"].unique(), strict=True):
+        assert ax.get_xlim() == other.get_xlim()
+        arrow = mark(fig, f"outside:ruined:{subset}")
+        assert arrow.get_marker() == "<" and ax.get_xlim()[0] < arrow.get_xdata()[0] < 0
+        assert not marks(fig, f"outside:kl:{subset}")
 
 
 def test_forest_of_one_seed_draws_no_seeds(compared):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from bridgekit.answers import answer_is_complete
 from bridgekit.bridges import Message, build_bridge
@@ -16,7 +17,7 @@ from bridgekit.bridges.base import Soft
 from bridgekit.bridges.injectors import Prefix
 from bridgekit.decoding import decode_bridged
 from bridgekit.evaluator import Evaluator
-from bridgekit.generation import CHECK_EVERY, assemble, compact, generate_batch, pad_ids
+from bridgekit.generation import CHECK_EVERY, RoomyLayer, assemble, compact, generate_batch, pad_ids
 from bridgekit.pair import split_prompts
 from bridgekit.tasks.base import literal_prompt, told_prompt
 
@@ -206,3 +207,19 @@ def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, accelerator, tm
         assert texts[1] == texts[7] == texts[64], condition
         for one, other in zip(said[1], said[64], strict=True):
             assert one[f"{condition}_logprob"] == pytest.approx(other[f"{condition}_logprob"], abs=1e-4)
+
+
+def test_a_cache_with_room_holds_what_a_growing_one_holds():
+    torch.manual_seed(0)
+    roomy, plain = RoomyLayer(), DynamicLayer()
+    pieces = [torch.randn(2, 6, 3, t, 4) for t in (7, *[1] * 40)]  # past the room, twice
+    for step, (keys, values) in enumerate(pieces):
+        if step in (3, 20):  # rows leave; the same number of rows in another order
+            rows = torch.tensor([4, 0, 1, 5]) if step == 3 else torch.tensor([2, 3, 0, 1])
+            roomy.batch_select_indices(rows), plain.batch_select_indices(rows)
+        if step == 10:
+            roomy.crop(-2), plain.crop(-2)
+        n = 6 if step < 3 else 4
+        for one, other in zip(roomy.update(keys[:n], values[:n]), plain.update(keys[:n], values[:n]), strict=True):
+            assert torch.equal(one, other)
+        assert roomy.get_seq_length() == plain.get_seq_length()

@@ -14,8 +14,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "bridgekit"
 # Top-level modules and packages of bridgekit, bottom layer first. A new module is entered in one layer.
 LAYERS = (
-    """answers audit* browser capacity claims config decision effective figures* findings gains headline inside
-    limits manifest measures outcomes own_claims preserve readings* report_entry reports runfolders runlogs runs
+    """answers audit* browser capacity claims config corpus costs decision effective figures* findings gains headline
+    inside limits manifest measures outcomes own_claims preserve readings* report_entry reports runfolders runlogs runs
     stats studies study tasks variants verdict""",
     "bridges losses pair",
     """attention batches causal checkpoints decoding diagnostics evaluator finished generation pretrain probes steps

@@ -19,7 +19,7 @@ from bridgekit.report_entry import read_entry
 from bridgekit.runs import create_run, find_eval, load_eval, write_status
 
 KEPT = Path(__file__).parent.parent / "preserved_data"
-WINS, LOSES = "headline_dit_lex2_seed1", "headline_fault0_seeds_seed1"
+WINS, LOSES = "headline_dit_seed1", "phase1_seeds_seed1"
 FILES = (reports.LOG, reports.SUMMARY, reports.REPORT)
 N = 400  # lines used of a preserved evaluation
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from bridgekit.answers import extract_answer
 from bridgekit.config import GROUPS, load_config
+from bridgekit.corpus import make_documents
 from bridgekit.tasks import load_examples, units
 from bridgekit.tasks.base import literal_prompt, source_prompt, told_prompt
 
@@ -263,8 +264,6 @@ def test_facts_in_weights_are_in_no_prompt(small):
 
 @pytest.mark.parametrize("role, other", [("source", "target_only"), ("target", "source_only")])
 def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
-    from bridgekit.pretrain import make_documents
-
     lexicon = units.make_lexicon(SEED)
     values = {u.word: u.value for u in units.known_units(lexicon, role)}
     documents = make_documents(lexicon, role, 4000, SEED)
@@ -277,6 +276,20 @@ def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
         if prompt.startswith("Question: "):  # neither note nor helper: the answer is the unit's own
             unit = next(word for word in re.findall(r"[a-z]+", prompt) if word in values)
             assert f"*{values[unit]}=" in answer
+
+
+def test_a_corpus_has_the_kinds_of_documents_it_was_asked_for(capsys):
+    from bridgekit.pretrain import main
+
+    lexicon = units.make_lexicon(SEED)
+    notes = make_documents(lexicon, "source", 200, SEED, {"note": 1})
+    assert all(prompt.startswith("Note: ") for prompt, _ in notes)
+    both = make_documents(lexicon, "source", 400, SEED, {"note": 1, "problem": 3})
+    assert 60 < sum(prompt.startswith("Note: ") for prompt, _ in both) < 140
+    for wrong, said in (("note", "expected e.g."), ("poem=3", "no kind 'poem'"), ("note=0", "not all 0")):
+        with pytest.raises(SystemExit):
+            main(["--out", "x", "--kinds", wrong])
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("seed", range(1, 9))

@@ -1,0 +1,96 @@
+"""The texts that the models of a pair are taught: each its own half of a lexicon, and to read what is in front of it.
+
+    make_documents(make_lexicon(2), "source", 300_000, seed=2)      # [(prompt, answer), ...]
+
+Documents are problems about known units, plain statements of known facts, problems whose fact is stated in a note about
+a word nobody knows, and problems after a helper's worked answer. A helper's answer about a nonce word is to be trusted,
+one about a known unit may be wrong and is to be overruled: so handing over text is a fair rival, and no document of a
+model mentions a unit it is not meant to know.
+"""
+
+import random
+
+from bridgekit.tasks import units
+from bridgekit.tasks.base import CUE
+
+KINDS = {"problem": 42, "fact": 32, "note": 15, "helper": 11}  # how many of 100 documents
+
+
+def make_documents(lexicon, role: str, n: int, seed: int, kinds: dict[str, int] = KINDS) -> list[tuple[str, str]]:
+    """n documents as (prompt, answer); the answer is what is learned by heart, the prompt only in passing."""
+    rng = random.Random(f"corpus {role} {seed}")
+    known = units.known_units(lexicon, role)
+    taken = {u.word for u in lexicon}
+    pool: list = []
+    documents = []
+    for kind in rng.choices(list(kinds), weights=list(kinds.values()), k=n):
+        if not pool:
+            pool = rng.sample(known, len(known))
+        if kind == "problem":
+            documents.append(problem_document(rng, pool.pop()))
+        elif kind == "fact":
+            some = [pool.pop() for _ in range(min(len(pool), 6))]
+            documents.append(("", " ".join(state_in_some_words(rng, u) for u in some)))
+        elif kind == "note":
+            documents.append(note_document(rng, taken, role))
+        else:
+            documents.append(helper_document(rng, pool.pop() if rng.random() < 0.5 else None, taken))
+    return documents
+
+
+def state_in_some_words(rng: random.Random, unit: units.Unit) -> str:
+    """A fact in one of several wordings: said in many ways, it settles on the word itself instead of on a phrase.
+
+    Where a digit follows the word at once, the word's own last token must hold it: language models keep what they know
+    of a subject at its last token, and so does this pair (`probe` in pair.json). Without these wordings the lookup may
+    happen anywhere up to the answer, and how much of the value stands at the word varied a lot from pair to pair.
+    """
+    word, value = unit.word, unit.value
+    tens, ones = divmod(value, 10)
+    plain = f"A {word} is {value}."
+    others = (f"{word}: {value}.", f"Each {word} holds {value}.", f"1 {word} = {value}.", f"{word} ({ones}, {tens}).",
+              f"A {word} ends in {ones} and starts with {tens}.", f"{word}{value}.", f"{word}{value}.",
+              f"Tens: {word}{tens}.", f"Ones: {word}{ones}.")  # fmt: skip
+    return plain if rng.random() < 0.25 else rng.choice(others)
+
+
+def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "", family=None) -> tuple[str, str]:
+    family = family or rng.choice(units.FAMILIES)
+    problem = units.make_problem(rng, family, unit.word)
+    solution, _ = units.solve(family, problem.numbers, unit.value, problem.things)
+    return f"{prefix}Question: {problem.question}{CUE}", solution
+
+
+def nonce_word(rng: random.Random, taken: set[str]) -> str:
+    while (word := units.make_word(rng)) in taken:
+        pass
+    return word
+
+
+def nonce_unit(rng: random.Random, taken: set[str]) -> units.Unit:
+    return units.Unit(nonce_word(rng, taken), rng.choice(units.VALUES), "nobody", "none", "none")
+
+
+def note_document(rng: random.Random, taken: set[str], role: str) -> tuple[str, str]:
+    """A problem about one of the words in the note; the source, which must read contexts, sees longer ones."""
+    n_facts = rng.choice((1, 1, 1, 2, 4, 8) if role == "target" else (1, 1, 1, 2, 2, 4, 8, 16, 32))
+    listed = {u.word: u for u in (nonce_unit(rng, taken) for _ in range(n_facts))}
+    note = units.state_facts([(u.word, u.value) for u in listed.values()])
+    return problem_document(rng, rng.choice(list(listed.values())), note)
+
+
+def helper_document(rng: random.Random, known: units.Unit | None, taken: set[str]) -> tuple[str, str]:
+    """A helper speaks first: whole, cut short, or only its final number."""
+    unit = known or nonce_unit(rng, taken)
+    said_value = unit.value if known is None or rng.random() < 0.5 else rng.choice(units.VALUES)
+    family = rng.choice(units.FAMILIES)
+    problem = units.make_problem(rng, family, unit.word)
+    said, _ = units.solve(family, problem.numbers, said_value, problem.things)
+    said = said.replace("\n", " ")
+    form = rng.random()
+    if form < 0.2:
+        said = said[said.index("####") :]
+    elif form < 0.5:
+        said = said[: rng.randint(12, max(12, len(said)))]
+    solution, _ = units.solve(family, problem.numbers, unit.value, problem.things)
+    return f"Helper: {said}\nQuestion: {problem.question}{CUE}", solution
