@@ -1,6 +1,6 @@
 """Look inside a finished run's bridge: attention, size and neighbours of soft tokens, entropy, CKA, the fact itself.
 
-    opened = open_finished("preserved_data/phase1_cpu_seed1")
+    opened = open_finished("preserved_data/headline_resampler_seed1")
     sizes = soft_token_sizes(opened, examples)
     entropy = answer_entropy(opened, examples)
 
