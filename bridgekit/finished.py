@@ -1,6 +1,6 @@
 """Open a finished run: its configuration, the pair it was trained on, its bridges and its test problems.
 
-    opened = open_finished("preserved_data/headline_resampler_seed1")     # checks the run and the pair it is opened with
+    opened = open_finished("preserved_data/headline_resampler_seed1")  # checks the run, and the pair it is opened with
     examples = opened.pick("source_only", 200)
     tokens, mask = opened.encode(examples)
 
