@@ -147,7 +147,7 @@ def test_a_run_that_beats_the_target_gets_its_subsection_and_keeps_its_prose(add
     for part in ("Why it was run", "Command", "Key metrics", "Publishability", "Artifacts"):
         assert text.count(f"**{part}.**") == 1
     assert "against the target alone:" in text and "`eval_samples_step_final.jsonl` (" in text
-    assert "NVIDIA H200" in text and "python -m bridgekit.train" in text and "train.eval_every=750" in text
+    assert "NVIDIA H200" in text and "python -m bridgekit.train" in text and "train.eval_every=300" in text
     assert not (runs / "loses/manifest.md").exists()
     entry = runs / "wins/manifest.md"
     entry.write_text(entry.read_text().replace("**Publishability.**", "## My reading\n\nIn the main table.\n\n**P.**"))
