@@ -1,6 +1,6 @@
 """What an answer costs, in tokens that the two models write one after the other, beside how often it is right.
 
-    costs = read_costs([frame_1, frame_2, frame_3], "bridgekit/embedded_pair")     # for `plot_costs`
+    table = count_written([frame_1, frame_2, frame_3], "bridgekit/embedded_pair")     # for `plot_costs`
 
 Written tokens decide how long an answer takes: each is a pass of its own, while a prompt and soft tokens are one pass
 together. The count depends on no machine. What is counted: the target's own answer, and the source's where its text
@@ -30,7 +30,7 @@ WRITERS = {  # whose texts an answer needs: columns `<name>_full`, and the token
 }
 
 
-def read_costs(frames: list[pd.DataFrame], pair: str | Path) -> pd.DataFrame:
+def count_written(frames: list[pd.DataFrame], pair: str | Path) -> pd.DataFrame:
     """condition tokens accuracy low high n n_units, over the runs of several seeds, on held-out problems."""
     import pandas as pd
     from tokenizers import Tokenizer

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import os
 import tempfile
@@ -21,6 +20,7 @@ import typing
 from pathlib import Path
 
 from bridgekit.config import CONDITIONS
+from bridgekit.runs import hash_file
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -233,8 +233,8 @@ def save_figure(
         data.to_csv(csv, index=False, float_format="%.10g", lineterminator="\n", encoding="utf-8")
         facts = {
             "figure": base.name,
-            "data": {"name": csv.name, "rows": len(data), "sha256": _sha256(csv)},
-            "inputs": [{"name": _relative(f, base.parent), "sha256": _sha256(f)} for f in inputs],
+            "data": {"name": csv.name, "rows": len(data), "sha256": hash_file(csv)},
+            "inputs": [{"name": _relative(f, base.parent), "sha256": hash_file(f)} for f in inputs],
         }
         sidecar.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for part in parts:
@@ -244,8 +244,3 @@ def save_figure(
 
 def _relative(file: str | Path, folder: Path) -> str:
     return Path(os.path.relpath(file, folder)).as_posix()
-
-
-def _sha256(path: str | Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

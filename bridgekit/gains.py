@@ -137,14 +137,14 @@ def describe_axis(frame: pd.DataFrame, axis: str) -> str:
     )
 
 
-def write_tables(table: pd.DataFrame, path_without_suffix: str | Path) -> list[Path]:
-    """The table as Markdown and LaTeX, ready for a paper."""
+def write_tables(table: pd.DataFrame, path_without_suffix: str | Path, format_table=ablation_table) -> list[Path]:
+    """The table as Markdown and LaTeX, ready for a paper; `format_table(table, style)` says how."""
     base = Path(path_without_suffix)
     base.parent.mkdir(parents=True, exist_ok=True)
     written = []
     for suffix, style in ((".md", "markdown"), (".tex", "latex")):
         written.append(base.with_name(base.name + suffix))
-        write_text_atomic(written[-1], ablation_table(table, style))
+        write_text_atomic(written[-1], format_table(table, style))
     return written
 
 

@@ -19,7 +19,7 @@ from bridgekit.config import Config
 from bridgekit.figures import LABELS, SUBSET_LABELS
 from bridgekit.figures_runs import curve_from_metrics
 from bridgekit.figures_text import format_rows
-from bridgekit.runs import find_eval, load_eval
+from bridgekit.runs import find_eval, load_eval_once
 from bridgekit.stats import clustered_proportion
 from bridgekit.studies import open_study
 from bridgekit.study import Study, plan_study, read_study
@@ -71,7 +71,7 @@ ALONG = ("ablation_capacity", "ablation_generalisation", "ablation_compression")
 
 def load_runs(name: str, root: Path = ROOT) -> dict[int, pd.DataFrame]:
     """The evaluations of a run by training seed."""
-    return {seed: load_eval(find_eval(folder)) for seed, folder in run_folders(name, root).items()}
+    return {seed: load_eval_once(find_eval(folder)) for seed, folder in run_folders(name, root).items()}
 
 
 def run_folders(name: str, root: Path = ROOT) -> dict[int, Path]:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import statistics
@@ -23,7 +22,7 @@ import yaml
 
 from bridgekit.claims import AGREES, DIFFERS, UNCHECKABLE, Verdict, check_measure, recompute
 from bridgekit.measures import MEASURES, Measured, MissingData, Records, record_of
-from bridgekit.runs import load_eval
+from bridgekit.runs import hash_file, load_eval_once
 from bridgekit.stats import clustered_proportion, paired_difference, paired_ratio, wilson
 from bridgekit.studies import open_study
 
@@ -75,7 +74,7 @@ def drawn(records: Records, figure: str, column: str, pick: str = "mean", **wher
 
 @lru_cache(maxsize=512)
 def _hash_once(path: Path, changed_ns: int) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hash_file(path)
 
 
 def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFrame:
@@ -85,8 +84,7 @@ def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFra
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise MissingData(f"run '{run}' has no {names[0]}")
-    stat = path.stat()
-    frame = _load_once(path, stat.st_mtime_ns, stat.st_size)
+    frame = load_eval_once(path, texts=False)
     for column, wanted in subset.items():
         if column not in frame:
             raise MissingData(f"{path.name} of run '{run}' has no column '{column}'")
@@ -94,13 +92,6 @@ def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFra
     if frame.empty:
         raise MissingData(f"no row of run '{run}' has {subset}")
     return frame
-
-
-@lru_cache(maxsize=64)
-def _load_once(path: Path, changed_ns: int, size: int) -> pd.DataFrame:
-    """Many claims read the same file, kept as long as it is unchanged; its texts would only fill the memory."""
-    frame = load_eval(path)
-    return frame.drop(columns=[c for c in frame if c.endswith("_full") or c in ("question", "gold_full_text")])
 
 
 def _right(frame: pd.DataFrame, condition: str) -> pd.Series:

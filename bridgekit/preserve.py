@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import glob
 import gzip
-import hashlib
 import json
 import os
 import shutil
@@ -27,6 +26,7 @@ from bridgekit import manifest
 from bridgekit.outcomes import curve_of, evaluation_files, rescore, text_facts
 from bridgekit.runfolders import FACTS_FILE, OUTCOMES_FILE, RunRecord, find_runs, read_run
 from bridgekit.runlogs import PATH_KEYS
+from bridgekit.runs import hash_file
 from bridgekit.studies import keep_study
 
 ROOT = Path("preserved_data")
@@ -149,15 +149,10 @@ def _write_checksums(record: RunRecord, folder: Path) -> None:
     inside = record.folder.resolve()
     original = [p for p in sorted(record.folder.rglob("*")) if p.is_file() and p.resolve().is_relative_to(inside)]
     sums = {
-        "original": {p.relative_to(record.folder).as_posix(): _sha256(p) for p in original},
-        "kept": {p.relative_to(folder).as_posix(): _sha256(p) for p in sorted(folder.rglob("*")) if p.is_file()},
+        "original": {p.relative_to(record.folder).as_posix(): hash_file(p) for p in original},
+        "kept": {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
     }
     (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -166,7 +161,7 @@ def changed_files(folder: Path) -> list[str]:
     if not path.is_file():
         return []
     kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
-    return [n for n, digest in kept.items() if not (folder / n).is_file() or _sha256(folder / n) != digest]
+    return [n for n, digest in kept.items() if not (folder / n).is_file() or hash_file(folder / n) != digest]
 
 
 def write_gzip(path: Path, data) -> None:

@@ -34,7 +34,7 @@ from bridgekit.generation import generate_batch
 from bridgekit.pair import LanguageModel, load_model
 from bridgekit.probes import probe_pair
 from bridgekit.tasks import units
-from bridgekit.tasks.base import CUE
+from bridgekit.tasks.base import literal_prompt, source_prompt, told_prompt
 
 WINDOW = 1024
 SHAPES = {  # hidden, layers, heads, key-value heads, feed-forward, vocabulary
@@ -180,24 +180,24 @@ def measure_knowledge(lm: LanguageModel, lexicon, role: str, n: int = 1000) -> d
     ours = ("both", f"{role}_only")
     foreign = [e for e in examples if e.group not in ours]
     results = {
-        "known": _share_right(lm, [("", e) for e in examples if e.group in ours]),
-        "unknown": _share_right(lm, [("", e) for e in foreign]),
-        "told": _share_right(lm, [(e.told, e) for e in foreign]),
+        "known": _share_right(lm, [e for e in examples if e.group in ours], literal_prompt),
+        "unknown": _share_right(lm, foreign, literal_prompt),
+        "told": _share_right(lm, foreign, told_prompt),
     }
     for n_facts in (4, 16, 64):
         some = units.make_examples(lexicon, "val", n // 5, seed=10_000, variant="context", n_facts=n_facts)
-        results[f"among_{n_facts}"] = _share_right(lm, [(e.facts, e) for e in some])
+        results[f"among_{n_facts}"] = _share_right(lm, some, source_prompt)
     return results
 
 
-def _share_right(lm: LanguageModel, asked: list[tuple[str, units.Example]]) -> float:
+def _share_right(lm: LanguageModel, examples: list[units.Example], prompt_of) -> float:
     right = 0
-    for i in range(0, len(asked), 256):
-        some = asked[i : i + 256]
-        prompts = lm.tokenize([f"{before}Question: {e.question}{CUE}" for before, e in some])
+    for i in range(0, len(examples), 256):
+        some = examples[i : i + 256]
+        prompts = lm.tokenize([prompt_of(e).text for e in some])
         out = generate_batch(lm, [lm.bos + p for p in prompts], [[] for _ in prompts])
-        right += sum(extract_answer(g.text) == e.gold for g, (_, e) in zip(out, some, strict=True))
-    return round(right / len(asked), 4)
+        right += sum(extract_answer(g.text) == e.gold for g, e in zip(out, some, strict=True))
+    return round(right / len(examples), 4)
 
 
 def measure_probe(lm: LanguageModel, lexicon, role: str) -> dict[int, dict[str, float]]:

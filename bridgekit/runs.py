@@ -20,6 +20,7 @@ import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from bridgekit.answers import INVALID
@@ -117,6 +118,11 @@ def _parse_row(line: bytes) -> dict | None:
     return row if isinstance(row, dict) else None
 
 
+def hash_file(path: str | Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def find_eval(folder: str | Path, step: str = "final") -> Path:
     """A run's evaluation file, compressed or not."""
     plain = Path(folder) / f"eval_samples_step_{step}.jsonl"
@@ -148,6 +154,22 @@ def load_eval(path: str | Path, skip_broken: bool = False):
     if left_out:
         frame.attrs["left_out"] = left_out
     return frame
+
+
+def load_eval_once(path: str | Path, texts: bool = True):
+    """`load_eval` where many tables read one file: kept as long as it is unchanged, and not to be changed by a reader.
+
+    Without `texts` only what is counted is kept: the texts fill the memory.
+    """
+    stat = os.stat(path)
+    return _load_once(Path(path).resolve(), stat.st_mtime_ns, stat.st_size, texts)
+
+
+@lru_cache(maxsize=64)
+def _load_once(path: Path, changed_ns: int, size: int, texts: bool):
+    frame = load_eval(path)
+    dropped = [c for c in frame if c.endswith("_full") or c in ("question", "gold_full_text")]
+    return frame if texts else frame.drop(columns=dropped)
 
 
 def write_status(folder: str | Path, **status) -> None:

@@ -100,7 +100,7 @@ def test_the_figure_of_digits_shows_each_with_its_interval(digits):
 def test_costs_count_the_tokens_that_somebody_has_to_write():
     frame = load_eval(find_eval(KEPT / "headline_resampler_seed1"))
     pair = ROOT / "bridgekit" / "embedded_pair"
-    table = costs.read_costs([frame], pair).set_index("condition")
+    table = costs.count_written([frame], pair).set_index("condition")
     held = frame[frame["novelty"] != "seen"]
 
     def written(who: str, column: str) -> float:
