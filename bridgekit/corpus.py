@@ -14,9 +14,15 @@ from bridgekit.tasks import units
 from bridgekit.tasks.base import CUE
 
 KINDS = {"problem": 42, "fact": 32, "note": 15, "helper": 11}  # how many of 100 documents
+NOTE_FACTS = {  # how many facts a note states, each as often; the source, which must read contexts, sees longer ones
+    "source": (1, 1, 1, 2, 2, 4, 8, 16, 32),
+    "target": (1, 1, 1, 2, 4, 8),
+}
 
 
-def make_documents(lexicon, role: str, n: int, seed: int, kinds: dict[str, int] = KINDS) -> list[tuple[str, str]]:
+def make_documents(
+    lexicon, role: str, n: int, seed: int, kinds: dict[str, int] = KINDS, note_facts: tuple[int, ...] = ()
+) -> list[tuple[str, str]]:
     """n documents as (prompt, answer); the answer is what is learned by heart, the prompt only in passing."""
     rng = random.Random(f"corpus {role} {seed}")
     known = units.known_units(lexicon, role)
@@ -32,7 +38,7 @@ def make_documents(lexicon, role: str, n: int, seed: int, kinds: dict[str, int] 
             some = [pool.pop() for _ in range(min(len(pool), 6))]
             documents.append(("", " ".join(state_in_some_words(rng, u) for u in some)))
         elif kind == "note":
-            documents.append(note_document(rng, taken, role))
+            documents.append(note_document(rng, taken, note_facts or NOTE_FACTS[role]))
         else:
             documents.append(helper_document(rng, pool.pop() if rng.random() < 0.5 else None, taken))
     return documents
@@ -71,9 +77,9 @@ def nonce_unit(rng: random.Random, taken: set[str]) -> units.Unit:
     return units.Unit(nonce_word(rng, taken), rng.choice(units.VALUES), "nobody", "none", "none")
 
 
-def note_document(rng: random.Random, taken: set[str], role: str) -> tuple[str, str]:
-    """A problem about one of the words in the note; the source, which must read contexts, sees longer ones."""
-    n_facts = rng.choice((1, 1, 1, 2, 4, 8) if role == "target" else (1, 1, 1, 2, 2, 4, 8, 16, 32))
+def note_document(rng: random.Random, taken: set[str], sizes: tuple[int, ...]) -> tuple[str, str]:
+    """A problem about one of the words in the note."""
+    n_facts = rng.choice(sizes)
     listed = {u.word: u for u in (nonce_unit(rng, taken) for _ in range(n_facts))}
     note = units.state_facts([(u.word, u.value) for u in listed.values()])
     return problem_document(rng, rng.choice(list(listed.values())), note)

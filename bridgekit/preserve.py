@@ -1,7 +1,8 @@
 """Keep what is worth keeping of a run, and the manifest of everything kept.
 
     bridgekit preserve RUN            copy or derive RUN into preserved_data/, add its manifest entry
-    bridgekit preserve --study NAME   pack the finished runs NAME_* of a runs folder into studies/NAME.tar.xz
+    bridgekit preserve --study NAME   pack the finished runs NAME_* of a runs folder into studies/NAME.tar.xz; with
+                                      --add, put those that are not kept yet to those that are
     bridgekit preserve --manifest     write preserved_data/README.md again from the entries
 
 Runs of the first experiments are kept as compact tables under `first_experiments/`, runs of this package as
@@ -179,6 +180,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--max-jsonl-mb", type=float, default=1.5, help="limit of the compressed final JSONL")
     parser.add_argument("--max-checkpoint-mb", type=float, default=2.0, help="limit of a checkpoint file")
     parser.add_argument("--study", help="pack the finished runs of this study into one file")
+    parser.add_argument("--add", action="store_true", help="the study is kept already: put the runs that are new to it")
     parser.add_argument("--runs-dir", default="runs", help="where the study's runs are (default: %(default)s)")
     parser.add_argument("--manifest", action="store_true", help="only write the manifest again")
     args = parser.parse_args(argv)
@@ -187,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     failed = 0
     try:
         if args.study:
-            path = keep_study(args.runs_dir, args.study, Path(args.root) / "studies")
+            path = keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
             print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")
             return 0
         folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]

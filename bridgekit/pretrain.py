@@ -29,7 +29,7 @@ from transformers import (
 
 from bridgekit.answers import extract_answer
 from bridgekit.config import ConfigError
-from bridgekit.corpus import KINDS, make_documents
+from bridgekit.corpus import KINDS, NOTE_FACTS, make_documents
 from bridgekit.generation import generate_batch
 from bridgekit.pair import LanguageModel, load_model
 from bridgekit.probes import probe_pair
@@ -109,7 +109,7 @@ def train_model(args, role: str, device: torch.device) -> dict:
     started = time.time()
     torch.manual_seed(args.lexicon_seed * 2 + (role == "target"))
     lexicon = units.make_lexicon(args.lexicon_seed)
-    documents = make_documents(lexicon, role, args.documents, args.lexicon_seed, args.kinds)
+    documents = make_documents(lexicon, role, args.documents, args.lexicon_seed, args.kinds, args.note_facts)
     shape = SHAPES[role] | {k: v for k, v in (args.shape or {}).items()}
     tokenizer = train_tokenizer(role, [p + a for p, a in documents[:40000]], shape["vocab"])
     ids, weights = pack_documents(tokenizer, documents, args.prompt_weight)
@@ -148,7 +148,8 @@ def train_model(args, role: str, device: torch.device) -> dict:
     save_model(model, tokenizer, folder)
     lm = load_model(f"{role}_model", str(folder), device, torch.float32)
     record = {"role": role, "parameters": n_params, "steps": args.steps, "batch": args.batch, "lr": args.lr,
-              "documents": args.documents, "kinds": args.kinds, "seconds": round(time.time() - started, 1),
+              "documents": args.documents, "kinds": args.kinds,
+              "note_facts": args.note_facts or NOTE_FACTS[role], "seconds": round(time.time() - started, 1),
               "validation": measure_knowledge(lm, lexicon, role),
               "probe": measure_probe(lm, lexicon, role)}  # fmt: skip
     print(json.dumps(record), flush=True)
@@ -242,6 +243,17 @@ def parse_shape(text: str) -> dict:
     return {k: int(v) for k, v in (part.split("=") for part in text.split(","))}
 
 
+def parse_sizes(text: str) -> tuple[int, ...]:
+    """`1,4,16,64`: numbers of facts, each at least 1."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected e.g. 1,4,16,64, got '{text}'") from None
+    if min(sizes) < 1:
+        raise argparse.ArgumentTypeError(f"a note states at least one fact, got '{text}'")
+    return sizes
+
+
 def parse_kinds(text: str) -> dict[str, int]:
     """`note=60,problem=40`: kinds that are not named do not occur."""
     try:
@@ -270,6 +282,13 @@ def main(argv: list[str] | None = None) -> None:
         default=KINDS,
         metavar="KIND=WEIGHT,...",
         help="the mix of documents; more notes make models that read facts in their context",
+    )
+    parser.add_argument(
+        "--note-facts",
+        type=parse_sizes,
+        default=(),
+        metavar="N,N,...",
+        help="how many facts a note may state, drawn among these (default: short notes, for the source longer ones)",
     )
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01)

@@ -2,7 +2,7 @@
 
     keep_study("runs", "ablation_losses")                    # -> preserved_data/studies/ablation_losses.tar.xz
     folder = open_study("ablation_losses")                   # its run folders, unpacked once into runs/.studies
-    bridgekit preserve --study ablation_losses --runs-dir runs
+    bridgekit preserve --study ablation_losses --runs-dir runs           # again with --add: what has come since
 
 A kept run has its configuration, status, course and, for each test problem, the extracted answer of every condition
 and the unit's value that the bridged answer says; texts are left out. The runs of a study repeat each other's problems
@@ -29,24 +29,38 @@ ALWAYS = (
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 27}]
 
 
-def keep_study(runs_dir: str | Path, name: str, root: str | Path = ROOT) -> Path:
-    """Pack the finished runs `<name>_*` of a runs folder; returns the file. The same runs give the same bytes."""
+def keep_study(runs_dir: str | Path, name: str, root: str | Path = ROOT, add: bool = False) -> Path:
+    """Pack the finished runs `<name>_*` of a runs folder; returns the file. The same runs give the same bytes.
+
+    `add` puts them to those already kept, of which none is replaced.
+    """
     folders = [p for p in sorted(Path(runs_dir).glob(f"{name}_*")) if read_status(p).get("state") == "finished"]
-    if not folders:
-        raise ValueError(f"{runs_dir}: no finished run of a study '{name}' (folders {name}_*)")
     path = Path(root) / f"{name}.tar.xz"
-    if path.exists():
-        raise ValueError(f"{path}: already kept; what is preserved is never overwritten")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not add:
+        raise ValueError(f"{path}: already kept; what is preserved is never overwritten (--add puts new runs to it)")
+    files = _read_study(path) if path.exists() else {}
+    kept = {member.split("/")[0] for member in files}
+    new = [p for p in folders if p.name not in kept]
+    if not new:
+        what = "that is not kept already" if folders else f"(folders {name}_*)"
+        raise ValueError(f"{runs_dir}: no finished run of a study '{name}' {what}")
+    for folder in new:
+        files |= {f"{folder.name}/{f}": (folder / f).read_bytes() for f in FILES if (folder / f).is_file()}
+        files[f"{folder.name}/eval_samples_step_final.jsonl"] = _lean_answers(folder)
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w") as archive:
-        for folder in folders:
-            for file in FILES:
-                if (folder / file).is_file():
-                    _add(archive, f"{folder.name}/{file}", (folder / file).read_bytes())
-            _add(archive, f"{folder.name}/eval_samples_step_final.jsonl", _lean_answers(folder))
+        for member in sorted(files):
+            entry = tarfile.TarInfo(member)
+            entry.size = len(files[member])
+            archive.addfile(entry, io.BytesIO(files[member]))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes_atomic(path, lzma.compress(packed.getvalue(), filters=FILTERS))
     return path
+
+
+def _read_study(path: Path) -> dict[str, bytes]:
+    with tarfile.open(path, "r:xz") as archive:
+        return {entry.name: archive.extractfile(entry).read() for entry in archive if entry.isfile()}
 
 
 def _lean_answers(folder: Path) -> bytes:
@@ -57,12 +71,6 @@ def _lean_answers(folder: Path) -> bytes:
             kept["bridged_said"] = said_value(row["bridged_full"], row["family"])
         lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
     return "".join(lines).encode()
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    entry = tarfile.TarInfo(name)
-    entry.size = len(data)
-    archive.addfile(entry, io.BytesIO(data))
 
 
 def open_study(name: str, root: str | Path = ROOT, into: str | Path = "runs/.studies") -> Path:

@@ -4,6 +4,7 @@ python -m pytest tests/test_studies.py
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,16 @@ def test_what_is_kept_is_not_overwritten_and_what_is_not_there_is_named(runs, tm
     assert "no finished run of a study 'other'" in capsys.readouterr().err
     with pytest.raises(FileNotFoundError, match="other.tar.xz"):
         open_study("other", tmp_path / "p")
+
+
+def test_runs_that_came_later_are_added_and_those_kept_stay_as_they_are(runs, tmp_path):
+    early, late, kept = tmp_path / "early", tmp_path / "late", tmp_path / "kept"
+    for folder, names in ((early, ["s_base_seed2"]), (late, ["s_base_seed1", "s_base_seed2"])):
+        for name in names:
+            shutil.copytree(runs / name, folder / name)
+    keep_study(early, "s", kept)
+    with pytest.raises(ValueError, match="no finished run of a study 's' that is not kept already"):
+        keep_study(early, "s", kept, add=True)
+    write_jsonl(late / "s_base_seed2" / "eval_samples_step_final.jsonl", [])  # must not replace what is kept
+    path = keep_study(late, "s", kept, add=True)
+    assert path.read_bytes() == keep_study(runs, "s", tmp_path / "at once").read_bytes()

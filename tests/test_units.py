@@ -286,9 +286,18 @@ def test_a_corpus_has_the_kinds_of_documents_it_was_asked_for(capsys):
     assert all(prompt.startswith("Note: ") for prompt, _ in notes)
     both = make_documents(lexicon, "source", 400, SEED, {"note": 1, "problem": 3})
     assert 60 < sum(prompt.startswith("Note: ") for prompt, _ in both) < 140
-    for wrong, said in (("note", "expected e.g."), ("poem=3", "no kind 'poem'"), ("note=0", "not all 0")):
+    for sizes in ((3,), (1, 16)):
+        notes = make_documents(lexicon, "target", 60, SEED, {"note": 1}, sizes)
+        assert {len(re.findall(r"A \w+ is \d+\.", prompt)) for prompt, _ in notes} == set(sizes)
+    for option, wrong, said in (
+        ("--kinds", "note", "expected e.g."),
+        ("--kinds", "poem=3", "no kind 'poem'"),
+        ("--kinds", "note=0", "not all 0"),
+        ("--note-facts", "1;4", "expected e.g."),
+        ("--note-facts", "4,0", "at least one fact"),
+    ):
         with pytest.raises(SystemExit):
-            main(["--out", "x", "--kinds", wrong])
+            main(["--out", "x", option, wrong])
         assert said in capsys.readouterr().err
 
 
