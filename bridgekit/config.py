@@ -50,12 +50,14 @@ class Task:
     task: str = "units"
     variant: str = "weights"  # where the source has the facts: `weights` or its `context`
     n_facts: int = 4  # facts in the context variant
+    vary_facts: bool = False  # train on contexts of 1, 2, 4, ... facts, up to n_facts: few are learned before many
     data_seed: int = 1
     n_train: int = 16384
     n_val: int = 512
     n_test: int = 2000
     source_only_share: float = -1.0  # of the training mix; -1 keeps the natural mix
     train_units_share: float = 1.0  # nested subsets of the train units, for the generalisation curve
+    train_values_share: float = 1.0  # train on the units of that share of the values alone: is a value composed?
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,7 @@ class Bridge:
     train_prompt_mode: str = "same"  # the seeds trained in another mode than they evaluated
     source_view: str = "prompt"  # `solution` adds the source's own worked answer | `facts` the context alone
     source_layers: str = "auto"  # comma-separated hidden-state indices; auto: at 0.6, 0.8 and all of the depth
+    queries: str = "learned"  # what a soft token starts from; `local`: also from its own stretch of the source
     source_projection: bool = False  # learnable, identity at the start
     rms_match: bool = True
     inject_layers: str = "auto"  # target layers that a residual or kv injector works on; auto: eight, spread evenly

@@ -27,11 +27,12 @@ _INERT: tuple[tuple[typing.Callable[[dict], bool], tuple[str, ...]], ...] = (
     (lambda c: not c.get("dit_loss_weight", 1), ("dit_loss_warmup",)),
     (lambda c: c.get("soft_injection", "adapter") != "adapter", ("adapter_scale",)),
     (lambda c: c.get("bridge.producer", "dit") != "dit", ("bridge.dit_*", "loss.flow_weight")),
-    (lambda c: c.get("bridge.producer") == "constant", ("bridge.source_*", "bridge.depth")),
+    (lambda c: c.get("bridge.producer") == "constant", ("bridge.source_*", "bridge.depth", "bridge.queries")),
     (
         lambda c: c.get("bridge.producer") == "constant" and c.get("bridge.injector", "prefix") == "prefix",
         ("bridge.heads", "bridge.bridge_dim", "bridge.dropout"),
     ),
+    (lambda c: c.get("bridge.n_soft_tokens") == -1, ("bridge.queries",)),  # each starts from its own state anyway
     (lambda c: c.get("bridge.injector", "prefix") == "prefix", ("bridge.inject_layers",)),
     (lambda c: c.get("bridge.injector") in ("residual", "kv"), ("bridge.soft_position",)),
     (
@@ -48,7 +49,9 @@ _INERT: tuple[tuple[typing.Callable[[dict], bool], tuple[str, ...]], ...] = (
     (lambda c: not c.get("loss.kl_weight", 1), ("loss.kl_tokens",)),
     (lambda c: not c.get("loss.info_nce_weight", 1), ("loss.info_nce_temperature",)),
     (lambda c: not _imitates(c), ("bridge.teacher",)),
-    (lambda c: c.get("task.variant", "context") != "context", ("task.n_facts",)),
+    (lambda c: c.get("task.variant", "context") != "context", ("task.n_facts", "task.vary_facts")),
+    (lambda c: c.get("task.variant") == "context", ("task.train_units_share", "task.train_values_share")),
+    (lambda c: c.get("task.n_facts") == 1, ("task.vary_facts",)),
 )
 
 # (when this holds, this setting, amounts to this value): two spellings of one thing

@@ -266,3 +266,32 @@ def plot_digits(frame: pd.DataFrame) -> Figure:
     ax.set_xlabel(f"share of answers about values that no training unit has\n({size_text(frame)}, over the seeds)")
     _legend_once(fig, ax)
     return fig
+
+
+@paper_figure
+def plot_values(frame: pd.DataFrame) -> Figure:
+    """What happens to a value that is taken out of the training; a row for each composition.
+
+    Columns label, kind (`taken out`, `left in`), all_values, half_values (with _low, _high), n, n_units
+    (headline.read_values).
+    """
+    check_frame(frame, "values", "label", "half_values", ["all_values", "n"])
+    check_frame(frame, "values", "kind")
+    labels = list(dict.fromkeys(frame["label"]))
+    fig, ax = new_figure(aspect=(0.95 + 0.42 * len(labels)) / TEXT_WIDTH)
+    for row in frame.to_dict("records"):
+        out = row["kind"] == "taken out"
+        y = labels.index(row["label"]) + (-0.17 if out else 0.17)
+        ink_, marker = (COLORS["bridged"], "o") if out else ("#7A7A7A", "s")
+        for arm, face in (("all_values", "white"), ("half_values", ink_)):
+            gid = f"{arm}:{row['kind']}:{row['label']}"
+            place = y + (0.055 if arm == "half_values" else -0.055)
+            draw_interval(ax, place, row[f"{arm}_low"], row[f"{arm}_high"], gid, ink_)
+            trained = "all values in training" if arm == "all_values" else "half of them taken out"
+            look = {"color": ink_, "mfc": face, "ms": 4, "ls": "", "zorder": 4}
+            ax.plot(row[arm], place, marker, gid=f"point:{gid}", label=f"values {row['kind']}: {trained}", **look)
+    list_rows(ax, labels, guides=False)
+    ax.set_xlim(0, 1.02)
+    ax.set_xlabel(f"accuracy on source-only problems, held-out units\n({size_text(frame)}, over the seeds)")
+    _legend_once(fig, ax)
+    return fig

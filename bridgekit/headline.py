@@ -19,12 +19,12 @@ from bridgekit.config import Config
 from bridgekit.figures import LABELS, SUBSET_LABELS
 from bridgekit.figures_runs import curve_from_metrics
 from bridgekit.figures_text import format_rows
-from bridgekit.runs import find_eval, load_eval_once
+from bridgekit.runs import find_eval, load_eval_once, read_run_config
 from bridgekit.stats import clustered_proportion
 from bridgekit.studies import open_study
 from bridgekit.study import Study, plan_study, read_study
-from bridgekit.tasks.units import make_lexicon
-from bridgekit.variants import Runs, pooled_accuracy, read_runs
+from bridgekit.tasks.units import make_lexicon, pick_train_units
+from bridgekit.variants import Runs, pooled_accuracy, pooled_difference, read_runs
 
 ROOT = Path("preserved_data")
 LEXICONS = {"lexicon 2": "", "lexicon 4": "_fresh4", "lexicon 5": "_fresh5"}
@@ -64,6 +64,11 @@ DIFFERENCES = {  # the working DiT with one thing taken back
     "no alignment to the gold answer": "repairs_fault6_mix",
     "no state dropout": "repairs_dit_no_dropout",
     "15% of the training units": "repairs_dit_few_units",
+}
+INTERVENED = {  # trained on half of the values, against as many units with all values (parameters/values.yaml)
+    "resampler x prefix, swapped": "values_prefix",
+    "dit x residual, swapped": "values_residual",
+    "resampler x kv, swapped": "values_kv",
 }
 COMPARED = ("ablation_losses", "ablation_flow", "ablation_gpu")  # studies with a reference
 ALONG = ("ablation_capacity", "ablation_generalisation", "ablation_compression")  # studies along an axis
@@ -200,6 +205,30 @@ def read_digits(root: Path = ROOT) -> pd.DataFrame:
             found = clustered_proportion(same, part["unit"])
             row |= {f"{digit}_right": found.point, f"{digit}_low": found.low, f"{digit}_high": found.high}
         rows.append(row | {"n_wrong": int(wrong.sum()), "trained_value": said[wrong].isin(trained).mean()})
+    return pd.DataFrame(rows)
+
+
+def read_values(root: Path = ROOT) -> pd.DataFrame:
+    """Accuracy on problems about held-out units, by whether their value was taken out of the training.
+
+    A row for each composition and kind of value: with all values in training, without half of them (`all_values`,
+    `half_values` with _low and _high), and the paired difference.
+    """
+    rows = []
+    for label, name in INTERVENED.items():
+        folder = next(iter(run_folders(f"{name}_values", root).values()))
+        seed = json.loads((folder / "provenance.json").read_text())["lexicon_seed"]
+        share = read_run_config(folder).task.train_values_share
+        taught = {u.value for u in pick_train_units([u for u in make_lexicon(seed) if u.split == "train"], 1.0, share)}
+        arms = [list(load_runs(f"{name}_{arm}", root).values()) for arm in ("units", "values")]
+        for kind in ("taken out", "left in"):
+            parts = [[f[f["value"].isin(taught) == (kind == "left in")] for f in frames] for frames in arms]
+            row = {"label": label, "kind": kind}
+            for arm, frames in zip(("all_values", "half_values"), parts, strict=True):
+                found = pooled_accuracy(frames, "source_only_held_unit")
+                row |= {arm: found.point, f"{arm}_low": found.low, f"{arm}_high": found.high}
+            change = pooled_difference(parts[1], parts[0], "source_only_held_unit")
+            rows.append(row | {k: change[k] for k in ("difference", "low", "high", "n", "n_units")})
     return pd.DataFrame(rows)
 
 

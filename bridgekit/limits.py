@@ -35,6 +35,7 @@ CHOICES = {
     "bridge.prompt_mode": ("auto", "soft_plus_text", "soft_only"),
     "bridge.train_prompt_mode": ("same", "soft_plus_text", "soft_only"),
     "bridge.source_view": ("prompt", "solution", "facts"),
+    "bridge.queries": ("learned", "local"),
     "bridge.dit_condition": ("cross", "mean", "attention"),
     "bridge.dit_prediction": ("tokens", "velocity"),
     "bridge.dit_tokens": ("sampled", "teacher"),
@@ -84,8 +85,9 @@ def check_values(config, flat: dict[str, object]) -> None:
     share = config.task.source_only_share
     if share != -1 and not 0 <= share <= 1:
         refuse("task.source_only_share", "must lie between 0 and 1, or be -1 for the natural mix")
-    if not 0 < config.task.train_units_share <= 1:
-        refuse("task.train_units_share", "must lie above 0 and at most at 1")
+    for key in ("train_units_share", "train_values_share"):
+        if not 0 < getattr(config.task, key) <= 1:
+            refuse(f"task.{key}", "must lie above 0 and at most at 1")
     if not (config.eval.eval_samples == -1 or 1 <= config.eval.eval_samples <= config.task.n_test):
         refuse("eval.eval_samples", f"must be 1 to n_test ({config.task.n_test}), or -1 for all")
     if config.train.val_samples > config.task.n_val:

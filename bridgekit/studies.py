@@ -24,7 +24,7 @@ ROOT = Path("preserved_data/studies")
 FILES = ("config.yaml", "status.json", "provenance.json", "metrics.jsonl", "timing.json")
 ALWAYS = (
     "eval_step", "index", "id", "split", "group", "unit", "value", "novelty", "family", "steps", "donor_gold",
-    "gold_extracted",
+    "gold_extracted", "bridged_said",
 )  # fmt: skip
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 27}]
 
@@ -67,7 +67,7 @@ def _lean_answers(folder: Path) -> bytes:
     lines = []
     for row in read_jsonl(find_eval(folder)):
         kept = {k: v for k, v in row.items() if k in ALWAYS or k.endswith("_extracted")}
-        if "family" in row:
+        if "family" in row and "bridged_full" in row:  # not of a run that was packed before, on another machine
             kept["bridged_said"] = said_value(row["bridged_full"], row["family"])
         lines.append(json.dumps(kept, ensure_ascii=False) + "\n")
     return "".join(lines).encode()

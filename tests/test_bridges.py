@@ -21,7 +21,12 @@ COMBINATIONS = [  # kv pairs each message token with a source token, and refuses
 B, S, L, D = 3, 7, 2, 10  # examples, source tokens, captured layers, source width
 LENGTHS = (7, 3, 5)
 SEEDS = torch.tensor([5, 6, 2**31 - 1])
-READERS = [("resampler", {}), *(("dit", {"dit_condition": c}) for c in ("cross", "mean", "attention"))]
+READERS = [
+    ("resampler", {}),
+    ("resampler", {"queries": "local"}),
+    ("dit", {"queries": "local"}),
+    *(("dit", {"dit_condition": c}) for c in ("cross", "mean", "attention")),
+]
 
 
 @pytest.fixture

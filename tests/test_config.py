@@ -134,8 +134,8 @@ def test_an_impossible_value_is_refused(values, named):
 def test_every_number_has_a_limit():
     """A new key that is a number is entered in a table, or has a line of its own in check_values."""
     of_their_own = {
-        "bridge.n_soft_tokens", "task.source_only_share", "task.train_units_share", "task.data_seed",
-        "eval.eval_samples",
+        "bridge.n_soft_tokens", "task.source_only_share", "task.train_units_share", "task.train_values_share",
+        "task.data_seed", "eval.eval_samples",
     }  # fmt: skip
     numbers = {key for key, field in KEYS.items() if field.type in (int, float)}
     assert numbers == {*POSITIVE, *NOT_NEGATIVE} | of_their_own

@@ -53,6 +53,7 @@ def test_every_number_survives_and_texts_stay_out(runs, tmp_path):
         assert "bridged_full" not in after
         assert said_values(after) == said_values(before) == [*range(40)]
     assert path.read_bytes() == keep_study(runs, "s", tmp_path / "again").read_bytes()
+    assert path.read_bytes() == keep_study(folder, "s", tmp_path / "packed before").read_bytes()
 
 
 def test_it_is_unpacked_once_and_again_when_the_file_is_another(runs, tmp_path):

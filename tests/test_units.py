@@ -173,6 +173,22 @@ def test_smaller_shares_of_the_train_units_are_nested(small):
     assert seen <= words(0.25, "source_only")  # what is called seen was seen
 
 
+def test_values_can_be_taken_out_of_the_training_and_smaller_shares_are_nested(small):
+    def met(share, units_share=1.0):
+        options = {"train_values_share": share, "train_units_share": units_share}
+        return {(e.unit, e.value) for e in units.make_examples(small, "train", 3000, SEED, **options)}
+
+    whole, half, some = met(1.0), met(0.5), met(0.5, 0.5)
+    assert some < half < whole
+    values, left = ({value for _, value in pairs} for pairs in (whole, half))
+    assert len(left) == round(len(values) / 2)
+    assert half == {(word, value) for word, value in whole if value in left}  # only those units are missing
+    tests = units.make_examples(small, "test", 2000, SEED)
+    assert values - left <= {e.value for e in tests if e.novelty == "held_unit"}  # and are still asked about
+    assert {e.value for e in units.make_seen_examples(small, 200, SEED, 1.0, 0.5)} <= left
+    assert met(0.01, 0.01)  # never none at all
+
+
 def test_there_are_eight_families_of_one_to_four_steps():
     assert len(units.FAMILIES) >= 8 and {f.name for f in units.FAMILIES} == set(ANSWERS)
     assert {len(f.steps) for f in units.FAMILIES} == {1, 2, 3, 4}
@@ -260,6 +276,16 @@ def test_facts_in_weights_are_in_no_prompt(small):
     for e in units.make_examples(small, "test", 100, SEED):
         assert source_prompt(e) == literal_prompt(e) and e.facts == ""
         assert {int(n) for n in re.findall(r"\d+", literal_prompt(e).text)} == set(numbers_of(e).values()) - {0}
+
+
+@pytest.mark.parametrize("n_facts, sizes", [(1, {1}), (4, {1, 2, 4}), (6, {1, 2, 4, 6})])
+def test_contexts_of_varying_size_are_for_training_alone(lexicon, n_facts, sizes):
+    def counted(split, vary):
+        examples = units.make_examples(lexicon, split, 120, SEED, variant="context", n_facts=n_facts, vary_facts=vary)
+        return {e.facts.count(" is ") for e in examples}
+
+    assert counted("train", True) == sizes
+    assert counted("train", False) == {n_facts}
 
 
 @pytest.mark.parametrize("role, other", [("source", "target_only"), ("target", "source_only")])

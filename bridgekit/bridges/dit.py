@@ -59,7 +59,7 @@ class DiT(nn.Module):
         dim = config.bridge_dim
         self.config, self.target_dim = config, target_dim
         self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
-        self.queries = Queries(config.n_soft_tokens, dim)
+        self.queries = Queries(config, dim)
         self.enter = nn.Linear(target_dim, dim)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         cross = config.dit_condition == "cross"
@@ -85,7 +85,7 @@ class DiT(nn.Module):
         time = self.time(sinusoids(t * 1000, self.config.bridge_dim))
         if pooled is not None:
             time = time + pooled
-        h = self.enter(x) + self.queries(x.shape[1], source if pooled is None else torch.zeros_like(source))
+        h = self.enter(x) + self.queries(x.shape[1], source if pooled is None else torch.zeros_like(source), mask)
         attention = None
         for block in self.blocks:
             h, weights = block(h, time, source, mask, query_mask, want_weights)

@@ -69,17 +69,33 @@ def sinusoids(positions: torch.Tensor, dim: int, base: float = 10_000.0) -> torc
     return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, dim % 2))
 
 
+def pool_stretches(source: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
+    """Mean of the j-th of k equal stretches of each row's real places; k of them or more: each place on its own.
+
+    source (B, S, dim), mask (B, S) with the real places in front -> (B, k, dim)"""
+    real = mask.sum(1, keepdim=True)
+    j = torch.arange(k, device=source.device)[None, :]
+    start, end = j * real // k, ((j + 1) * real + k - 1) // k
+    sums = F.pad((source.float() * mask[..., None]).cumsum(1), (0, 0, 1, 0))
+    wide = (-1, -1, source.shape[-1])
+    total = sums.gather(1, end[..., None].expand(*wide)) - sums.gather(1, start[..., None].expand(*wide))
+    return total / (end - start)[..., None].clamp(min=1)
+
+
 class Queries(nn.Module):
-    """K learned starting points, or, where K follows the prompt, one learned point plus its position and state."""
+    """K learned starting points; `local` ones also start from the j-th of K stretches of the source, so that several
+    facts need not be told apart by attention alone. Where K follows the prompt, each has its own place and state."""
 
-    def __init__(self, n_soft_tokens: int, dim: int):
+    def __init__(self, config, dim: int):
         super().__init__()
-        self.n_soft_tokens = n_soft_tokens
-        self.points = nn.Parameter(torch.randn(max(n_soft_tokens, 1), dim) * 0.5)
+        self.n_soft_tokens, self.local = config.n_soft_tokens, config.queries == "local"
+        self.points = nn.Parameter(torch.randn(max(self.n_soft_tokens, 1), dim) * 0.5)
 
-    def forward(self, k: int, source: torch.Tensor) -> torch.Tensor:
-        """source (B, S, dim) -> (B, K, dim)"""
-        if self.n_soft_tokens != -1:
-            return self.points[None].expand(len(source), -1, -1)
-        places = sinusoids(torch.arange(k, device=self.points.device), self.points.shape[1])
-        return self.points + places + source[:, :k]
+    def forward(self, k: int, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """source (B, S, dim), mask (B, S) -> (B, K, dim)"""
+        if self.n_soft_tokens == -1:
+            places = sinusoids(torch.arange(k, device=self.points.device), self.points.shape[1])
+            return self.points + places + source[:, :k]
+        if self.local:
+            return self.points + pool_stretches(source, mask, k)
+        return self.points[None].expand(len(source), -1, -1)

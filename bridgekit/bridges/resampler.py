@@ -28,7 +28,7 @@ class Resampler(nn.Module):
         dim = config.bridge_dim
         self.n_soft_tokens = config.n_soft_tokens
         self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
-        self.queries = Queries(config.n_soft_tokens, dim)
+        self.queries = Queries(config, dim)
         self.blocks = nn.ModuleList(ResamplerBlock(dim, config.heads, config.dropout) for _ in range(config.depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, target_dim))
 
@@ -36,7 +36,7 @@ class Resampler(nn.Module):
         """states (B, S, L * D_s), mask (B, S) -> tokens (B, K, D_t)"""
         source = self.read(states)
         k, query_mask = count_soft_tokens(self.n_soft_tokens, mask, MAX_SOFT_TOKENS)
-        x = self.queries(k, source)
+        x = self.queries(k, source, mask)
         attention = 0
         for block in self.blocks:
             x, weights = block(x, source, mask, query_mask, want_attention)

@@ -20,11 +20,13 @@ def load_examples(config: Config, lexicon_seed: int, split: str, share: float | 
         return units.make_examples(
             lexicon, "train", task.n_train, task.data_seed, share=share, variant=task.variant,
             n_facts=task.n_facts, train_units_share=task.train_units_share,
+            train_values_share=task.train_values_share, vary_facts=task.vary_facts,
         )  # fmt: skip
     n = task.n_val if split == "val" else task.n_test
     options = dict(variant=task.variant, n_facts=task.n_facts)
     examples = units.make_examples(lexicon, split, n, task.data_seed, **options)
     if split == "test" and task.variant == "weights":
-        seen = units.make_seen_examples(lexicon, max(n // 10, 8), task.data_seed, task.train_units_share)
+        shares = task.train_units_share, task.train_values_share
+        seen = units.make_seen_examples(lexicon, max(n // 10, 8), task.data_seed, *shares)
         examples += seen
     return examples

@@ -178,13 +178,16 @@ def pick_units(units: list[Unit], n: int, rng: random.Random) -> list[Unit]:
 
 def make_examples(
     lexicon: tuple[Unit, ...], split: str, n: int, seed: int, *, share: float = -1.0, variant: str = "weights",
-    n_facts: int = 4, train_units_share: float = 1.0,
+    n_facts: int = 4, train_units_share: float = 1.0, train_values_share: float = 1.0,
+    vary_facts: bool = False,
 ) -> list[Example]:  # fmt: skip
     """n problems of a split, in the natural mix of groups or with `share` of them source-only."""
     rng = random.Random(f"examples {seed} {split} {share} {variant} {n_facts} {train_units_share}")
     if variant == "context":
         taught = {u.word for u in lexicon} | ORDINARY_WORDS
-        return give_donors([_context_example(rng, split, i, n_facts, taught) for i in range(n)], rng)
+        doublings = [2**k for k in range(n_facts.bit_length()) if 2**k < n_facts] if vary_facts else []
+        sizes = [rng.choice([*doublings, n_facts]) if doublings else n_facts for _ in range(n)]
+        return give_donors([_context_example(rng, split, i, size, taught) for i, size in enumerate(sizes)], rng)
     shares = {g: sum(u.group == g for u in lexicon) / len(lexicon) for g in GROUPS}
     if share != -1:
         rest = 1 - shares["source_only"]
@@ -194,19 +197,28 @@ def make_examples(
     picked: list[Unit] = []
     for group, count in counts.items():
         units = [u for u in lexicon if u.group == group and u.split == split]
-        if split == "train":  # nested subsets: a smaller share is a prefix of a larger one
-            units = units[: max(1, round(len(units) * train_units_share))]
+        if split == "train":
+            units = pick_train_units(units, train_units_share, train_values_share)
         picked += pick_units(units, count, rng)
     rng.shuffle(picked)
     return give_donors([_example(rng, u, split, i) for i, u in enumerate(picked)], rng)
 
 
-def make_seen_examples(lexicon: tuple[Unit, ...], n: int, seed: int, train_units_share: float) -> list[Example]:
+def pick_train_units(units: list[Unit], share: float, values_share: float = 1.0) -> list[Unit]:
+    """The train units of a share of the values, and a share of those; a smaller share is part of a larger one."""
+    values = sorted({u.value for u in units})
+    values = random.Random("values").sample(values, len(values))[: max(1, round(len(values) * values_share))]
+    units = [u for u in units if u.value in values]
+    return units[: max(1, round(len(units) * share))]
+
+
+def make_seen_examples(
+    lexicon: tuple[Unit, ...], n: int, seed: int, train_units_share: float, train_values_share: float = 1.0
+) -> list[Example]:
     """New problems about source-only units of the train split: how much of the score is memory."""
     rng = random.Random(f"seen {seed}")
     units = [u for u in lexicon if u.group == "source_only" and u.split == "train"]
-    units = units[: max(1, round(len(units) * train_units_share))]
-    picked = pick_units(units, n, rng)
+    picked = pick_units(pick_train_units(units, train_units_share, train_values_share), n, rng)
     return give_donors([_example(rng, u, "test", i, tag="seen") for i, u in enumerate(picked)], rng)
 
 
