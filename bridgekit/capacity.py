@@ -119,6 +119,17 @@ def _lift(true: np.ndarray, said: np.ndarray, alphabet: np.ndarray, width: int) 
     return (found + SMOOTHING) / (by_chance + SMOOTHING)
 
 
+def said_from_message(said: Sequence[int | None], facts: Sequence[str]) -> list[bool]:
+    """Whether each answer says the value of any fact that its message was made from, the one asked about or another.
+
+    A message may bring the values across and not which word has which: then this is near one, and bits are few.
+    """
+    return [
+        value is not None and value in {int(number) for number in re.findall(r" is (\d+)\.", stated)}
+        for value, stated in zip(said, facts, strict=True)
+    ]
+
+
 def message_bits(bits: Interval, n_facts: int, view: str) -> Interval:
     """Bits in one message: a message made from the facts alone, before the question, must hold each of them."""
     times = n_facts if view == "facts" else 1

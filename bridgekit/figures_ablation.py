@@ -1,7 +1,7 @@
 """Figures of a study: forest of its variants, validation curves, capacity, generalisation, compression; its table.
 
     fig = plot_forest(compare_variants(study, runs))
-    fig = plot_capacity(read_axis(study, planned, runs))
+    fig = plot_capacity(read_axis(study, planned, runs, "runs"))
     print(ablation_table(compare_variants(study, runs)))
 
 The numbers come in finished (bridgekit/variants.py makes them); nothing here computes a statistic but the mean of the
@@ -49,7 +49,7 @@ def plot_forest(frame: pd.DataFrame) -> Figure:
     subsets, variants = list(dict.fromkeys(frame["subset"])), list(dict.fromkeys(frame["variant"]))
     if frame.duplicated(["variant", "subset"]).any():
         raise ValueError("forest: a variant stands twice on one subset; give the table of one study")
-    fig, axes = _new_figures(1, len(subsets), (1.0 + 0.24 * len(variants)) / TEXT_WIDTH, sharey=True)
+    fig, axes = _new_figures(1, len(subsets), (1.35 + 0.24 * len(variants)) / TEXT_WIDTH, sharey=True)
     for ax, subset in zip(axes, subsets, strict=True):
         rows = frame[frame["subset"] == subset].set_index("variant")
         reach = _forest_reach(rows)
@@ -174,12 +174,18 @@ def _mean_over_seeds(rows: pd.DataFrame, x: str, y: str) -> pd.Series:
 
 @paper_figure
 def plot_capacity(frame: pd.DataFrame) -> Figure:
-    """Recovery and bits per soft token against soft tokens, a line for each number of facts.
+    """Against soft tokens, a line for each number of facts: what is recovered, whether the answer says any value of the
+    message, and the bits carried per soft token.
 
-    Columns n_facts, n_soft_tokens, seed, recovery low high, bits_per_token bits_per_token_low bits_per_token_high.
+    Columns n_facts, n_soft_tokens, seed, and recovery, in_message, bits_per_token, the last two with _low and _high.
     """
     check_frame(frame, "capacity", "variant", "recovery", ["n_facts", "n_soft_tokens", "seed", "bits_per_token"])
-    fig, axes = _new_figures(1, 2, 0.52)
+    panels = {
+        "recovery": ("right value (share of told)", "low", "high"),
+        "in_message": ("any value of the message", "in_message_low", "in_message_high"),
+        "bits_per_token": ("bits per soft token", "bits_per_token_low", "bits_per_token_high"),
+    }
+    fig, axes = _new_figures(1, len(panels), 0.44)
     facts = sorted(frame["n_facts"].unique())
     if len(facts) > len(FACT_LOOKS):
         raise ValueError(f"capacity: {len(facts)} numbers of facts, but at most {len(FACT_LOOKS)} can be told apart")
@@ -187,15 +193,14 @@ def plot_capacity(frame: pd.DataFrame) -> Figure:
         rows, name = frame[frame["n_facts"] == n_facts], f"{n_facts} fact{'s' if n_facts > 1 else ''}"
         look = {"color": FACT_LOOKS[i], "marker": FACT_MARKERS[i], "label": name}
         nudge = 2 ** (0.12 * (i - (len(facts) - 1) / 2))
-        _draw_line(axes[0], rows, "n_soft_tokens", "recovery", "low", "high", look, nudge)
-        columns = ("bits_per_token", "bits_per_token_low", "bits_per_token_high")
-        _draw_line(axes[1], rows, "n_soft_tokens", *columns, look, nudge)
-    for ax in axes:
+        for ax, (column, (_, low, high)) in zip(axes, panels.items(), strict=True):
+            _draw_line(ax, rows, "n_soft_tokens", column, low, high, look, nudge)
+    for ax, (title, _, _) in zip(axes, panels.values(), strict=True):
         _log_axis(ax, frame["n_soft_tokens"], "soft tokens")
-    axes[0].set_ylim(-0.03, 1.04)
-    axes[0].set_ylabel("recovered: share of told")
-    axes[1].set_ylabel("bits carried per soft token")
-    axes[1].axhline(0, color="black", lw=0.6)
+        ax.set_title(title, fontsize=8)
+    for ax in axes[:2]:
+        ax.set_ylim(-0.03, 1.04)
+    axes[-1].axhline(0, color="black", lw=0.6)
     _legend_of(fig, axes)
     return fig
 
@@ -203,9 +208,9 @@ def plot_capacity(frame: pd.DataFrame) -> Figure:
 def _draw_line(
     ax: Axes, rows: pd.DataFrame, x: str, y: str, low: str, high: str, look: dict, nudge: float = 1.0
 ) -> None:
-    """Mean over seeds as a line; each seed a mark with its own interval, beside each other on a log axis."""
+    """Mean over the seeds there are as a line; each seed a mark with its own interval, side by side on a log axis."""
     seeds = sorted(rows["seed"].unique())
-    mean = _mean_over_seeds(rows, x, y)
+    mean = rows.groupby(x)[y].mean()
     ax.plot(mean.index * nudge, mean, lw=1.4, zorder=3, gid=f"line:{y}:{look['label']}", **look | {"ms": 4})
     for row in rows.to_dict("records"):
         place = row[x] * nudge * 1.03 ** (seeds.index(row["seed"]) - (len(seeds) - 1) / 2)

@@ -275,8 +275,7 @@ def plot_values(frame: pd.DataFrame) -> Figure:
     Columns label, kind (`taken out`, `left in`), all_values, half_values (with _low, _high), n, n_units
     (headline.read_values).
     """
-    check_frame(frame, "values", "label", "half_values", ["all_values", "n"])
-    check_frame(frame, "values", "kind")
+    check_frame(frame, "values", "label", "", ["kind", "all_values", "half_values", "n"])
     labels = list(dict.fromkeys(frame["label"]))
     fig, ax = new_figure(aspect=(0.95 + 0.42 * len(labels)) / TEXT_WIDTH)
     for row in frame.to_dict("records"):
@@ -287,11 +286,12 @@ def plot_values(frame: pd.DataFrame) -> Figure:
             gid = f"{arm}:{row['kind']}:{row['label']}"
             place = y + (0.055 if arm == "half_values" else -0.055)
             draw_interval(ax, place, row[f"{arm}_low"], row[f"{arm}_high"], gid, ink_)
-            trained = "all values in training" if arm == "all_values" else "half of them taken out"
+            when = "before" if arm == "all_values" else "after"
             look = {"color": ink_, "mfc": face, "ms": 4, "ls": "", "zorder": 4}
-            ax.plot(row[arm], place, marker, gid=f"point:{gid}", label=f"values {row['kind']}: {trained}", **look)
+            ax.plot(row[arm], place, marker, gid=f"point:{gid}", label=f"values {row['kind']}, {when}", **look)
     list_rows(ax, labels, guides=False)
     ax.set_xlim(0, 1.02)
-    ax.set_xlabel(f"accuracy on source-only problems, held-out units\n({size_text(frame)}, over the seeds)")
+    said = "accuracy before and after half of the values\nare taken out of the training"
+    ax.set_xlabel(f"{said} ({size_text(frame)})")
     _legend_once(fig, ax)
     return fig

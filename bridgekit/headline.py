@@ -228,7 +228,12 @@ def read_values(root: Path = ROOT) -> pd.DataFrame:
                 found = pooled_accuracy(frames, "source_only_held_unit")
                 row |= {arm: found.point, f"{arm}_low": found.low, f"{arm}_high": found.high}
             change = pooled_difference(parts[1], parts[0], "source_only_held_unit")
-            rows.append(row | {k: change[k] for k in ("difference", "low", "high", "n", "n_units")})
+            row |= {
+                "difference": change["difference"],
+                "difference_low": change["low"],
+                "difference_high": change["high"],
+            }
+            rows.append(row | {"n": change["n"], "n_units": change["n_units"]})
     return pd.DataFrame(rows)
 
 

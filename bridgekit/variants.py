@@ -21,11 +21,12 @@ from pathlib import Path
 import numpy as np
 
 from bridgekit import stats, verdict
-from bridgekit.capacity import carried_bits, message_bits, said_values
+from bridgekit.capacity import carried_bits, message_bits, said_from_message, said_values
 from bridgekit.config import Config
 from bridgekit.figures_runs import curve_from_metrics
 from bridgekit.runs import find_eval, load_eval, read_run_config, read_status
 from bridgekit.study import Study, same_run, swept_keys
+from bridgekit.tasks import load_examples
 from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
 
 if typing.TYPE_CHECKING:
@@ -220,7 +221,7 @@ def swept_axis(planned: dict[str, Config]) -> str:
     return found[0] if found and keys <= {*AXES.values(), "bridge.producer"} else ""
 
 
-def read_axis(study: Study, planned: dict[str, Config], runs: Runs) -> pd.DataFrame:
+def read_axis(study: Study, planned: dict[str, Config], runs: Runs, runs_dir: str | Path) -> pd.DataFrame:
     """A row for each run of a study on an axis: what it was, what it recovers, and the bits that it carries.
 
     Recovered: the share of what the target gets right when told, on held-out source-only problems.
@@ -240,6 +241,7 @@ def read_axis(study: Study, planned: dict[str, Config], runs: Runs) -> pd.DataFr
             }  # fmt: skip
             if config.task.variant == "context":
                 row |= {"n_facts": config.task.n_facts} | _bits_columns(frame, config)
+                row |= _values_columns(frame, config, Path(runs_dir) / study.folder(variant, seed))
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -254,6 +256,16 @@ def _bits_columns(frame: pd.DataFrame, config: Config) -> dict:
     k = config.bridge.n_soft_tokens
     return {"bits": bits.point, "bits_low": bits.low, "bits_high": bits.high, "bits_per_token": bits.point / k,
             "bits_per_token_low": bits.low / k, "bits_per_token_high": bits.high / k}  # fmt: skip
+
+
+def _values_columns(frame: pd.DataFrame, config: Config, folder: Path) -> dict:
+    """How many answers say some value of their message; its facts are made again from the run's own record."""
+    rows = verdict.select_subset(frame, "source_only")
+    lexicon_seed = json.loads((folder / "provenance.json").read_text())["lexicon_seed"]
+    facts = {example.id: example.facts for example in load_examples(config, lexicon_seed, "test")}
+    among = said_from_message(said_values(rows), [facts[i] for i in rows["id"]])
+    share = stats.clustered_proportion(among, rows["unit"])
+    return {"in_message": share.point, "in_message_low": share.low, "in_message_high": share.high}
 
 
 def count_train_units(config: Config) -> int:

@@ -9,9 +9,9 @@ import random
 import numpy as np
 import pytest
 
-from bridgekit.capacity import carried_bits, message_bits, said_value
+from bridgekit.capacity import carried_bits, message_bits, said_from_message, said_value
 from bridgekit.stats import Interval
-from bridgekit.tasks.units import FAMILIES, VALUES, draw_numbers, solve
+from bridgekit.tasks.units import FAMILIES, VALUES, draw_numbers, solve, state_facts
 
 FULL = math.log2(len(VALUES))
 
@@ -120,3 +120,8 @@ def test_a_message_made_before_the_question_holds_all_its_facts():
 def test_what_cannot_be_counted_is_refused(values, said, named):
     with pytest.raises(ValueError, match=named):
         carried_bits(values, said, VALUES)
+
+
+def test_a_value_of_the_message_is_told_from_one_that_is_not():
+    note = state_facts([("tob", 12), ("gaf", 34)])
+    assert said_from_message([12, 34, 13, 1, None], [note] * 5) == [True, True, False, False, False]

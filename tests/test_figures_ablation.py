@@ -71,6 +71,7 @@ def along():
                         "variant": f"{producer}{k}_{facts}", "seed": seed, "producer": producer, "n_soft_tokens": k,
                         "train_units": 45 * k, "n_facts": facts, "recovery": share, "low": share - 0.1,
                         "high": share + 0.1, "n": 393, "n_units": 293, "bits": 5 * share,
+                        "in_message": share + 0.2, "in_message_low": share + 0.1, "in_message_high": share + 0.3,
                         "bits_per_token": facts * share / k, "bits_per_token_low": facts * (share - 0.1) / k,
                         "bits_per_token_high": facts * (share + 0.1) / k,
                     })  # fmt: skip
@@ -153,7 +154,7 @@ def test_a_seed_that_ends_early_makes_no_jump(curves):
 def test_capacity_has_a_line_for_each_number_of_facts(along):
     rows = along[along["producer"] == "resampler"]
     fig = plot_capacity(rows)
-    for column in ("recovery", "bits_per_token"):
+    for column in ("recovery", "in_message", "bits_per_token"):
         for facts, name in ((1, "1 fact"), (16, "16 facts")):
             mean = rows[rows["n_facts"] == facts].groupby("n_soft_tokens")[column].mean()
             assert mark(fig, f"line:{column}:{name}").get_ydata() == pytest.approx(mean.to_numpy())

@@ -3,6 +3,7 @@
 python -m pytest tests/test_headline.py
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -11,10 +12,12 @@ from figure_frames import mark, span
 from tokenizers import Tokenizer
 
 from bridgekit import costs, headline, verdict
-from bridgekit.capacity import said_value
+from bridgekit.capacity import said_value, said_values
 from bridgekit.figures_runs import plot_costs
-from bridgekit.figures_studies import plot_digits
-from bridgekit.runs import find_eval, load_eval
+from bridgekit.figures_studies import plot_digits, plot_values
+from bridgekit.runs import find_eval, load_eval, read_run_config
+from bridgekit.tasks import load_examples
+from bridgekit.variants import read_axis
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "preserved_data"
@@ -95,6 +98,45 @@ def test_the_figure_of_digits_shows_each_with_its_interval(digits):
             gid = f"{digit}:{row['label']}"
             assert mark(fig, f"point:{gid}").get_xdata()[0] == row[f"{digit}_right"]
             assert span(mark(fig, f"interval:{gid}")) == pytest.approx((row[f"{digit}_low"], row[f"{digit}_high"]))
+
+
+@pytest.fixture(scope="module")
+def values() -> pd.DataFrame:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        return headline.read_values(KEPT)
+
+
+def test_a_value_counts_as_taken_out_when_no_training_problem_had_it(values):
+    folders = headline.run_folders("values_kv_values", KEPT)
+    config = read_run_config(folders[1])
+    met = {e.value for e in load_examples(replace(config, task=replace(config.task, n_train=4000)), 2, "train")}
+    frames = headline.load_runs("values_kv_values", KEPT).values()
+    parts = [f[(f["group"] == "source_only") & (f["novelty"] == "held_unit") & ~f["value"].isin(met)] for f in frames]
+    row = values[(values["label"] == "resampler x kv, swapped") & (values["kind"] == "taken out")].iloc[0]
+    assert row["n"] == len(parts[0]) > 100
+    assert row.half_values == pytest.approx(sum(part["bridged_correct"].mean() for part in parts) / 3)
+    assert row.difference == pytest.approx(row.half_values - row.all_values)
+
+
+def test_the_figure_of_values_shows_both_trainings(values):
+    fig = plot_values(values)
+    for row in values.to_dict("records"):
+        for arm in ("all_values", "half_values"):
+            gid = f"{arm}:{row['kind']}:{row['label']}"
+            assert mark(fig, f"point:{gid}").get_xdata()[0] == row[arm]
+            assert span(mark(fig, f"interval:{gid}")) == pytest.approx((row[f"{arm}_low"], row[f"{arm}_high"]))
+
+
+def test_what_a_message_holds_is_read_from_the_answers_and_its_own_facts():
+    study, planned, runs, folder = headline.open_runs("ablation_capacity", KEPT)
+    some = {"facts4_k16": {2: runs["facts4_k16"][2]}}
+    row = read_axis(study, planned, some, folder).iloc[0]
+    frame, config = some["facts4_k16"][2], planned["ablation_capacity_facts4_k16_seed2"]
+    notes = {e.id: e.facts for e in load_examples(config, 2, "test")}
+    said = [f" is {value}." in notes[i] for i, value in zip(frame["id"], said_values(frame), strict=True)]
+    assert len(frame) == 2000 and row.in_message == pytest.approx(sum(said) / 2000)
+    assert row.recovery == pytest.approx(frame["bridged_correct"].sum() / frame["target_told_correct"].sum())
 
 
 def test_costs_count_the_tokens_that_somebody_has_to_write():
