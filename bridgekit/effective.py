@@ -33,6 +33,10 @@ _INERT: tuple[tuple[typing.Callable[[dict], bool], tuple[str, ...]], ...] = (
         ("bridge.heads", "bridge.bridge_dim", "bridge.dropout"),
     ),
     (lambda c: c.get("bridge.n_soft_tokens") == -1, ("bridge.queries",)),  # each starts from its own state anyway
+    (  # it sees no states, only one vector of them
+        lambda c: c.get("bridge.producer") == "dit" and c.get("bridge.dit_condition", "cross") != "cross",
+        ("bridge.queries",),
+    ),
     (lambda c: c.get("bridge.injector", "prefix") == "prefix", ("bridge.inject_layers",)),
     (lambda c: c.get("bridge.injector") in ("residual", "kv"), ("bridge.soft_position",)),
     (

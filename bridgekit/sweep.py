@@ -6,7 +6,8 @@
 
 A sweep file names `runs` (each with `parameters`, `overrides`, `seeds`, and optionally a `pair`) and `pairs` (each a
 `lexicon_seed`). Run folders are runs_dir/<sweep>_<run>_seed<N>: named by what they are, so that a second call finds
-them. Small models leave a GPU mostly idle while Python prepares the next launch; several trainings fill the gaps.
+them. Small models leave a GPU mostly idle while Python prepares the next launch; several trainings fill the gaps, if
+CUDA's multi-process service runs (`nvidia-cuda-mps-control -d`): without it they take turns, with it they share.
 """
 
 import argparse

@@ -90,6 +90,7 @@ def test_what_is_no_study_is_refused(study, changes, named):
         ["info_nce_temperature=0.5"],
         ["teacher=prompt"],
         ["n_facts=16"],
+        ["vary_facts=true"],
         ["soft_position=question"],
         ["inject_layers='0'"],
         ["train_prompt_mode=soft_plus_text"],
@@ -107,6 +108,21 @@ def test_variants_that_amount_to_the_same_are_refused(study, own):
 @pytest.mark.parametrize(
     ("shared", "own"),
     [
+        (["variant=context", "source_view=facts"], ["train_units_share=0.5", "train_values_share=0.5"]),
+        (["variant=context", "source_view=facts", "n_facts=1"], ["vary_facts=true"]),
+        (["n_soft_tokens=-1"], ["queries=local"]),
+        (["producer=dit", "dit_condition=mean"], ["queries=local"]),
+        (["producer=constant"], ["queries=local"]),
+    ],
+)
+def test_settings_that_do_nothing_beside_others_make_no_variant(study, shared, own):
+    with pytest.raises(ConfigError, match="'a' and 'b' are the same experiment"):
+        plan_study(study(overrides=shared, variants={"a": [], "b": own}))
+
+
+@pytest.mark.parametrize(
+    ("shared", "own"),
+    [
         (["kl_weight=0.1"], ["kl_tokens=20"]),
         (["decode_weight=0.1"], ["decode_every=3"]),
         (["decode_weight=0.1", "decode_estimator=policy_gradient"], ["decode_samples=8"]),
@@ -114,6 +130,9 @@ def test_variants_that_amount_to_the_same_are_refused(study, own):
         (["prompt_weight=0.1", "prompt_mode=soft_plus_text"], ["teacher=prompt"]),
         (["producer=dit", "dit_tokens=teacher", "prompt_mode=soft_plus_text"], ["teacher=prompt"]),
         (["variant=context", "source_view=facts"], ["n_facts=16"]),
+        (["variant=context", "source_view=facts"], ["vary_facts=true"]),
+        ([], ["queries=local"]),
+        ([], ["train_values_share=0.5"]),
         ([], ["soft_position=end"]),
         (["injector=residual"], ["inject_layers='0'"]),
         (["injector=residual", "producer=constant"], ["bridge.heads=4"]),
