@@ -19,6 +19,7 @@ from bridgekit import config as configuration
 FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, what it does)}
     "sweep": ("sweep", "many runs at once, on the GPUs there are"),
     "pair": ("pretrain", "make a pair of models from scratch, with a lexicon of its own"),
+    "fetch": ("fetch", "bring real questions into a folder that runs read"),
     "audit": ("audit", "recompute every claim from its data"),
     "report": ("reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
     "preserve": ("preserve", "keep what is worth keeping of a run in preserved_data/"),

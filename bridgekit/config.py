@@ -47,7 +47,9 @@ class Pair:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    task: str = "units"
+    task: str = "units"  # invented units, where the truth about who knows what is known | `gsm8k`, real questions
+    data: str = ""  # of real questions: a folder with train.jsonl and test.jsonl (`bridgekit fetch`)
+    n_shots: int = 0  # of real questions: solved training questions in front of each
     variant: str = "weights"  # where the source has the facts: `weights` or its `context`
     n_facts: int = 4  # facts in the context variant
     vary_facts: bool = False  # train on contexts of 1, 2, 4, ... facts, up to n_facts: few are learned before many

@@ -53,6 +53,7 @@ _INERT: tuple[tuple[typing.Callable[[dict], bool], tuple[str, ...]], ...] = (
     (lambda c: not c.get("loss.kl_weight", 1), ("loss.kl_tokens",)),
     (lambda c: not c.get("loss.info_nce_weight", 1), ("loss.info_nce_temperature",)),
     (lambda c: not _imitates(c), ("bridge.teacher",)),
+    (lambda c: c.get("task.task") == "units", ("task.data",)),
     (lambda c: c.get("task.variant", "context") != "context", ("task.n_facts", "task.vary_facts")),
     (lambda c: c.get("task.variant") == "context", ("task.train_units_share", "task.train_values_share")),
     (lambda c: c.get("task.n_facts") == 1, ("task.vary_facts",)),

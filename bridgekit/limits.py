@@ -27,7 +27,7 @@ class ConfigError(ValueError):
 CHOICES = {
     "pair.direction": ("forward", "swapped"),
     "pair.dtype": ("auto", "float32", "bfloat16"),
-    "task.task": ("units",),
+    "task.task": ("units", "gsm8k"),
     "task.variant": ("weights", "context"),
     "bridge.producer": PRODUCERS,
     "bridge.injector": INJECTORS,
@@ -49,12 +49,30 @@ POSITIVE = (
     "loss.info_nce_temperature", "loss.decode_every", "loss.decode_batch", "loss.decode_samples", "loss.decode_tokens",
 )  # fmt: skip
 NOT_NEGATIVE = (
+    "task.n_shots",
     "loss.nll_weight", "loss.answer_tokens", "loss.kl_weight", "loss.kl_tokens", "loss.prompt_weight",
     "loss.info_nce_weight", "loss.format_weight", "loss.flow_weight", "loss.decode_weight",
     "train.steps", "train.warmup_steps", "train.patience", "train.cache_states_gb", "train.weight_decay", "run.seed",
     "bridge.dropout", "bridge.state_dropout",
 )  # fmt: skip
 NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-."
+
+
+def check_real_questions(config, refuse: typing.Callable) -> None:
+    """What only a task with known facts can have."""
+    if not config.task.data:
+        refuse("task.data", f"task {config.task.task} needs a folder with train.jsonl and test.jsonl "
+               f"(`bridgekit fetch {config.task.task} --out DIR`)")  # fmt: skip
+    for key, plain in (("variant", "weights"), ("source_only_share", -1.0), ("train_units_share", 1.0),
+                       ("train_values_share", 1.0)):  # fmt: skip
+        if getattr(config.task, key) != plain:
+            refuse(f"task.{key}", f"nobody knows who knows what in task {config.task.task}: leave it at {plain}")
+    if "target_told" in config.eval.conditions:
+        refuse("eval.conditions", f"'target_told' needs the fact in words, which task {config.task.task} has not")
+    if "constant_natural" in config.train.controls:
+        refuse(
+            "train.controls", f"'constant_natural' is 'constant' again in task {config.task.task}, which has one mix"
+        )
 
 
 def check_values(config, flat: dict[str, object]) -> None:
@@ -92,6 +110,11 @@ def check_values(config, flat: dict[str, object]) -> None:
         refuse("eval.eval_samples", f"must be 1 to n_test ({config.task.n_test}), or -1 for all")
     if config.train.val_samples > config.task.n_val:
         refuse("train.val_samples", f"must not exceed n_val ({config.task.n_val})")
+    if config.task.task == "units":
+        if config.task.n_shots:
+            refuse("task.n_shots", "task units has no solved questions in front: only real questions have")
+    else:
+        check_real_questions(config, refuse)
     if config.bridge.source_view == "facts" and config.task.variant != "context":
         refuse("bridge.source_view", "`facts` needs task.variant: context")
     if config.bridge.injector == "kv":  # its message tokens are paired with the literal prompt's, one by one

@@ -62,7 +62,7 @@ def drawn(records: Records, figure: str, column: str, pick: str = "mean", **wher
         path = base.parent / part["name"]
         if not path.is_file() or _hash_once(path, path.stat().st_mtime_ns) != part["sha256"]:
             raise MissingData(f"figure {figure}: {part['name']} is not what it was drawn from; draw it again")
-    rows = pd.read_csv(csv)
+    rows = _read_csv_once(csv, csv.stat().st_mtime_ns)
     for name, wanted in where.items():
         if name not in rows:
             raise MissingData(f"{csv.name} has no column '{name}'")
@@ -77,6 +77,11 @@ def _hash_once(path: Path, changed_ns: int) -> str:
     return hash_file(path)
 
 
+@lru_cache(maxsize=64)
+def _read_csv_once(path: Path, changed_ns: int) -> pd.DataFrame:
+    return pd.read_csv(path)
+
+
 def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFrame:
     """Rows of one evaluation file (default: the final one) that match e.g. group="source_only"."""
     folder = folder_of(records, run)
@@ -84,14 +89,23 @@ def frame_of(records: Records, run: str, file: str = "", **subset) -> pd.DataFra
     path = next((folder / name for name in names if (folder / name).is_file()), None)
     if path is None:
         raise MissingData(f"run '{run}' has no {names[0]}")
-    frame = load_eval_once(path, texts=False)
-    for column, wanted in subset.items():
-        if column not in frame:
-            raise MissingData(f"{path.name} of run '{run}' has no column '{column}'")
-        frame = frame[frame[column].isin(wanted if isinstance(wanted, list) else [wanted])]
+    wanted = {column: tuple(values) if isinstance(values, list) else (values,) for column, values in subset.items()}
+    try:
+        frame = _select_once(path.resolve(), path.stat().st_mtime_ns, tuple(wanted.items()))
+    except KeyError as error:
+        raise MissingData(f"{path.name} of run '{run}' has no column {error}") from None
     if frame.empty:
         raise MissingData(f"no row of run '{run}' has {subset}")
     return frame
+
+
+@lru_cache(maxsize=256)  # many claims are about the same rows of one run
+def _select_once(path: Path, changed_ns: int, wanted: tuple) -> pd.DataFrame:
+    frame = load_eval_once(path, texts=False)
+    keep = pd.Series(True, index=frame.index)
+    for column, values in wanted:
+        keep &= frame[column].isin(values)
+    return frame if keep.all() else frame[keep]
 
 
 def _right(frame: pd.DataFrame, condition: str) -> pd.Series:

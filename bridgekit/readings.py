@@ -90,7 +90,7 @@ def read_groups(frame: pd.DataFrame) -> str:
                 )
             else:
                 parts.append(f"On {size}, known to the source alone, there is too little for an interval.")
-    if "shuffled_extracted" in frame and "donor_gold" in frame:
+    if "shuffled_extracted" in frame and "donor_gold" in frame and frame["donor_gold"].notna().any():
         share = donor_follow(frame, "source_only")
         parts.append(
             f"Given another question's message, {share} of the source-only answers are what the "

@@ -7,7 +7,8 @@ from test_audit import PROJECT, A, B
 from test_runfolders import BRIDGED
 
 from bridgekit import figures_preserved as preserved
-from bridgekit.audit import run_audit
+from bridgekit.audit import CLAIMS
+from bridgekit.claims import judge, load_claims
 from bridgekit.figures_studies import plot_headroom
 
 
@@ -73,7 +74,8 @@ def test_the_preserved_runs_can_be_drawn():
     assert power["needed_for_2_points"].first()["two runs of one setting"] == pytest.approx(2451, abs=1)
     headroom = preserved.headroom_table(first).set_index("label")
     assert sorted(headroom["source_only"]) == [7, 59]
-    verdicts = preserved.verdicts_table(run_audit(PROJECT / "preserved_data", PROJECT).verdicts)
+    claims, _ = load_claims(PROJECT / "preserved_data" / CLAIMS)
+    verdicts = preserved.verdicts_table([judge(claim, first) for claim in claims])
     assert verdicts.drop(columns="document").to_numpy().sum() > 60
     assert preserved.plot_run_curves(preserved.curves_table(first)).axes
     assert preserved.plot_gains(preserved.gains_table(first)).axes

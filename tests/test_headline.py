@@ -16,6 +16,8 @@ from bridgekit.capacity import said_value, said_values
 from bridgekit.figures_runs import plot_costs
 from bridgekit.figures_studies import plot_digits, plot_values
 from bridgekit.runs import find_eval, load_eval, read_run_config
+from bridgekit.studies import open_study
+from bridgekit.study import plan_study, read_study
 from bridgekit.tasks import load_examples
 from bridgekit.variants import read_axis
 
@@ -129,10 +131,10 @@ def test_the_figure_of_values_shows_both_trainings(values):
 
 
 def test_what_a_message_holds_is_read_from_the_answers_and_its_own_facts():
-    study, planned, runs, folder = headline.open_runs("ablation_capacity", KEPT)
-    some = {"facts4_k16": {2: runs["facts4_k16"][2]}}
-    row = read_axis(study, planned, some, folder).iloc[0]
-    frame, config = some["facts4_k16"][2], planned["ablation_capacity_facts4_k16_seed2"]
+    study, name = read_study("parameters/ablation_capacity.yaml"), "ablation_capacity_facts4_k16_seed2"
+    planned, folder = plan_study(study), open_study("ablation_capacity", KEPT / "studies")
+    frame, config = load_eval(find_eval(folder / name)), planned[name]
+    row = read_axis(study, planned, {"facts4_k16": {2: frame}}, folder).iloc[0]
     notes = {e.id: e.facts for e in load_examples(config, 2, "test")}
     said = [f" is {value}." in notes[i] for i, value in zip(frame["id"], said_values(frame), strict=True)]
     assert len(frame) == 2000 and row.in_message == pytest.approx(sum(said) / 2000)

@@ -18,8 +18,8 @@ LAYERS = (
     inside limits manifest measures outcomes own_claims preserve readings* report_entry reports runfolders runlogs runs
     stats studies study tasks variants verdict""",
     "bridges losses pair",
-    """attention batches causal checkpoints decoding diagnostics evaluator finished generation pretrain probes steps
-    train trainer""",
+    """attention batches causal checkpoints decoding diagnostics evaluator fetch finished generation pretrain probes
+    steps train trainer""",
     "cli headless launch swap sweep",
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}

@@ -1,17 +1,17 @@
 """Tasks: where the questions come from and which text each model reads. One file per task; no torch here."""
 
-from bridgekit.config import Config, ConfigError
-from bridgekit.tasks import units
+from bridgekit.config import Config
+from bridgekit.tasks import gsm8k, units
 from bridgekit.tasks.base import Example
 
 __all__ = ["Example", "load_examples"]
 
 
-def load_examples(config: Config, lexicon_seed: int, split: str, share: float | None = None) -> list[Example]:
+def load_examples(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
     """The examples of a split; `share` overrides the training mix's share of source-only problems."""
-    if config.task.task != "units":
-        raise ConfigError(f"task.task: no task called '{config.task.task}'; there is: units")
     task = config.task
+    if task.task == "gsm8k":
+        return gsm8k.make_examples(task, split)
     lexicon = units.make_lexicon(lexicon_seed)
     if config.pair.direction == "swapped":
         lexicon = units.swap_roles(lexicon)

@@ -16,6 +16,7 @@ class Example:
     question: str
     solution: str  # the gold worked answer, ends in `#### n`
     gold: str
+    shots: str = ""  # solved questions in front of it, which all prompts have
     facts: str = ""  # read by the source alone (context variant)
     told: str = ""  # the needed fact in words, for `target_told`
     group: str | None = None  # who knows the unit; None where questions are independent
@@ -42,18 +43,19 @@ class Prompt:
 
 
 def literal_prompt(example: Example) -> Prompt:
-    return Prompt("", f"Question: {example.question}")
+    return Prompt(example.shots, f"Question: {example.question}")
 
 
 def source_prompt(example: Example) -> Prompt:
     """The source's own prompt: the target's, plus the facts when they are given to it in context."""
-    return replace(literal_prompt(example), prefix=example.facts)
+    return replace(literal_prompt(example), prefix=example.shots + example.facts)
 
 
 def told_prompt(example: Example) -> Prompt:
-    return replace(literal_prompt(example), prefix=example.told)
+    return replace(literal_prompt(example), prefix=example.shots + example.told)
 
 
 def relay_prompt(example: Example, helper_text: str) -> Prompt:
     """The target's prompt with the source's own words in front: the rival that hands over text."""
-    return replace(literal_prompt(example), prefix=f"Helper: {helper_text.strip().replace(chr(10), ' ')}\n")
+    said = f"Helper: {helper_text.strip().replace(chr(10), ' ')}\n"
+    return replace(literal_prompt(example), prefix=example.shots + said)

@@ -1,0 +1,141 @@
+"""Real questions: read from a folder, nothing in two splits, what they cannot have is refused, and a run goes through.
+
+python -m pytest tests/test_gsm8k.py
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from bridgekit import fetch, verdict
+from bridgekit.answers import extract_answer
+from bridgekit.config import ConfigError
+from bridgekit.runs import create_run, find_eval, load_eval, read_status
+from bridgekit.tasks import load_examples
+from bridgekit.tasks.base import CUE, literal_prompt, relay_prompt, source_prompt
+from bridgekit.train import open_job, run_training
+
+CONDITIONS = ("source", "target", "bridged", "target_suffix", "shuffled", "relay_full", "router", "union")
+N_TRAIN, N_TEST = 40, 12
+
+
+def question(i: int) -> dict:
+    more = i % 7
+    said = f"Ann has {i}+{more}=<<{i}+{more}={i + more}>>{i + more} pens.\n#### {i + more}"
+    return {"question": f"Ann has {i} pens and buys {more} more. How many pens?", "answer": said}
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """A folder in the data set's format; the last training question stands in the test file as well."""
+    write(tmp_path / "data" / "train.jsonl", [question(i) for i in range(N_TRAIN)])
+    write(tmp_path / "data" / "test.jsonl", [question(i) for i in range(N_TRAIN - 1, N_TRAIN - 1 + N_TEST)])
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def real(tiny, data):
+    def make(**changes):
+        own = {"task": "gsm8k", "data": str(data), "n_train": 16, "n_val": 8, "n_test": 12, "val_samples": 8,
+               "controls": ["constant"], "conditions": list(CONDITIONS)}  # fmt: skip
+        return tiny(**(own | changes))
+
+    return make
+
+
+def test_no_question_is_in_two_splits_and_the_order_is_the_seed_s(real):
+    config = real(n_shots=3)
+    splits = {name: load_examples(config, None, name) for name in ("train", "val", "test")}
+    assert [len(splits[name]) for name in splits] == [16, 8, 12]
+    asked = [e.question for some in splits.values() for e in some]
+    shown = splits["test"][0].shots
+    assert len(set(asked)) == len(asked) and not any(f"Question: {q}{CUE}" in shown for q in asked)
+    assert {e.shots for some in splits.values() for e in some} == {shown} and shown.count(CUE) == 3
+    assert [e.id for e in splits["test"]] == [f"gsm8k-test-{i:05d}" for i in range(1, 13)]
+    assert [e.id for e in splits["train"]] != [e.id for e in load_examples(real(data_seed=2), None, "train")][:16]
+    assert all(e.gold == extract_answer(e.solution) and e.split == name for name in splits for e in splits[name])
+    everything = {e.question for e in load_examples(real(n_train=31, n_shots=0), None, "train")}
+    assert question(N_TRAIN - 1)["question"] not in everything  # it is in the test file
+
+
+def test_every_prompt_has_the_solved_questions_in_front(real):
+    example = load_examples(real(n_shots=2), None, "test")[0]
+    for prompt in (literal_prompt(example), source_prompt(example), relay_prompt(example, "It is\n7.")):
+        assert prompt.prefix.startswith(example.shots) and prompt.question == f"Question: {example.question}"
+    assert relay_prompt(example, "It is\n7.").prefix == f"{example.shots}Helper: It is 7.\n"
+
+
+def test_a_donor_has_another_answer_and_none_of_its_own_here(real):
+    examples = {e.id: e for e in load_examples(real(), None, "test")}
+    for example in examples.values():
+        assert examples[example.donor_id].gold != example.gold and example.donor_gold is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"data": ""}, ["task.data", "bridgekit fetch gsm8k"]),
+        ({"variant": "context"}, ["task.variant", "leave it at weights"]),
+        ({"source_only_share": 0.5}, ["task.source_only_share"]),
+        ({"train_units_share": 0.5}, ["task.train_units_share"]),
+        ({"conditions": ["source", "target", "bridged", "target_told"]}, ["eval.conditions", "target_told"]),
+        ({"controls": ["constant_natural"]}, ["train.controls", "constant_natural"]),
+        ({"n_shots": -1}, ["task.n_shots"]),
+        ({"task": "units", "n_shots": 2}, ["task.n_shots", "only real questions"]),
+    ],
+)
+def test_what_real_questions_cannot_have_is_refused(real, changes, named):
+    with pytest.raises(ConfigError) as caught:
+        real(**changes)
+    assert all(part in str(caught.value) for part in named), str(caught.value)
+
+
+def test_what_is_missing_in_the_folder_is_named(real, data):
+    with pytest.raises(ConfigError, match="task.n_train: 100 asked for, .* has 29, once 2 shown and 8 for validation"):
+        load_examples(real(n_train=100, n_shots=2), None, "train")
+    with pytest.raises(ConfigError, match="task.n_test: 13 asked for, .* has 12: ask for fewer"):
+        load_examples(real(n_test=13), None, "test")
+    write(data / "train.jsonl", [question(1), {"question": "How many?", "answer": "Seven."}])
+    with pytest.raises(ConfigError, match=r"train.jsonl, row 2: its answer ends in no `#### number`"):
+        load_examples(real(), None, "train")
+    write(data / "train.jsonl", [{"question": "How many?"}])
+    with pytest.raises(ConfigError, match="row 1: needs texts `question` and `answer`"):
+        load_examples(real(), None, "train")
+    (data / "test.jsonl").unlink()
+    with pytest.raises(ConfigError, match="no test.jsonl in .*: `bridgekit fetch gsm8k --out DIR` makes both"):
+        load_examples(real(), None, "test")
+
+
+def test_a_run_on_real_questions_goes_through_to_a_verdict_that_names_what_does_not_apply(real):
+    config = real(n_shots=1, steps=2, soft_position="question")
+    folder = create_run(config)
+    run_training(open_job(folder))
+    frame = load_eval(find_eval(folder))
+    assert read_status(folder)["state"] == "finished" and len(frame) == 12
+    assert {f"{c}_correct" for c in CONDITIONS if c != "union"} <= set(frame)
+    judged = verdict.judge([frame], seeds=[1])
+    assert "the source-only part (this task has no knowledge groups)" in judged.not_applicable
+    assert "self_bridge" in judged.not_run and "12 questions" in verdict.headroom(frame).text
+
+
+def test_fetching_writes_the_folder_whole_or_not_at_all(data, tmp_path, capsys):
+    out = tmp_path / "fetched"
+    assert fetch.main(["gsm8k", "--out", str(out), "--origin", str(data)]) == 0
+    assert "40 and 12 questions; now task.task=gsm8k" in capsys.readouterr().out
+    for split in ("train", "test"):
+        rows = [json.loads(line) for line in (out / f"{split}.jsonl").read_text().splitlines()]
+        assert rows == [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
+    with pytest.raises(FileExistsError, match="--out"):
+        fetch.fetch("gsm8k", out, str(data))
+    with pytest.raises(ConfigError, match="--origin: cannot load"):
+        fetch.fetch("gsm8k", tmp_path / "other", str(tmp_path / "nowhere"))
+    write(data / "test.jsonl", [{"question": "How many?", "answer": "Seven."}])
+    with pytest.raises(ConfigError, match="no `#### number`"):
+        fetch.fetch("gsm8k", tmp_path / "other", str(data))
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name != "data") == ["fetched"]
