@@ -132,15 +132,19 @@ def find_eval(folder: str | Path, step: str = "final") -> Path:
     raise FileNotFoundError(f"{plain}: not found: the run has not finished, or this is not a run folder")
 
 
-def load_eval(path: str | Path, skip_broken: bool = False):
+def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
     """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present.
 
-    With `skip_broken` it is used without its broken lines; their numbers are in `frame.attrs["left_out"]`.
+    With `skip_broken` it is used without its broken lines; their numbers are in `frame.attrs["left_out"]`. Without
+    `texts` only what is counted is kept: the texts fill the memory.
     """
     import pandas as pd
 
     left_out: list[int] = []
-    frame = pd.DataFrame(read_jsonl(path, left_out if skip_broken else None))
+    rows = read_jsonl(path, left_out if skip_broken else None)
+    if not texts:
+        rows = ({k: v for k, v in r.items() if not k.endswith("_full") and k not in _TEXTS} for r in rows)
+    frame = pd.DataFrame(rows)
     if frame.empty:
         raise ValueError(f"{path}: no examples in it")
     for key in ("gold_extracted", "source_extracted", "target_extracted"):
@@ -156,20 +160,18 @@ def load_eval(path: str | Path, skip_broken: bool = False):
     return frame
 
 
-def load_eval_once(path: str | Path, texts: bool = True):
-    """`load_eval` where many tables read one file: kept as long as it is unchanged, and not to be changed by a reader.
+_TEXTS = ("question", "gold_full_text")
 
-    Without `texts` only what is counted is kept: the texts fill the memory.
-    """
+
+def load_eval_once(path: str | Path, texts: bool = True):
+    """`load_eval` where many tables read one file: kept while it is unchanged, and no reader may change it."""
     stat = os.stat(path)
     return _load_once(Path(path).resolve(), stat.st_mtime_ns, stat.st_size, texts)
 
 
 @lru_cache(maxsize=64)
 def _load_once(path: Path, changed_ns: int, size: int, texts: bool):
-    frame = load_eval(path)
-    dropped = [c for c in frame if c.endswith("_full") or c in ("question", "gold_full_text")]
-    return frame if texts else frame.drop(columns=dropped)
+    return load_eval(path, texts=texts)
 
 
 def write_status(folder: str | Path, **status) -> None:
