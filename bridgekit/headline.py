@@ -7,7 +7,6 @@
 Everything is recomputed from the preserved evaluation JSONL; no number is kept here.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from bridgekit.config import Config
 from bridgekit.figures import LABELS, SUBSET_LABELS
 from bridgekit.figures_runs import curve_from_metrics
 from bridgekit.figures_text import format_rows
-from bridgekit.runs import find_eval, load_eval_once, read_run_config
+from bridgekit.runs import find_eval, lexicon_seed_of, load_eval_once, read_run_config
 from bridgekit.stats import clustered_proportion
 from bridgekit.studies import open_study
 from bridgekit.study import Study, plan_study, read_study
@@ -192,7 +191,7 @@ def read_digits(root: Path = ROOT) -> pd.DataFrame:
     rows = []
     for (producer, injector, direction), name in COMPOSITIONS.items():
         folder = next(iter(run_folders(name, root).values()))
-        lexicon = make_lexicon(json.loads((folder / "provenance.json").read_text())["lexicon_seed"])
+        lexicon = make_lexicon(lexicon_seed_of(folder))
         trained = {unit.value for unit in lexicon if unit.split == "train"}
         frames = list(load_runs(name, root).values())
         parts = [verdict.select_subset(frame, "source_only_held_value") for frame in frames]
@@ -217,9 +216,9 @@ def read_values(root: Path = ROOT) -> pd.DataFrame:
     rows = []
     for label, name in INTERVENED.items():
         folder = next(iter(run_folders(f"{name}_values", root).values()))
-        seed = json.loads((folder / "provenance.json").read_text())["lexicon_seed"]
+        trained = [u for u in make_lexicon(lexicon_seed_of(folder)) if u.split == "train"]
         share = read_run_config(folder).task.train_values_share
-        taught = {u.value for u in pick_train_units([u for u in make_lexicon(seed) if u.split == "train"], 1.0, share)}
+        taught = {u.value for u in pick_train_units(trained, 1.0, share)}
         arms = [list(load_runs(f"{name}_{arm}", root).values()) for arm in ("units", "values")]
         for kind in ("taken out", "left in"):
             parts = [[f[f["value"].isin(taught) == (kind == "left in")] for f in frames] for frames in arms]

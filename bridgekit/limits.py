@@ -59,7 +59,7 @@ NAME_CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345678
 
 
 def check_real_questions(config, refuse: typing.Callable) -> None:
-    """What only a task with known facts can have."""
+    """Refuse what only a task whose facts are known can have."""
     if not config.task.data:
         refuse("task.data", f"task {config.task.task} needs a folder with train.jsonl and test.jsonl "
                f"(`bridgekit fetch {config.task.task} --out DIR`)")  # fmt: skip

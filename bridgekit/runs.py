@@ -132,6 +132,9 @@ def find_eval(folder: str | Path, step: str = "final") -> Path:
     raise FileNotFoundError(f"{plain}: not found: the run has not finished, or this is not a run folder")
 
 
+_TEXTS = ("question", "gold_full_text")
+
+
 def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
     """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present.
 
@@ -160,9 +163,6 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
     return frame
 
 
-_TEXTS = ("question", "gold_full_text")
-
-
 def load_eval_once(path: str | Path, texts: bool = True):
     """`load_eval` where many tables read one file: kept while it is unchanged, and no reader may change it."""
     stat = os.stat(path)
@@ -182,6 +182,11 @@ def write_status(folder: str | Path, **status) -> None:
 def read_status(folder: str | Path) -> dict:
     path = Path(folder) / "status.json"
     return json.loads(path.read_text()) if path.exists() else {}
+
+
+def lexicon_seed_of(folder: str | Path) -> int:
+    """Which lexicon the pair of a run was taught, from the run's own record."""
+    return json.loads((Path(folder) / "provenance.json").read_text())["lexicon_seed"]
 
 
 def provenance(config: Config) -> dict:

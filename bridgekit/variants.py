@@ -24,7 +24,7 @@ from bridgekit import stats, verdict
 from bridgekit.capacity import carried_bits, message_bits, said_from_message, said_values
 from bridgekit.config import Config
 from bridgekit.figures_runs import curve_from_metrics
-from bridgekit.runs import find_eval, load_eval, read_run_config, read_status
+from bridgekit.runs import find_eval, lexicon_seed_of, load_eval, read_run_config, read_status
 from bridgekit.study import Study, same_run, swept_keys
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
@@ -261,8 +261,7 @@ def _bits_columns(frame: pd.DataFrame, config: Config) -> dict:
 def _values_columns(frame: pd.DataFrame, config: Config, folder: Path) -> dict:
     """How many answers say some value of their message; its facts are made again from the run's own record."""
     rows = verdict.select_subset(frame, "source_only")
-    lexicon_seed = json.loads((folder / "provenance.json").read_text())["lexicon_seed"]
-    facts = {example.id: example.facts for example in load_examples(config, lexicon_seed, "test")}
+    facts = {example.id: example.facts for example in load_examples(config, lexicon_seed_of(folder), "test")}
     among = said_from_message(said_values(rows), [facts[i] for i in rows["id"]])
     share = stats.clustered_proportion(among, rows["unit"])
     return {"in_message": share.point, "in_message_low": share.low, "in_message_high": share.high}

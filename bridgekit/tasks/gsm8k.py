@@ -21,17 +21,12 @@ from bridgekit.tasks.base import CUE, Example
 def make_examples(task: Task, split: str) -> list[Example]:
     """The questions of a split, in an order that `task.data_seed` decides; those of the test file in its own."""
     test = read_questions(Path(task.data) / "test.jsonl")
+    shots, rest = _shots_and_rest(task, test)
     if split == "test":
-        return give_donors(_cut(task, "n_test", test, shots=_shots(task, test)))
-    shown, rest = _shots_and_rest(task, test)
+        return give_donors(_cut(task, "n_test", test, shots))
     if split == "val":
-        return _cut(task, "n_val", [replace(e, split="val") for e in rest], shown)
-    left = rest[task.n_val :]
-    return _cut(task, "n_train", left, shown)
-
-
-def _shots(task: Task, test: list[Example]) -> str:
-    return _shots_and_rest(task, test)[0] if task.n_shots else ""
+        return _cut(task, "n_val", [replace(e, split="val") for e in rest], shots)
+    return _cut(task, "n_train", rest[task.n_val :], shots)
 
 
 def _shots_and_rest(task: Task, test: list[Example]) -> tuple[str, list[Example]]:
