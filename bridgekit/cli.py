@@ -18,11 +18,11 @@ from bridgekit import config as configuration
 
 FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, what it does)}
     "sweep": ("sweep", "many runs at once, on the GPUs there are"),
-    "pair": ("pretrain", "make a pair of models from scratch, with a lexicon of its own"),
-    "fetch": ("fetch", "bring real questions into a folder that runs read"),
-    "audit": ("audit", "recompute every claim from its data"),
-    "report": ("reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
-    "preserve": ("preserve", "keep what is worth keeping of a run in preserved_data/"),
+    "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),
+    "fetch": ("tasks.fetch", "bring real questions into a folder that runs read"),
+    "audit": ("audit.report", "recompute every claim from its data"),
+    "report": ("results.reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
+    "preserve": ("results.preserve", "keep what is worth keeping of a run in preserved_data/"),
 }
 
 
@@ -142,7 +142,8 @@ def print_verdict(arguments: argparse.Namespace) -> None:
 
 
 def _print_verdict(run_dirs: list[Path], skip_broken: bool = False) -> None:
-    from bridgekit import runs, verdict
+    from bridgekit import runs
+    from bridgekit.results import verdict
 
     files = [runs.find_eval(run_dir) for run_dir in run_dirs]
     frames = [runs.load_eval(file, skip_broken) for file in files]

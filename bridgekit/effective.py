@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import typing
 
-from bridgekit.runfolders import RunRecord
+from bridgekit.audit.runfolders import RunRecord
 
 SEEDS = ("seed", "run.seed")
 BOOKKEEPING = ("show_eval_samples", "run.name", "run.runs_dir", "run.cache_dir",

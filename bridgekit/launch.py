@@ -89,7 +89,7 @@ def run_stage(run_dir: str | Path, stage: str) -> None:
 
 def mark_failed(run_dir: Path, reason: str) -> None:
     """The status of a run that will not finish; how far it was stays in it. The log of all runs says so too."""
-    from bridgekit.reports import report_end
+    from bridgekit.results.reports import report_end
 
     write_status(run_dir, **read_status(run_dir) | {"state": "failed", "error": reason, "seconds_left": None})
     report_end(run_dir)
@@ -111,7 +111,7 @@ def training_command(run_dir: Path, stage: str, num_processes: int) -> list[str]
         command += [f"--{name}", str(value)]
     if num_processes > 1:
         command.append("--multi_gpu")
-    return [*command, "-m", "bridgekit.train", str(run_dir), "--stage", stage]
+    return [*command, "-m", "bridgekit.train.worker", str(run_dir), "--stage", stage]
 
 
 def count_cores() -> int:

@@ -23,10 +23,10 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from bridgekit.answers import INVALID
 from bridgekit.config import CONDITIONS, Config, ConfigError, dump_config, load_config
 
 FINAL = "eval_samples_step_final.jsonl"
+INVALID = "[invalid]"  # what stands in `<condition>_extracted` where no answer was found
 
 
 def create_run(config: Config, folder: str | Path | None = None) -> Path:
@@ -208,7 +208,9 @@ def provenance(config: Config) -> dict:
         "cpus": os.cpu_count(),
         "seed": config.run.seed,
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "command": " ".join(["python", "-m", "bridgekit.train", *(a for a in sys.argv[1:] if not a.startswith("/"))]),
+        "command": " ".join(
+            ["python", "-m", "bridgekit.train.worker", *(a for a in sys.argv[1:] if not a.startswith("/"))]
+        ),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 

@@ -217,7 +217,7 @@ def _read_model(config: Config, key: str) -> tuple | None:
 
 def _model_folder(config: Config, key: str) -> Path:
     model = getattr(config.pair, f"{key}_model")
-    return Path(__file__).parent / "embedded_pair" / key if model == "embedded" else Path(model)
+    return Path(__file__).parent / "model" / "embedded_pair" / key if model == "embedded" else Path(model)
 
 
 def _lexicon_seed(config: Config) -> int | None:

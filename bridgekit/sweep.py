@@ -156,7 +156,7 @@ class Runner:
         if not (folder / "pair.json").exists():
             folder.mkdir(parents=True, exist_ok=True)
             seed = str(self.pairs[name]["lexicon_seed"])
-            command = [sys.executable, "-m", "bridgekit.pretrain", "--out", str(folder), "--lexicon-seed", seed]
+            command = [sys.executable, "-m", "bridgekit.train.pretrain", "--out", str(folder), "--lexicon-seed", seed]
             gpu = self.slots.get()
             code = self._child([*command, *self.pair_options], folder / "train.log", gpu)
             self.slots.put(gpu)
@@ -182,7 +182,7 @@ class Runner:
         try:
             shutil.rmtree(folder, ignore_errors=True)  # a half-finished run is made again
             create_run(config, folder)
-            command = [sys.executable, "-m", "bridgekit.train", str(folder), "--stage", "train"]
+            command = [sys.executable, "-m", "bridgekit.train.worker", str(folder), "--stage", "train"]
             code = self._child(command, folder / "train.log", gpu)
         except Exception as error:
             code = str(error)

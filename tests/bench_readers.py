@@ -14,8 +14,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from first_generation import example, log_text  # noqa: E402
 
-from bridgekit.outcomes import read_outcomes  # noqa: E402
-from bridgekit.runlogs import read_log  # noqa: E402
+from bridgekit.audit.outcomes import read_outcomes  # noqa: E402
+from bridgekit.audit.runlogs import read_log  # noqa: E402
 
 
 def write_log(path: Path, size: int) -> None:

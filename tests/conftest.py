@@ -30,7 +30,7 @@ def pair():
     """The embedded pair on one CPU thread; it is frozen, so tests may share it."""
     import torch
 
-    from bridgekit.pair import load_pair
+    from bridgekit.model.pair import load_pair
 
     torch.set_num_threads(1)
     return load_pair(load_config(**TINY))
@@ -54,7 +54,7 @@ def val(pair):
 @pytest.fixture(scope="session")
 def training_set(pair):
     """`training_set(config, examples)`: texts and source states of layers 1 and 2, ready for batches."""
-    from bridgekit.batches import SourceStates, TrainingSet, TrainingTexts, align_tokens, read_source
+    from bridgekit.model.batches import SourceStates, TrainingSet, TrainingTexts, align_tokens, read_source
 
     def make(config, examples) -> TrainingSet:
         rows = read_source(pair.source, examples, "prompt", {})
@@ -70,7 +70,7 @@ def make_job(pair, accelerator):
     """`make_job(config)`: a run folder and the job in it, without loading the pair again."""
     from bridgekit.runs import create_run
     from bridgekit.tasks import load_examples
-    from bridgekit.trainer import Job
+    from bridgekit.train.trainer import Job
 
     def make(config) -> Job:
         val, test = (load_examples(config, pair.lexicon_seed, split) for split in ("val", "test"))

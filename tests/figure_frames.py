@@ -5,16 +5,16 @@ import functools
 import numpy as np
 import pandas as pd
 
-from bridgekit.figures_attention import plot_attention, plot_attention_classes
-from bridgekit.figures_runs import plot_accuracy_curve, plot_conditions, plot_groups
-from bridgekit.figures_studies import (
+from bridgekit.inside.figures_attention import plot_attention, plot_attention_classes
+from bridgekit.results.figures_runs import plot_accuracy_curve, plot_conditions, plot_groups
+from bridgekit.results.figures_studies import (
     plot_differences,
     plot_faults,
     plot_headroom,
     plot_recovery,
 )
-from bridgekit.stats import wilson
-from bridgekit.verdict import judge
+from bridgekit.results.statistics import wilson
+from bridgekit.results.verdict import judge
 
 # Accuracy of each condition on: source-only seen, held-out units, held-out values, target-only, both.
 ACCURACY = {

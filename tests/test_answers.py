@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridgekit.answers import (
+from bridgekit.tasks.answers import (
     INVALID,
     RULES,
     answer_is_complete,

@@ -12,11 +12,13 @@ import yaml
 from first_generation import OOM, evaluation, write_jsonl, write_run
 from test_runfolders import BRIDGED, write_own
 
-from bridgekit import audit, claims, own_claims, preserve
-from bridgekit.figures import new_figure, save_figure
-from bridgekit.findings import find_all
-from bridgekit.measures import paired
-from bridgekit.runfolders import read_run
+from bridgekit.audit import claims, own_claims
+from bridgekit.audit import report as audit
+from bridgekit.audit.findings import find_all
+from bridgekit.audit.measures import paired
+from bridgekit.audit.runfolders import read_run
+from bridgekit.results import preserve
+from bridgekit.results.style import new_figure, save_figure
 from bridgekit.runs import write_status
 from bridgekit.studies import keep_study
 

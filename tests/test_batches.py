@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.batches import (
+from bridgekit.config import ConfigError
+from bridgekit.model.batches import (
     Ragged,
     SourceStates,
     check_fit,
@@ -20,10 +21,9 @@ from bridgekit.batches import (
     read_source,
     tokenize_answers,
 )
-from bridgekit.config import ConfigError
-from bridgekit.pair import split_prompts
-from bridgekit.steps import local_batch
+from bridgekit.model.pair import split_prompts
 from bridgekit.tasks.base import CUE, literal_prompt
+from bridgekit.train.steps import local_batch
 
 CPU = torch.device("cpu")
 LAYERS = (1, 2)

@@ -10,10 +10,10 @@ import pytest
 import scipy.stats
 import torch
 
-from bridgekit.bridges import INJECTORS, PRODUCERS, build_bridge
-from bridgekit.bridges.base import hashed_normal, hashed_uniform
 from bridgekit.config import INJECTORS as INJECTOR_NAMES
 from bridgekit.config import PRODUCERS as PRODUCER_NAMES
+from bridgekit.model.bridge import INJECTORS, PRODUCERS, build_bridge
+from bridgekit.model.message import hashed_normal, hashed_uniform
 
 COMBINATIONS = [  # kv pairs each message token with a source token, and refuses other counts (test_injectors.py)
     (*pair, k) for pair in itertools.product(PRODUCERS, INJECTORS) for k in (1, 4, -1) if pair[1] != "kv" or k == -1

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from bridgekit import browser
+from bridgekit.results import browser
 from bridgekit.runs import load_eval
 
 

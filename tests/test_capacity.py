@@ -9,8 +9,8 @@ import random
 import numpy as np
 import pytest
 
-from bridgekit.capacity import carried_bits, message_bits, said_from_message, said_value
-from bridgekit.stats import Interval
+from bridgekit.results.capacity import carried_bits, message_bits, said_from_message, said_value
+from bridgekit.results.statistics import Interval
 from bridgekit.tasks.units import FAMILIES, VALUES, draw_numbers, solve, state_facts
 
 FULL = math.log2(len(VALUES))

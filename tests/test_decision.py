@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from bridgekit.config import ConfigError
-from bridgekit.decision import (
+from bridgekit.results.decision import (
     A_B_AND_C,
     B_AND_C,
     GO_ON,

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from bridgekit import losses
-from bridgekit.answers import extract_answer
-from bridgekit.bridges import build_bridge
-from bridgekit.decoding import decode_bridged, decode_loss, own_steps, unpad
-from bridgekit.generation import Generated, draw
-from bridgekit.steps import step_losses
+from bridgekit.model import losses
+from bridgekit.model.bridge import build_bridge
+from bridgekit.model.decoding import decode_bridged, decode_loss, own_steps, unpad
+from bridgekit.model.generation import Generated, draw
 from bridgekit.tasks import load_examples
+from bridgekit.tasks.answers import extract_answer
+from bridgekit.train.steps import step_losses
 
 N = 6
 

@@ -12,16 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from bridgekit import causal, diagnostics, inside, readings_inside
-from bridgekit.bridges import build_bridge
-from bridgekit.checkpoints import checkpoint_path, save_bridge
 from bridgekit.config import ConfigError
-from bridgekit.finished import open_finished
-from bridgekit.pair import fingerprint_folder, pick_layers, resolve_folder
+from bridgekit.inside import causal, diagnostics, readings_inside
+from bridgekit.inside import measure as inside
+from bridgekit.model.bridge import build_bridge
+from bridgekit.model.checkpoints import checkpoint_path, save_bridge
+from bridgekit.model.pair import fingerprint_folder, pick_layers, resolve_folder
 from bridgekit.runs import append_jsonl, find_eval, load_eval, write_status
 from bridgekit.tasks import units
-from bridgekit.train import describe
-from bridgekit.trainer import variant
+from bridgekit.train.finished import open_finished
+from bridgekit.train.trainer import variant
+from bridgekit.train.worker import describe
 
 PRESERVED = Path(__file__).parent.parent / "preserved_data"
 SIZE = dict(n_val=60, n_test=120, val_samples=24, n_train=200)

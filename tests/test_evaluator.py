@@ -14,13 +14,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit import launch, train
-from bridgekit.answers import INVALID, extract_answer
-from bridgekit.batches import SourceStates, read_source, split_rows
-from bridgekit.bridges import build_bridge
+from bridgekit import launch
 from bridgekit.config import CONDITIONS
-from bridgekit.decoding import decode_bridged
-from bridgekit.evaluator import (
+from bridgekit.model.batches import SourceStates, read_source, split_rows
+from bridgekit.model.bridge import build_bridge
+from bridgekit.model.decoding import decode_bridged
+from bridgekit.model.generation import Generated
+from bridgekit.model.pair import Pair, split_prompts
+from bridgekit.runs import find_eval, load_eval, read_jsonl, read_status
+from bridgekit.tasks import load_examples
+from bridgekit.tasks.answers import INVALID, extract_answer
+from bridgekit.tasks.base import literal_prompt
+from bridgekit.train import worker as train
+from bridgekit.train.evaluator import (
     BASELINES,
     Evaluator,
     add_router,
@@ -28,11 +34,6 @@ from bridgekit.evaluator import (
     sampler_seed,
     tune_router,
 )
-from bridgekit.generation import Generated
-from bridgekit.pair import Pair, split_prompts
-from bridgekit.runs import find_eval, load_eval, read_jsonl, read_status
-from bridgekit.tasks import load_examples
-from bridgekit.tasks.base import literal_prompt
 
 KEYS = (
     "eval_step index question gold_full_text gold_extracted id split group unit value novelty family steps "

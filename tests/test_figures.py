@@ -13,11 +13,11 @@ import pytest
 from figure_frames import FIGURES, conditions_table, drawn, headroom
 from matplotlib.colors import to_hex, to_rgb
 
-from bridgekit import figures
 from bridgekit.config import CONDITIONS
-from bridgekit.figures import COLORS, HATCHES, MARKERS, save_figure, use_style
-from bridgekit.figures_runs import GROUP_CONDITIONS
-from bridgekit.figures_studies import plot_headroom
+from bridgekit.results import style as figures
+from bridgekit.results.figures_runs import GROUP_CONDITIONS
+from bridgekit.results.figures_studies import plot_headroom
+from bridgekit.results.style import COLORS, HATCHES, MARKERS, save_figure, use_style
 
 
 def colour_of(artist):

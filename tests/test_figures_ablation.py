@@ -9,8 +9,8 @@ import pytest
 from figure_frames import broken, mark, marks, span
 from matplotlib.colors import to_hex
 
-from bridgekit import gains
-from bridgekit.figures_ablation import (
+from bridgekit.results import gains
+from bridgekit.results.figures_ablation import (
     ablation_table,
     plot_axis,
     plot_capacity,

@@ -8,9 +8,9 @@ import pytest
 from figure_frames import broken, mark, marks, span
 from matplotlib.colors import to_hex
 
-from bridgekit import figures_diagnostics as figures
-from bridgekit import readings_inside
-from bridgekit.figures import COLORS, save_figure
+from bridgekit.inside import figures_diagnostics as figures
+from bridgekit.inside import readings_inside
+from bridgekit.results.style import COLORS, save_figure
 
 
 def gates():

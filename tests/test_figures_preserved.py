@@ -6,10 +6,10 @@ from first_generation import write_run
 from test_audit import PROJECT, A, B
 from test_runfolders import BRIDGED
 
-from bridgekit import figures_preserved as preserved
-from bridgekit.audit import CLAIMS
-from bridgekit.claims import judge, load_claims
-from bridgekit.figures_studies import plot_headroom
+from bridgekit.audit import figures_preserved as preserved
+from bridgekit.audit.claims import judge, load_claims
+from bridgekit.audit.report import CLAIMS
+from bridgekit.results.figures_studies import plot_headroom
 
 
 @pytest.fixture

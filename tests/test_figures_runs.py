@@ -17,8 +17,7 @@ from figure_frames import (
 )
 
 from bridgekit.config import CONDITIONS
-from bridgekit.figures import HATCHES, LABELS
-from bridgekit.figures_runs import (
+from bridgekit.results.figures_runs import (
     GROUP_CONDITIONS,
     GROUP_SUBSETS,
     curve_from_metrics,
@@ -26,7 +25,8 @@ from bridgekit.figures_runs import (
     plot_conditions,
     plot_groups,
 )
-from bridgekit.stats import wilson
+from bridgekit.results.statistics import wilson
+from bridgekit.results.style import HATCHES, LABELS
 
 
 def test_accuracy_curve_draws_every_evaluation_with_its_band_and_the_baselines():

@@ -20,16 +20,16 @@ from figure_frames import (
 )
 from matplotlib.colors import to_hex
 
-from bridgekit import verdict
-from bridgekit.figures_attention import plot_attention, plot_attention_classes
-from bridgekit.figures_runs import plot_conditions, plot_groups
-from bridgekit.figures_studies import (
+from bridgekit.inside.figures_attention import plot_attention, plot_attention_classes
+from bridgekit.results import verdict
+from bridgekit.results.figures_runs import plot_conditions, plot_groups
+from bridgekit.results.figures_studies import (
     plot_differences,
     plot_faults,
     plot_headroom,
     plot_recovery,
 )
-from bridgekit.figures_text import format_table
+from bridgekit.results.figures_text import format_table
 
 
 def test_differences_are_filled_only_where_they_hold():

@@ -8,8 +8,8 @@ import pytest
 from figure_frames import conditions_table
 
 from bridgekit.config import CONDITIONS
-from bridgekit.figures import LABELS
-from bridgekit.figures_text import format_table, format_transcripts
+from bridgekit.results.figures_text import format_table, format_transcripts
+from bridgekit.results.style import LABELS
 
 
 def markdown_rows(text):

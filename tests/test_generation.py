@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from bridgekit.answers import answer_is_complete
-from bridgekit.bridges import Message, build_bridge
-from bridgekit.bridges.base import Soft
-from bridgekit.bridges.injectors import Prefix
-from bridgekit.decoding import decode_bridged
-from bridgekit.evaluator import Evaluator
-from bridgekit.generation import CHECK_EVERY, RoomyLayer, assemble, compact, generate_batch, pad_ids
-from bridgekit.pair import split_prompts
+from bridgekit.model.bridge import Message, build_bridge
+from bridgekit.model.decoding import decode_bridged
+from bridgekit.model.generation import CHECK_EVERY, RoomyLayer, assemble, compact, generate_batch, pad_ids
+from bridgekit.model.injectors import Prefix
+from bridgekit.model.message import Soft
+from bridgekit.model.pair import split_prompts
+from bridgekit.tasks.answers import answer_is_complete
 from bridgekit.tasks.base import literal_prompt, told_prompt
+from bridgekit.train.evaluator import Evaluator
 
 N_NEW = 48
 

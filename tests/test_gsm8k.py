@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from bridgekit import fetch, verdict
-from bridgekit.answers import extract_answer
 from bridgekit.config import ConfigError
+from bridgekit.results import verdict
 from bridgekit.runs import create_run, find_eval, load_eval, read_status
-from bridgekit.tasks import load_examples
+from bridgekit.tasks import fetch, load_examples
+from bridgekit.tasks.answers import extract_answer
 from bridgekit.tasks.base import CUE, literal_prompt, relay_prompt, source_prompt
-from bridgekit.train import open_job, run_training
+from bridgekit.train.worker import open_job, run_training
 
 CONDITIONS = ("source", "target", "bridged", "target_suffix", "shuffled", "relay_full", "router", "union")
 N_TRAIN, N_TEST = 40, 12

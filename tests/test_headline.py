@@ -11,15 +11,15 @@ import pytest
 from figure_frames import mark, span
 from tokenizers import Tokenizer
 
-from bridgekit import costs, headline, verdict
-from bridgekit.capacity import said_value, said_values
-from bridgekit.figures_runs import plot_costs
-from bridgekit.figures_studies import plot_digits, plot_values
+from bridgekit.results import costs, headline, verdict
+from bridgekit.results.capacity import said_value, said_values
+from bridgekit.results.figures_runs import plot_costs
+from bridgekit.results.figures_studies import plot_digits, plot_values
+from bridgekit.results.variants import read_axis
 from bridgekit.runs import find_eval, load_eval, read_run_config
 from bridgekit.studies import open_study
 from bridgekit.study import plan_study, read_study
 from bridgekit.tasks import load_examples
-from bridgekit.variants import read_axis
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "preserved_data"
@@ -143,7 +143,7 @@ def test_what_a_message_holds_is_read_from_the_answers_and_its_own_facts():
 
 def test_costs_count_the_tokens_that_somebody_has_to_write():
     frame = load_eval(find_eval(KEPT / "headline_resampler_seed1"))
-    pair = ROOT / "bridgekit" / "embedded_pair"
+    pair = ROOT / "bridgekit" / "model" / "embedded_pair"
     table = costs.count_written([frame], pair).set_index("condition")
     held = frame[frame["novelty"] != "seen"]
 

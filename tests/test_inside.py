@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from bridgekit import inside, readings_inside
+from bridgekit.inside import measure as inside
+from bridgekit.inside import readings_inside
 
 RNG = np.random.default_rng
 

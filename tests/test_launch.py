@@ -51,7 +51,7 @@ def processes_of(folder: Path) -> list[psutil.Process]:
     for process in psutil.process_iter(["cmdline", "status"]):
         if process.info["status"] != psutil.STATUS_ZOMBIE and str(folder) in " ".join(process.info["cmdline"] or []):
             found.append(process)
-    return [process for process in found if "bridgekit.train" in process.info["cmdline"]]
+    return [process for process in found if "bridgekit.train.worker" in process.info["cmdline"]]
 
 
 def wait_until(condition, seconds: float = 120):

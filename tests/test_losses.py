@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from bridgekit import losses
-from bridgekit.bridges import build_bridge
-from bridgekit.bridges.base import Soft
-from bridgekit.decoding import answer_logits, bridged_logits
-from bridgekit.steps import step_losses
+from bridgekit.model import losses
+from bridgekit.model.bridge import build_bridge
+from bridgekit.model.decoding import answer_logits, bridged_logits
+from bridgekit.model.message import Soft
+from bridgekit.train.steps import step_losses
 
 NAMES = ("nll", "kl", "prompt", "info_nce", "format", "flow")
 B, A, V, K, P, D = 3, 5, 11, 4, 6, 8

@@ -13,10 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.answers import extract_answer
 from bridgekit.config import ConfigError, load_config
-from bridgekit.generation import generate_batch, pad_ids
-from bridgekit.pair import (
+from bridgekit.model.generation import generate_batch, pad_ids
+from bridgekit.model.pair import (
     EMBEDDED,
     Pieces,
     check_pair,
@@ -27,6 +26,7 @@ from bridgekit.pair import (
     split_prompts,
 )
 from bridgekit.tasks import load_examples
+from bridgekit.tasks.answers import extract_answer
 from bridgekit.tasks.base import Prompt, literal_prompt, relay_prompt, told_prompt
 
 ROLES = ("source", "target")

@@ -14,9 +14,9 @@ import safetensors.numpy
 from first_generation import OOM, evaluation, write_run
 from test_runfolders import BRIDGED, write_own
 
-from bridgekit import manifest, preserve
-from bridgekit.preserve import changed_files
-from bridgekit.runfolders import find_runs, read_run
+from bridgekit.audit.runfolders import find_runs, read_run
+from bridgekit.results import manifest, preserve
+from bridgekit.results.preserve import changed_files
 
 NAME = "phase1_full_20251116_201212"
 

@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from bridgekit import probes
+from bridgekit.inside import probe as probes
 from bridgekit.tasks import units
 
 VALUES = torch.tensor(units.VALUES)

@@ -6,8 +6,8 @@ python -m pytest tests/test_readings.py
 import pandas as pd
 import pytest
 
-from bridgekit import readings
 from bridgekit.config import load_config
+from bridgekit.results import readings
 
 
 def curve(bridged: list[tuple[float, float, float]], target: float | None = 0.5) -> pd.DataFrame:

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from bridgekit import launch, reports, verdict
+from bridgekit import launch
 from bridgekit.config import load_config
-from bridgekit.manifest import replace_block
-from bridgekit.report_entry import read_entry
+from bridgekit.results import reports, verdict
+from bridgekit.results.manifest import replace_block
+from bridgekit.results.report_entry import read_entry
 from bridgekit.runs import create_run, find_eval, load_eval, write_status
 
 KEPT = Path(__file__).parent.parent / "preserved_data"
@@ -77,7 +78,7 @@ def test_the_numbers_are_those_of_the_conditions_table(add_run):
 
 
 def test_a_run_reports_itself_when_it_finishes_and_when_it_fails(tiny, make_job, tmp_path):
-    from bridgekit import train
+    from bridgekit.train.worker import worker as train
 
     job = make_job(tiny(steps=1, eval_every=1, val_samples=6, n_test=8, max_new_tokens=4))
     train.run_training(job)
@@ -147,7 +148,7 @@ def test_a_run_that_beats_the_target_gets_its_subsection_and_keeps_its_prose(add
     for part in ("Why it was run", "Command", "Key metrics", "Publishability", "Artifacts"):
         assert text.count(f"**{part}.**") == 1
     assert "against the target alone:" in text and "`eval_samples_step_final.jsonl` (" in text
-    assert "NVIDIA H200" in text and "python -m bridgekit.train" in text and "train.eval_every=300" in text
+    assert "NVIDIA H200" in text and "python -m bridgekit.train.worker" in text and "train.eval_every=300" in text
     assert not (runs / "loses/manifest.md").exists()
     entry = runs / "wins/manifest.md"
     entry.write_text(entry.read_text().replace("**Publishability.**", "## My reading\n\nIn the main table.\n\n**P.**"))
@@ -212,8 +213,8 @@ def test_a_rebuild_goes_on_past_a_damaged_run_and_forgets_what_is_gone(add_run, 
 # A process of its own: once all are ready it reports runs that no other process reports, each a single time.
 REPORT_MANY = """
 import dataclasses, pathlib, sys, time
-from bridgekit import reports
-from bridgekit.report_entry import read_entry
+from bridgekit.results import reports
+from bridgekit.results.report_entry import read_entry
 
 folder, go = map(pathlib.Path, sys.argv[1:])
 entry = read_entry(folder)

@@ -9,8 +9,8 @@ from first_generation import evaluation, log_text, write_jsonl, write_run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridgekit.outcomes import curve_of, read_outcomes, rescore, text_facts
-from bridgekit.runfolders import find_runs, read_run
+from bridgekit.audit.outcomes import curve_of, read_outcomes, rescore, text_facts
+from bridgekit.audit.runfolders import find_runs, read_run
 
 BRIDGED = {"0": [], "20": [0, 1], "40": [0, 1, 2, 3], "60": [0, 1, 2], "final": [1, 2, 5]}
 

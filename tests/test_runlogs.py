@@ -6,8 +6,8 @@ from first_generation import OOM, SETTINGS, log_text
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridgekit import runlogs
-from bridgekit.runlogs import read_log, read_summary
+from bridgekit.audit import runlogs
+from bridgekit.audit.runlogs import read_log, read_summary
 
 EVALUATIONS = {"20": (0.54, 0.77, 0.5), "40": (0.54, 0.77, 0.68), "60": (0.54, 0.77, 0.64)}
 

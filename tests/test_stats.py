@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import normal_sample_size_one_tail
 
-from bridgekit.stats import (
+from bridgekit.results.statistics import (
     clustered_proportion,
     design_effect,
     holm,

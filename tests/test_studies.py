@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bridgekit import verdict
-from bridgekit.capacity import said_values
 from bridgekit.config import load_config
-from bridgekit.preserve import main
+from bridgekit.results import verdict
+from bridgekit.results.capacity import said_values
+from bridgekit.results.preserve import main
 from bridgekit.runs import create_run, find_eval, load_eval, read_run_config, write_jsonl, write_status
 from bridgekit.studies import keep_study, open_study
 from bridgekit.tasks.units import FAMILIES

@@ -12,9 +12,10 @@ import pytest
 import yaml
 from conftest import TINY
 
-from bridgekit import gains, stats, variants
 from bridgekit.config import ConfigError, load_config
 from bridgekit.headless import gather_parameters, read_defaults
+from bridgekit.results import gains, variants
+from bridgekit.results import statistics as stats
 from bridgekit.runs import create_run, write_jsonl, write_status
 from bridgekit.study import Study, check_positions, measure_prompts, plan_study, read_study, same_run, swept_keys
 
@@ -163,7 +164,7 @@ def test_an_impossible_plan_is_refused_before_anything_runs(study, changes, name
 
 def test_positions_are_counted_as_training_counts_them(pair):
     """The largest number of soft tokens that fits is the same for both checks."""
-    from bridgekit.batches import check_fit
+    from bridgekit.model.batches import check_fit
     from bridgekit.tasks import load_examples
     from bridgekit.tasks.base import literal_prompt
 

@@ -9,10 +9,11 @@ import pytest
 from conftest import TINY
 from figure_frames import evaluation, mark, span
 
-from bridgekit import stats, swap, verdict
 from bridgekit.config import ConfigError, load_config, to_flat
-from bridgekit.figures_studies import plot_differences, plot_headroom
-from bridgekit.figures_swap import plot_side_by_side
+from bridgekit.results import statistics as stats
+from bridgekit.results import swap, verdict
+from bridgekit.results.figures_studies import plot_differences, plot_headroom
+from bridgekit.results.figures_swap import plot_side_by_side
 from bridgekit.runs import create_run, write_jsonl, write_status
 
 TEACHER = ["teacher=prompt", "prompt_weight=1.0", "nll_weight=0.0", "n_soft_tokens=-1"]

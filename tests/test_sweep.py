@@ -184,7 +184,7 @@ def test_an_interrupted_sweep_ends_with_its_children(write, tmp_path):
 
     def children() -> list[list[str]]:
         running = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
-        return [c for c in running if "bridgekit.train" in c and str(tmp_path) in " ".join(c)]
+        return [c for c in running if "bridgekit.train.worker" in c and str(tmp_path) in " ".join(c)]
 
     wait_until(children)
     sweep.terminate()

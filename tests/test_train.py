@@ -13,12 +13,14 @@ import pytest
 import safetensors
 import torch
 
-from bridgekit import checkpoints, train, trainer
-from bridgekit.bridges import build_bridge
 from bridgekit.config import CONTROLS, ConfigError
-from bridgekit.evaluator import Evaluator
+from bridgekit.model import checkpoints
+from bridgekit.model.bridge import build_bridge
 from bridgekit.runs import create_run, find_eval, load_eval, read_jsonl, read_status
 from bridgekit.tasks import load_examples
+from bridgekit.train.evaluator import Evaluator
+from bridgekit.train.worker import trainer
+from bridgekit.train.worker import worker as train
 
 STATUS = {"state", "stage", "elapsed", "parameters"}
 
@@ -164,7 +166,7 @@ def test_a_run_folder_is_made_once_and_where_it_can_be_written(tiny, tmp_path):
 
 
 def fail_main(capsys, folder, code: int | type[Exception]) -> str:
-    """The one line `python -m bridgekit.train` ends in; no file may look like a finished run's."""
+    """The one line `python -m bridgekit.train.worker` ends in; no file may look like a finished run's."""
     if isinstance(code, int):
         assert train.main([str(folder)]) == code
     else:

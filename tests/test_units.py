@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.answers import extract_answer
 from bridgekit.config import GROUPS, load_config
-from bridgekit.corpus import make_documents
 from bridgekit.tasks import load_examples, units
+from bridgekit.tasks.answers import extract_answer
 from bridgekit.tasks.base import literal_prompt, source_prompt, told_prompt
+from bridgekit.train.corpus import make_documents
 
 SEED = 3
 N_SMALL = 600  # units of a lexicon small enough for every unit to be drawn several times
@@ -305,7 +305,7 @@ def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
 
 
 def test_a_corpus_has_the_kinds_of_documents_it_was_asked_for(capsys):
-    from bridgekit.pretrain import main
+    from bridgekit.train.pretrain import main
 
     lexicon = units.make_lexicon(SEED)
     notes = make_documents(lexicon, "source", 200, SEED, {"note": 1})

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.stats import minimum_detectable_effect, paired_difference, wilson
-from bridgekit.verdict import conditions_table, donor_follow, headroom, judge, recovery
+from bridgekit.results.statistics import minimum_detectable_effect, paired_difference, wilson
+from bridgekit.results.verdict import conditions_table, donor_follow, headroom, judge, recovery
 
 SOURCE = {"source_only": 0.97, "target_only": 0.04, "both": 0.97}
 TARGET = {"source_only": 0.04, "target_only": 0.97, "both": 0.97}

@@ -12,9 +12,9 @@ from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
-from bridgekit.answers import INVALID, extract_answer
 from bridgekit.config import ConfigError, Task
 from bridgekit.runs import read_jsonl
+from bridgekit.tasks.answers import INVALID, extract_answer
 from bridgekit.tasks.base import CUE, Example
 
 

@@ -1,0 +1,1 @@
+"""The first experiments, read and judged; nothing else imports it."""

@@ -1,0 +1,185 @@
+"""One decode path for every condition: batched greedy decoding with a KV cache, from text and soft tokens alike.
+
+Shapes: B batch, T tokens, K soft tokens, D hidden size, V vocabulary.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from bridgekit.model.message import Soft, hashed_uniform
+from bridgekit.model.pair import LanguageModel
+from bridgekit.tasks.answers import answer_is_complete
+
+CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
+ROOM = 32  # places for which a cache is made larger at once
+
+
+@dataclass(frozen=True)
+class Generated:
+    text: str
+    logprob: float  # mean over the generated tokens
+    n_tokens: int
+    ids: tuple[int, ...] = ()
+
+
+@dataclass
+class _Row:
+    ids: list[int] = field(default_factory=list)
+    logprob: float = 0.0
+    ended: bool = False
+
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer that grows by ROOM places: concatenation copies all that is cached for every token decoded, which
+    was two fifths of the time on a CPU."""
+
+    keys = values = None  # the part of `room` that is filled
+    room: tuple[torch.Tensor, torch.Tensor] | None = None
+    filled: torch.Tensor | None = None
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **options):
+        old = self.get_seq_length()
+        new = old + key_states.shape[-2]
+        # Whoever replaced the keys meanwhile (rows were taken out) left the room behind.
+        if self.room is None or self.keys is not self.filled or new > self.room[0].shape[-2]:
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+            shape = (*key_states.shape[:2], new + ROOM)
+            self.room = tuple(s.new_empty(*shape, s.shape[-1]) for s in (key_states, value_states))
+            for room, part in zip(self.room, (self.keys, self.values), strict=True):
+                if old:
+                    room[:, :, :old] = part
+        for room, part in zip(self.room, (key_states, value_states), strict=True):
+            room[:, :, old:new] = part
+        self.keys, self.values = (room[:, :, :new] for room in self.room)
+        self.filled = self.keys
+        return self.keys, self.values
+
+
+def new_cache(lm: LanguageModel) -> DynamicCache:
+    cache = DynamicCache(config=lm.model.config)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask. -> (B, T), (B, T) bool"""
+    width = max((len(r) for r in rows), default=0)
+    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).view(len(rows), width)
+    lengths = torch.tensor([len(r) for r in rows])
+    mask = torch.arange(width)[None, :] < lengths[:, None]
+    return ids.to(device), mask.to(device)
+
+
+def compact(embeds: torch.Tensor, mask: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Push all padding to one side, keeping the order of what is real. (B, T, D), (B, T)"""
+    key = mask if side == "left" else ~mask
+    order = torch.argsort(key.to(torch.uint8), dim=1, stable=True)
+    return embeds.gather(1, order[:, :, None].expand_as(embeds)), mask.gather(1, order)
+
+
+def assemble(
+    lm: LanguageModel, before: tuple, after: tuple, soft: Soft | None, side: str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Embeddings, mask and positions of [before | soft | after]; before and after are (ids, mask) pairs."""
+    parts, masks = [lm.embed(before[0])], [before[1]]
+    if soft is not None:
+        parts.append(soft.tokens.to(lm.dtype))
+        masks.append(soft.mask)
+    parts.append(lm.embed(after[0]))
+    masks.append(after[1])
+    embeds, mask = compact(torch.cat(parts, dim=1), torch.cat(masks, dim=1), side)
+    positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+    return embeds, mask, positions
+
+
+@torch.no_grad()
+def generate_batch(
+    lm: LanguageModel,
+    before: list[list[int]],
+    after: list[list[int]],
+    *,
+    soft: Soft | None = None,
+    attach: AbstractContextManager | None = None,
+    select=None,
+    max_new_tokens: int = 96,
+    sample_seeds: torch.Tensor | None = None,
+) -> list[Generated]:
+    """Greedy continuation of each row; finished rows leave the batch. `attach` is what a non-prefix injector does to
+    the target while it decodes, and `select(rows)` tells it which rows are left. With `sample_seeds` (B,) the tokens
+    are drawn instead, each row's by its own seed."""
+    n = len(before)
+    device = lm.device
+    rows = [_Row() for _ in range(n)]
+    alive = list(range(n))
+    with attach or nullcontext():
+        embeds, mask, positions = assemble(lm, pad_ids(before, device), pad_ids(after, device), soft, "left")
+        cache = new_cache(lm)
+        step_input = {"inputs_embeds": embeds}
+        position = positions[:, -1:]
+        pending: list[tuple[torch.Tensor, torch.Tensor]] = []  # chosen tokens not yet read back
+        for step in range(max_new_tokens):
+            out = lm.model(
+                **step_input, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            scores = out.logits[:, -1].float().log_softmax(-1)
+            score, chosen = scores.max(-1) if sample_seeds is None else draw(scores, sample_seeds + 7919 * step)
+            pending.append((chosen, score))
+            last = step == max_new_tokens - 1
+            # Reading back is a sync on a GPU: do it every few steps there, at each step on CPU where it is free.
+            if last or device.type == "cpu" or len(pending) == 8:
+                keep = _read_back(lm, pending, alive, rows, check=step % CHECK_EVERY == CHECK_EVERY - 1)
+                pending = []
+                if last or not keep:
+                    break
+                if len(keep) <= 0.75 * len(alive):
+                    left = torch.tensor(keep, device=device)
+                    cache.batch_select_indices(left)
+                    chosen, mask, position = chosen[left], mask[left], position[left]
+                    alive = [alive[i] for i in keep]
+                    sample_seeds = None if sample_seeds is None else sample_seeds[left]
+                    if select is not None:
+                        select(left)
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
+            positions = position = position + 1
+            step_input = {"input_ids": chosen[:, None]}
+    texts = lm.tokenizer.batch_decode([_until_eos(r.ids, lm.eos_ids) for r in rows], skip_special_tokens=True)
+    return [
+        Generated(text, row.logprob / len(row.ids), len(row.ids), tuple(row.ids))
+        for text, row in zip(texts, rows, strict=True)
+    ]
+
+
+def draw(scores: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row, with its log-probability, by the row's seed alone. (B, V), (B,) -> (B,), (B,)"""
+    uniform = hashed_uniform(seeds, scores.shape[1])
+    chosen = (scores - (-uniform.log()).log()).argmax(-1)  # Gumbel's way to draw from a softmax
+    return scores.gather(1, chosen[:, None])[:, 0], chosen
+
+
+def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
+    return ids[:-1] if ids and ids[-1] in eos_ids else ids
+
+
+def _read_back(lm, pending, alive, rows: list[_Row], check: bool) -> list[int]:
+    """Move chosen tokens to the rows they belong to; returns the batch rows that are not finished."""
+    chosen = torch.stack([c for c, _ in pending], dim=1).tolist()
+    scores = torch.stack([s for _, s in pending], dim=1).tolist()
+    keep = []
+    for i, index in enumerate(alive):
+        row = rows[index]
+        for token, score in zip(chosen[i], scores[i], strict=True):
+            if not row.ended:
+                row.ids.append(token)
+                row.logprob += score
+                row.ended = token in lm.eos_ids
+        # A row's own length decides when its text is looked at, so what it says cannot depend on its neighbours.
+        if check and not row.ended:
+            row.ended = answer_is_complete(lm.tokenizer.decode(row.ids, skip_special_tokens=True))
+        if not row.ended:
+            keep.append(i)
+    return keep

@@ -1,0 +1,187 @@
+"""What a target does with a message: soft tokens in its prompt, residuals through gated cross-attention, or its cache.
+
+Everything but the prefix starts closed: its gates are zero, and the target's logits are exactly those it has alone.
+Shapes: B batch, T target places, K message tokens, P places of the literal prompt, D_t hidden and D_kv cache width.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from bridgekit.config import ConfigError
+from bridgekit.model.layers import Attention
+from bridgekit.model.message import Injector, Message, Soft
+
+GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
+MAX_AUTO_LAYERS = 8
+
+
+class Prefix(Injector):
+    """Soft tokens in the target's prompt; the target itself is left as it is."""
+
+    def __init__(self, config, target):
+        super().__init__()
+
+    def soft(self, message: Message) -> Soft:
+        return Soft(message.tokens, message.mask)
+
+
+class Gate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.opening = nn.Parameter(torch.zeros(()))
+
+    def forward(self) -> torch.Tensor:
+        return (GATE_SPEED * self.opening).tanh()
+
+
+class Reading(nn.Module):
+    """One layer's gated cross-attention from the target's hidden states to the message."""
+
+    def __init__(self, config, width: int):
+        super().__init__()
+        self.norm_hidden = nn.LayerNorm(width)
+        self.norm_message = nn.LayerNorm(width)
+        self.attend = Attention(config.bridge_dim, config.heads, config.dropout, width, width)
+        self.gate = Gate()
+
+    def forward(self, hidden, message: Message):
+        """(B, T, D_t) -> what is added to it, (B, T, D_t)"""
+        update, _ = self.attend(self.norm_hidden(hidden.float()), self.norm_message(message.tokens), message.mask)
+        return (self.gate() * update).to(hidden.dtype)
+
+
+class Residual(Injector):
+    """The literal prompt stays; the message enters after chosen layers, at every place and every step."""
+
+    def __init__(self, config, target):
+        super().__init__()
+        self.layers = pick_inject_layers(config.inject_layers, target.n_layers)
+        self.readings = nn.ModuleList(Reading(config, target.hidden_size) for _ in self.layers)
+
+    @contextmanager
+    def attach(self, target, current: Callable[[], Message]) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for index, reading in zip(self.layers, self.readings, strict=True):
+
+                def add(module, inputs, hidden, reading=reading):
+                    return hidden + reading(hidden, current())
+
+                hooks.callback(target.model.model.layers[index].register_forward_hook(add).remove)
+            yield
+
+    def gates(self) -> dict[str, float]:
+        return {f"layer{i}": r.gate().item() for i, r in zip(self.layers, self.readings, strict=True)}
+
+
+class PrefixAndResidual(Residual):
+    """The same message twice: as soft tokens, and through gated cross-attention."""
+
+    def soft(self, message: Message) -> Soft:
+        return Soft(message.tokens, message.mask)
+
+
+class Fuser(nn.Module):
+    """What is added to one layer's keys or values of the prompt, from their own and the aligned message token."""
+
+    def __init__(self, config, width: int, cache_width: int):
+        super().__init__()
+        self.norm_own, self.norm_message = nn.LayerNorm(cache_width), nn.LayerNorm(width)
+        self.mix = nn.Sequential(
+            nn.Linear(cache_width + width, config.bridge_dim), nn.GELU(), nn.Linear(config.bridge_dim, cache_width)
+        )
+        self.gate = Gate()
+
+    def forward(self, own, aligned):
+        """(B, T, D_kv), (B, T, D_t) -> (B, T, D_kv)"""
+        both = torch.cat([self.norm_own(own.float()), self.norm_message(aligned)], -1)
+        return (self.gate() * self.mix(both)).to(own.dtype)
+
+
+class CacheFusion(Injector):
+    """The target's own keys and values of the prompt, plus a gated projection of the aligned message tokens.
+
+    The message has one token per source token. Keys are changed before their rotation, so that a fused key keeps its
+    place. Only the prompt's pass is touched: what is decoded afterwards reads the fused cache.
+    """
+
+    aligned = True
+
+    def __init__(self, config, target):
+        super().__init__()
+        self.layers = pick_inject_layers(config.inject_layers, target.n_layers)
+        shape = target.model.config
+        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+        width = head * shape.num_key_value_heads
+        for name in ("keys", "values"):
+            self.add_module(name, nn.ModuleList(Fuser(config, target.hidden_size, width) for _ in self.layers))
+
+    @contextmanager
+    def attach(self, target, current: Callable[[], Message]) -> Iterator[None]:
+        state: dict[str, torch.Tensor | None] = {}
+
+        def look(module, inputs, options):
+            """Before each pass: which message token belongs to each place; nothing while decoding."""
+            cache = options.get("past_key_values")
+            if cache is not None and cache.get_seq_length() > 0:
+                state.clear()
+                return
+            embeds, places = options["inputs_embeds"], options.get("position_ids")
+            if places is None:  # right-padded: a place is its index
+                places = torch.arange(embeds.shape[1], device=embeds.device)[None].expand(len(embeds), -1)
+            state["tokens"], state["here"] = align_message(current(), places)
+
+        def fuse(module, inputs, own, fuser):
+            if not state:
+                return own
+            return own + fuser(own, state["tokens"]) * state["here"][..., None].to(own.dtype)
+
+        with ExitStack() as hooks:
+            hooks.callback(target.model.model.register_forward_pre_hook(look, with_kwargs=True).remove)
+            for index, keys, values in zip(self.layers, self.keys, self.values, strict=True):
+                attention = target.model.model.layers[index].self_attn
+                for module, fuser in ((attention.k_proj, keys), (attention.v_proj, values)):
+
+                    def hook(module, inputs, own, fuser=fuser):
+                        return fuse(module, inputs, own, fuser)
+
+                    hooks.callback(module.register_forward_hook(hook).remove)
+            yield
+
+    def gates(self) -> dict[str, float]:
+        parts = (("keys", self.keys), ("values", self.values))
+        return {f"layer{i}.{name}": f.gate().item() for name, fs in parts for i, f in zip(self.layers, fs, strict=True)}
+
+
+def align_message(message: Message, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of the message tokens that stand for each target place. (B, T) -> (B, T, D_t), (B, T) bool
+
+    `message.alignment` (B, P, 2) gives each place's first message token and the one after its last."""
+    if message.alignment is None:
+        raise ValueError("this injector needs a token alignment between the source's and the target's prompts")
+    spans, n_places = message.alignment, message.alignment.shape[1]
+    start, end = spans.gather(1, places.clamp(max=n_places - 1)[..., None].expand(-1, -1, 2)).unbind(-1)
+    here = (places < n_places) & (end > start)
+    tokens = message.tokens.float() * message.mask[..., None]
+    total = torch.cat([torch.zeros_like(tokens[:, :1]), tokens.cumsum(1)], 1)  # sums of the first k tokens
+
+    def upto(index):
+        return total.gather(1, index[..., None].expand(-1, -1, total.shape[-1]))
+
+    return (upto(end) - upto(start)) / (end - start).clamp(min=1)[..., None], here
+
+
+def pick_inject_layers(wanted: str, n_layers: int) -> tuple[int, ...]:
+    """Target layers from `inject_layers`: all of a small model, eight spread over a large one."""
+    if wanted == "auto":
+        n = min(n_layers, MAX_AUTO_LAYERS)
+        return tuple(sorted({round(i * (n_layers - 1) / max(1, n - 1)) for i in range(n)}))
+    try:
+        layers = tuple(int(part) for part in wanted.split(","))
+    except ValueError:
+        raise ConfigError(f"bridge.inject_layers: expected 'auto' or numbers like '0,2', got '{wanted}'") from None
+    if not all(0 <= i < n_layers for i in layers) or len(set(layers)) < len(layers):
+        raise ConfigError(f"bridge.inject_layers: the target has layers 0 to {n_layers - 1}, got '{wanted}'")
+    return layers

@@ -1,0 +1,1 @@
+"""From evaluation JSONL to statistics, words and figures; no torch."""

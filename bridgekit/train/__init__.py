@@ -1,0 +1,1 @@
+"""Training and answering: one experiment from its configuration to its evaluation JSONL."""
