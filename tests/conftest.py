@@ -54,7 +54,8 @@ def val(pair):
 @pytest.fixture(scope="session")
 def training_set(pair):
     """`training_set(config, examples)`: texts and source states of layers 1 and 2, ready for batches."""
-    from bridgekit.model.batches import SourceStates, TrainingSet, TrainingTexts, align_tokens, read_source
+    from bridgekit.model.states import SourceStates, align_tokens, read_source
+    from bridgekit.train.data import TrainingSet, TrainingTexts
 
     def make(config, examples) -> TrainingSet:
         rows = read_source(pair.source, examples, "prompt", {})

@@ -12,17 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import ConfigError
-from bridgekit.model.batches import (
-    Ragged,
-    SourceStates,
-    check_fit,
-    indices_at,
-    noise_seeds,
-    read_source,
-    tokenize_answers,
-)
 from bridgekit.model.pair import split_prompts
+from bridgekit.model.states import Ragged, SourceStates, read_source
 from bridgekit.tasks.base import CUE, literal_prompt
+from bridgekit.train.data import check_fit, indices_at, noise_seeds, tokenize_answers
 from bridgekit.train.steps import local_batch
 
 CPU = torch.device("cpu")

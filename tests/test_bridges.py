@@ -12,8 +12,10 @@ import torch
 
 from bridgekit.config import INJECTORS as INJECTOR_NAMES
 from bridgekit.config import PRODUCERS as PRODUCER_NAMES
-from bridgekit.model.bridge import INJECTORS, PRODUCERS, build_bridge
+from bridgekit.model.bridge import build_bridge
+from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import hashed_normal, hashed_uniform
+from bridgekit.model.producers import PRODUCERS
 
 COMBINATIONS = [  # kv pairs each message token with a source token, and refuses other counts (test_injectors.py)
     (*pair, k) for pair in itertools.product(PRODUCERS, INJECTORS) for k in (1, 4, -1) if pair[1] != "kv" or k == -1

@@ -12,11 +12,10 @@ import torch
 
 from bridgekit.model import losses
 from bridgekit.model.bridge import build_bridge
-from bridgekit.model.decoding import decode_bridged, decode_loss, own_steps, unpad
-from bridgekit.model.generation import Generated, draw
+from bridgekit.model.generation import Generated, decode_bridged, draw, unpad
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.answers import extract_answer
-from bridgekit.train.steps import step_losses
+from bridgekit.train.steps import decode_loss, own_steps, step_losses
 
 N = 6
 

@@ -15,12 +15,11 @@ import torch
 from bridgekit.config import ConfigError
 from bridgekit.inside import causal, diagnostics, readings_inside
 from bridgekit.inside import measure as inside
-from bridgekit.model.bridge import build_bridge
-from bridgekit.model.checkpoints import checkpoint_path, save_bridge
+from bridgekit.model.bridge import build_bridge, checkpoint_path, save_bridge
 from bridgekit.model.pair import fingerprint_folder, pick_layers, resolve_folder
 from bridgekit.runs import append_jsonl, find_eval, load_eval, write_status
 from bridgekit.tasks import units
-from bridgekit.train.finished import open_finished
+from bridgekit.train.experiment import open_finished
 from bridgekit.train.trainer import variant
 from bridgekit.train.worker import describe
 

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 
 from bridgekit import launch
 from bridgekit.config import CONDITIONS
-from bridgekit.model.batches import SourceStates, read_source, split_rows
 from bridgekit.model.bridge import build_bridge
-from bridgekit.model.decoding import decode_bridged
-from bridgekit.model.generation import Generated
+from bridgekit.model.generation import Generated, decode_bridged
 from bridgekit.model.pair import Pair, split_prompts
+from bridgekit.model.states import SourceStates, read_source
 from bridgekit.runs import find_eval, load_eval, read_jsonl, read_status
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.answers import INVALID, extract_answer
 from bridgekit.tasks.base import literal_prompt
 from bridgekit.train import worker as train
+from bridgekit.train.data import split_rows
 from bridgekit.train.evaluator import (
     BASELINES,
     Evaluator,

@@ -171,7 +171,7 @@ def test_saving_again_gives_the_same_bytes_also_after_the_figure_was_shown(tmp_p
 
 def test_another_process_writes_the_same_bytes(tmp_path):
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\nimport figure_frames as t\n"
-    code += "from bridgekit.figures import save_figure\n"
+    code += "from bridgekit.results.style import save_figure\n"
     code += f"save_figure(t.plot_headroom(t.headroom()), {str(tmp_path / 'a')!r}, t.headroom())"
     environment = os.environ | {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

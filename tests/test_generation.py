@@ -11,11 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from bridgekit.model.bridge import Message, build_bridge
-from bridgekit.model.decoding import decode_bridged
-from bridgekit.model.generation import CHECK_EVERY, RoomyLayer, assemble, compact, generate_batch, pad_ids
+from bridgekit.model.bridge import build_bridge
+from bridgekit.model.generation import (
+    CHECK_EVERY,
+    RoomyLayer,
+    assemble,
+    compact,
+    decode_bridged,
+    generate_batch,
+    pad_ids,
+)
 from bridgekit.model.injectors import Prefix
-from bridgekit.model.message import Soft
+from bridgekit.model.message import Message, Soft
 from bridgekit.model.pair import split_prompts
 from bridgekit.tasks.answers import answer_is_complete
 from bridgekit.tasks.base import literal_prompt, told_prompt

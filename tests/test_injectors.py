@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bridgekit.config import ConfigError, load_config
-from bridgekit.model.batches import align_tokens, read_source
-from bridgekit.model.bridge import Message, build_bridge
-from bridgekit.model.decoding import bridged_logits, decode_bridged, unpad
-from bridgekit.model.generation import generate_batch
+from bridgekit.model.bridge import build_bridge
+from bridgekit.model.generation import bridged_logits, decode_bridged, generate_batch, unpad
 from bridgekit.model.injectors import align_message, pick_inject_layers
+from bridgekit.model.message import Message
+from bridgekit.model.states import align_tokens, read_source
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.base import literal_prompt, source_prompt
 from bridgekit.train.steps import step_losses
@@ -46,7 +46,7 @@ def logits_of(pair, bridge, batch, message):
 
 
 def alone(pair, batch):
-    from bridgekit.model.decoding import answer_logits
+    from bridgekit.model.generation import answer_logits
 
     nothing = (batch.literal[0][:, :0], batch.literal[1][:, :0])
     return answer_logits(pair.target, nothing, batch.literal, None, batch.labels, batch.labels_mask)

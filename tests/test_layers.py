@@ -23,7 +23,7 @@ LAYERS = (
     "cli headless launch swap sweep",
 )
 HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}
-LONGEST = 350
+LONGEST = 400
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(PACKAGE.rglob("*.py"))

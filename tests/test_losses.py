@@ -12,7 +12,7 @@ import torch
 
 from bridgekit.model import losses
 from bridgekit.model.bridge import build_bridge
-from bridgekit.model.decoding import answer_logits, bridged_logits
+from bridgekit.model.generation import answer_logits, bridged_logits
 from bridgekit.model.message import Soft
 from bridgekit.train.steps import step_losses
 

@@ -116,7 +116,7 @@ def test_nothing_kept_is_overwritten(tmp_path, root, capsys):
 def test_a_kill_in_the_middle_leaves_nothing_that_looks_kept(tmp_path, root):
     run = write_run(tmp_path, NAME, BRIDGED)
     program = (
-        "import os, signal, sys; from bridgekit import manifest, preserve;"
+        "import os, signal, sys; from bridgekit.results import manifest, preserve;"
         "manifest.write_entry = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
         "preserve.preserve(sys.argv[1], sys.argv[2])"
     )

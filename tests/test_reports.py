@@ -78,7 +78,7 @@ def test_the_numbers_are_those_of_the_conditions_table(add_run):
 
 
 def test_a_run_reports_itself_when_it_finishes_and_when_it_fails(tiny, make_job, tmp_path):
-    from bridgekit.train.worker import worker as train
+    from bridgekit.train import worker as train
 
     job = make_job(tiny(steps=1, eval_every=1, val_samples=6, n_test=8, max_new_tokens=4))
     train.run_training(job)

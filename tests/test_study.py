@@ -164,9 +164,9 @@ def test_an_impossible_plan_is_refused_before_anything_runs(study, changes, name
 
 def test_positions_are_counted_as_training_counts_them(pair):
     """The largest number of soft tokens that fits is the same for both checks."""
-    from bridgekit.model.batches import check_fit
     from bridgekit.tasks import load_examples
     from bridgekit.tasks.base import literal_prompt
+    from bridgekit.train.data import check_fit
 
     config = load_config(**TINY)
     prompts = [literal_prompt(e) for s in ("val", "test") for e in load_examples(config, pair.lexicon_seed, s)]

@@ -18,9 +18,9 @@ from bridgekit.model import checkpoints
 from bridgekit.model.bridge import build_bridge
 from bridgekit.runs import create_run, find_eval, load_eval, read_jsonl, read_status
 from bridgekit.tasks import load_examples
+from bridgekit.train import trainer
+from bridgekit.train import worker as train
 from bridgekit.train.evaluator import Evaluator
-from bridgekit.train.worker import trainer
-from bridgekit.train.worker import worker as train
 
 STATUS = {"state", "stage", "elapsed", "parameters"}
 

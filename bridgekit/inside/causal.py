@@ -25,12 +25,12 @@ import pandas as pd
 import torch
 
 from bridgekit.config import ConfigError
-from bridgekit.model.batches import SourceStates
+from bridgekit.model.states import SourceStates
 from bridgekit.results.statistics import clustered_proportion
 from bridgekit.tasks import Example, units
 from bridgekit.tasks.answers import extract_answer
 from bridgekit.train.attention import classify_tokens
-from bridgekit.train.finished import Opened
+from bridgekit.train.experiment import Experiment
 
 VARIANTS = ("nowhere", "whole prompt", "unit word", "all but the word")
 
@@ -45,7 +45,7 @@ def answer_with(example: Example, value: int) -> str:
     return units.solve(family, numbers, value, "")[1]
 
 
-def pair_with_donors(opened: Opened, examples: list[Example], seed: int = 0) -> list[tuple[Example, Example]]:
+def pair_with_donors(opened: Experiment, examples: list[Example], seed: int = 0) -> list[tuple[Example, Example]]:
     """Each example with itself as the donor's word would have it; left out where no donor has as many tokens."""
     if opened.config.task.task != "units" or opened.config.bridge.source_view == "facts":
         raise ConfigError("bridge.source_view: the causal check replaces the unit's word in the question; this bridge "
@@ -69,7 +69,7 @@ def pair_with_donors(opened: Opened, examples: list[Example], seed: int = 0) -> 
     return pairs
 
 
-def count_word_tokens(opened: Opened, words: list[str]) -> dict[str, tuple[int, int]]:
+def count_word_tokens(opened: Experiment, words: list[str]) -> dict[str, tuple[int, int]]:
     """Tokens of ` word` for the source and the target."""
     counts = [[len(ids) for ids in lm.tokenize([f" {w}" for w in words])] for lm in
               (opened.pair.source, opened.pair.target)]  # fmt: skip
@@ -95,7 +95,7 @@ class PatchedStates(SourceStates):
         return torch.where(taken[..., None, None], others, states), mask
 
 
-def place_variants(opened: Opened, pairs: list[tuple[Example, Example]]) -> dict[str, SourceStates]:
+def place_variants(opened: Experiment, pairs: list[tuple[Example, Example]]) -> dict[str, SourceStates]:
     """The source states of each variant."""
     own = opened.evaluator.source_states("bridged", [e for e, _ in pairs])
     donor = opened.evaluator.source_states("bridged", [d for _, d in pairs])
@@ -114,7 +114,7 @@ def place_variants(opened: Opened, pairs: list[tuple[Example, Example]]) -> dict
     }
 
 
-def causal_check(opened: Opened, examples: list[Example], variants=VARIANTS, seed: int = 0) -> pd.DataFrame:
+def causal_check(opened: Experiment, examples: list[Example], variants=VARIANTS, seed: int = 0) -> pd.DataFrame:
     """One row per example, bridge and variant: does its answer follow the donor, does it stay?"""
     pairs = same_length(opened, pair_with_donors(opened, examples, seed))
     if not pairs:
@@ -135,7 +135,7 @@ def causal_check(opened: Opened, examples: list[Example], variants=VARIANTS, see
     return pd.DataFrame(rows)
 
 
-def same_length(opened: Opened, pairs: list[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
+def same_length(opened: Experiment, pairs: list[tuple[Example, Example]]) -> list[tuple[Example, Example]]:
     """Pairs whose two source prompts have as many tokens; a worked answer in the prompt may make them differ."""
     own, donor = (opened.evaluator.source_states("bridged", [p[i] for p in pairs]).lengths for i in (0, 1))
     return [p for p, a, b in zip(pairs, own, donor, strict=True) if a == b]

@@ -26,11 +26,11 @@ from bridgekit.inside.probe import (
     probe_pair,
     probe_prompts,
 )  # fmt: skip
-from bridgekit.model.decoding import answer_logits, bridged_logits
+from bridgekit.model.generation import answer_logits, bridged_logits
 from bridgekit.runs import write_bytes_atomic
 from bridgekit.tasks import Example, load_examples
 from bridgekit.train.attention import classify_tokens, merge_attention, pack_arrays
-from bridgekit.train.finished import Opened, chunks
+from bridgekit.train.experiment import Experiment, chunks
 
 LOG2 = float(np.log(2))
 
@@ -38,7 +38,7 @@ LOG2 = float(np.log(2))
 # ---- attention ----------------------------------------------------------------------------------------------------
 
 
-def read_attention(opened: Opened, examples: list[Example], scratch: Path) -> tuple[dict, Path]:
+def read_attention(opened: Experiment, examples: list[Example], scratch: Path) -> tuple[dict, Path]:
     """The run's attention and the file it is in; made from the checkpoint, into `scratch`, where the run has none.
 
     Empty where the bridge has no attention over source tokens, as a constant has not.
@@ -62,7 +62,7 @@ def read_attention(opened: Opened, examples: list[Example], scratch: Path) -> tu
 # ---- soft tokens --------------------------------------------------------------------------------------------------
 
 
-def soft_token_sizes(opened: Opened, examples: list[Example], name: str = "bridged") -> pd.DataFrame:
+def soft_token_sizes(opened: Experiment, examples: list[Example], name: str = "bridged") -> pd.DataFrame:
     """For each soft token: its RMS over questions, how much of it varies with the question, and the table's RMS.
 
     Where the number of soft tokens follows the prompt, the places that every question has.
@@ -88,7 +88,7 @@ def soft_token_sizes(opened: Opened, examples: list[Example], name: str = "bridg
     return pd.DataFrame(rows)
 
 
-def nearest_tokens(opened: Opened, examples: list[Example], top: int = 3, name: str = "bridged") -> pd.DataFrame:
+def nearest_tokens(opened: Experiment, examples: list[Example], top: int = 3, name: str = "bridged") -> pd.DataFrame:
     """The vocabulary tokens with the largest cosine to each soft token; a row an example, soft token and rank.
 
     `chance` is the largest cosine that a random direction finds in the same table, on average.
@@ -123,7 +123,7 @@ def value_place(example: Example, offsets: list[tuple[int, int]]) -> int | None:
 
 
 @torch.no_grad()
-def answer_entropy(opened: Opened, examples: list[Example], names: tuple[str, ...] = ("bridged",)) -> pd.DataFrame:
+def answer_entropy(opened: Experiment, examples: list[Example], names: tuple[str, ...] = ("bridged",)) -> pd.DataFrame:
     """Entropy in bits, and the right token's probability, at the first answer token and where the value is said.
 
     What stands before in the answer is the gold text, the same for every condition. One row an example, place and
@@ -173,7 +173,7 @@ def entropy_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def compare_representations(opened: Opened, examples: list[Example], name: str = "bridged") -> pd.DataFrame:
+def compare_representations(opened: Experiment, examples: list[Example], name: str = "bridged") -> pd.DataFrame:
     """CKA of every pair of: source states, soft tokens, the target's embeddings, and the digits of the value."""
     target, states = opened.pair.target, opened.evaluator.source_states("bridged", examples)
     found: dict[str, list[torch.Tensor]] = {}
@@ -200,7 +200,7 @@ def compare_representations(opened: Opened, examples: list[Example], name: str =
     return cka_table(tables, [e.unit or e.id for e in examples])
 
 
-def unit_end(opened: Opened, example: Example, row: list[int]) -> int | None:
+def unit_end(opened: Experiment, example: Example, row: list[int]) -> int | None:
     """The last token of the unit's word where the question first says it; None where the task has no units."""
     if not example.unit:
         return None
@@ -213,7 +213,7 @@ def unit_end(opened: Opened, example: Example, row: list[int]) -> int | None:
 # ---- where the fact is --------------------------------------------------------------------------------------------
 
 
-def probe_source(opened: Opened, every: int = 1) -> pd.DataFrame:
+def probe_source(opened: Experiment, every: int = 1) -> pd.DataFrame:
     """The probe on the run's own source, in its own direction; `every` n-th unit or problem, for a quick look.
 
     Where the facts are in the context, no unit is taught: the probe is then fitted on problems of the train split.
@@ -226,7 +226,7 @@ def probe_source(opened: Opened, every: int = 1) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def probe_message(opened: Opened, n: int = 2000, name: str = "bridged") -> pd.DataFrame:
+def probe_message(opened: Experiment, n: int = 2000, name: str = "bridged") -> pd.DataFrame:
     """The same probe on the bridge's message: can the value be read from the soft tokens themselves?
 
     Fitted on problems about source-only train units, which the bridge was trained on, so its messages about them may

@@ -10,11 +10,14 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from bridgekit.model.message import Soft, hashed_uniform
+from bridgekit.model.bridge import Bridge
+from bridgekit.model.message import Message, Soft, hashed_uniform
 from bridgekit.model.pair import LanguageModel
 from bridgekit.tasks.answers import answer_is_complete
 
 CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
+
+
 ROOM = 32  # places for which a cache is made larger at once
 
 
@@ -183,3 +186,46 @@ def _read_back(lm, pending, alive, rows: list[_Row], check: bool) -> list[int]:
         if not row.ended:
             keep.append(i)
     return keep
+
+
+def answer_logits(lm: LanguageModel, before, after, soft, labels, labels_mask) -> torch.Tensor:
+    """Logits that predict the answer's tokens after [before | soft | after]. -> (B, A, V)
+
+    Hidden states come first and the head sees the answer's places alone: logits at every place of every soft token
+    are what ran the first experiments out of memory.
+    """
+    text = (torch.cat([after[0], labels], dim=1), torch.cat([after[1], labels_mask], dim=1))
+    embeds, mask, _ = assemble(lm, before, text, soft, "right")
+    # Padding stands at the right end, where causal attention never looks: no mask is needed.
+    hidden = lm.model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    first = mask.sum(1) - labels_mask.sum(1) - 1
+    places = (first[:, None] + torch.arange(labels.shape[1], device=labels.device)).clamp(max=hidden.shape[1] - 1)
+    hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
+    return lm.model.get_output_embeddings()(hidden)
+
+
+def bridged_logits(target: LanguageModel, bridge: Bridge, message: Message, before, after, labels, mask):
+    """Logits of the bridged target on these answers, with a gradient to the bridge. (B, A, V)"""
+    with bridge.injector.attach(target, lambda: message):
+        return answer_logits(target, before, after, bridge.injector.soft(message), labels, mask)
+
+
+def decode_bridged(
+    target: LanguageModel, bridge: Bridge, message: Message, before: list, after: list, max_new_tokens: int,
+    sample_seeds: torch.Tensor | None = None,
+) -> list[Generated]:  # fmt: skip
+    """The one place where a message meets the target's decode loop, whichever bridge it came from."""
+    current = [message]
+
+    def select(rows: torch.Tensor) -> None:
+        current[0] = current[0].select(rows)
+
+    return generate_batch(
+        target, before, after, soft=bridge.injector.soft(message),
+        attach=bridge.injector.attach(target, lambda: current[0]), select=select, max_new_tokens=max_new_tokens,
+        sample_seeds=sample_seeds,
+    )  # fmt: skip
+
+
+def unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
+    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from bridgekit.config import ConfigError
-from bridgekit.model.layers import Attention
 from bridgekit.model.message import Injector, Message, Soft
+from bridgekit.model.producers import Attention
 
 GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
 MAX_AUTO_LAYERS = 8
@@ -185,3 +185,6 @@ def pick_inject_layers(wanted: str, n_layers: int) -> tuple[int, ...]:
     if not all(0 <= i < n_layers for i in layers) or len(set(layers)) < len(layers):
         raise ConfigError(f"bridge.inject_layers: the target has layers 0 to {n_layers - 1}, got '{wanted}'")
     return layers
+
+
+INJECTORS = {"prefix": Prefix, "residual": Residual, "prefix+residual": PrefixAndResidual, "kv": CacheFusion}

@@ -60,37 +60,6 @@ class Injector(nn.Module):
         return {}
 
 
-class Bridge(nn.Module):
-    """Optional source projection, producer, injector; soft tokens are brought to the target's embedding size."""
-
-    def __init__(self, producer: nn.Module, injector: Injector, source_width: int, projection: bool, rms: float | None):
-        super().__init__()
-        self.producer = producer
-        self.injector = injector
-        self.rms = rms  # None: leave the size free
-        self.projection = nn.Linear(source_width, source_width, bias=False) if projection else None
-        if projection:
-            nn.init.eye_(self.projection.weight)
-
-    def encode(self, states, mask, seeds, *, alignment=None, teacher=None, want_attention: bool = False) -> Message:
-        """states (B, S, L, D_s), mask (B, S), seeds (B,) of the sampler's noise -> Message.
-
-        `alignment` (B, P, 2) says which source tokens stand for each place of the target's prompt.
-        `teacher` (embeds (B, P, D_t), mask) is what a generative producer imitates: given in training only.
-        """
-        states = states.float().flatten(2) if self.projection is None else self.projection(states.float().flatten(2))
-        message = self.producer(states, mask, seeds, teacher, want_attention)
-        if self.rms is not None:
-            size = message.tokens.float().pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
-            message.tokens = message.tokens / size * self.rms
-        message.alignment = alignment
-        return message
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
-
 def hashed_uniform(seeds: torch.Tensor, n: int) -> torch.Tensor:
     """Uniform numbers in (0, 1) that depend on each example's seed alone. (B,) -> (B, n), the first n of a stream
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from bridgekit.model.batches import SourceStates
-from bridgekit.model.bridge import Message
+from bridgekit.model.message import Message
 from bridgekit.model.pair import LanguageModel
+from bridgekit.model.states import SourceStates
 from bridgekit.runs import write_bytes_atomic
 from bridgekit.tasks.base import Example
 

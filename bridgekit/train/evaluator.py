@@ -19,16 +19,17 @@ import numpy as np
 import torch
 
 from bridgekit.config import COMPUTED, CONDITIONS, Config
-from bridgekit.model.batches import SourceStates, align_tokens, read_source, split_rows
-from bridgekit.model.bridge import INJECTORS, Bridge
-from bridgekit.model.decoding import decode_bridged
-from bridgekit.model.generation import Generated, generate_batch
+from bridgekit.model.bridge import Bridge
+from bridgekit.model.generation import Generated, decode_bridged, generate_batch
+from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import hashed_normal
 from bridgekit.model.pair import LanguageModel, Pair, pick_layers, split_prompts
+from bridgekit.model.states import SourceStates, align_tokens, read_source
 from bridgekit.runs import read_jsonl, write_bytes_atomic, write_jsonl
 from bridgekit.tasks.answers import INVALID, extract_answer
 from bridgekit.tasks.base import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.train.attention import keep_attention, merge_attention, pack_arrays
+from bridgekit.train.data import split_rows
 
 BASELINES = ("source", "target", "target_suffix", "target_told", "relay_full", "relay_cut", "relay_answer")
 

@@ -9,10 +9,12 @@ from accelerate import Accelerator
 
 from bridgekit.config import Config
 from bridgekit.model import losses
-from bridgekit.model.batches import Batch, TrainingSet, indices_at, noise_seeds
 from bridgekit.model.bridge import Bridge
-from bridgekit.model.decoding import answer_logits, bridged_logits, decode_loss
+from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, pad_ids, unpad
+from bridgekit.model.message import Message
 from bridgekit.model.pair import LanguageModel
+from bridgekit.tasks.answers import extract_answer
+from bridgekit.train.data import Batch, TrainingSet, indices_at, noise_seeds
 
 
 def step_losses(
@@ -105,3 +107,37 @@ def share_value(accelerator: Accelerator, value: float) -> float:
         return value
     box = torch.tensor([value if accelerator.is_main_process else 0.0], device=accelerator.device)
     return accelerator.reduce(box, "sum").item()
+
+
+def decode_loss(config: Config, bridge: Bridge, target: LanguageModel, batch: Batch, message: Message) -> losses.Total:
+    """The loss of this process's share of `decode_batch` questions."""
+    settings = config.loss
+    n = min(settings.decode_batch // config.train.num_processes, len(batch.mask))
+    rows = torch.arange(n, device=batch.mask.device)
+    sampled = settings.decode_estimator == "policy_gradient"
+    if sampled:
+        rows = rows.repeat_interleave(settings.decode_samples)
+    message = message.select(rows)
+    before, after, final = ((ids[rows], mask[rows]) for ids, mask in (batch.before, batch.after, batch.final))
+    seeds = batch.seeds[rows] + torch.arange(len(rows), device=rows.device) if sampled else None
+    said = decode_bridged(target, bridge, message, unpad(*before), unpad(*after), settings.decode_tokens, seeds)
+    gold = unpad(*final)
+    if sampled:
+        labels, mask = pad_ids([list(g.ids) for g in said], target.device)
+        wanted = [extract_answer(t) for t in target.tokenizer.batch_decode(gold, skip_special_tokens=True)]
+        right = [float(extract_answer(g.text) == w) for g, w in zip(said, wanted, strict=True)]
+        reward = torch.tensor(right, device=target.device).view(n, settings.decode_samples)
+        logits = bridged_logits(target, bridge, message, before, after, labels, mask)
+        return losses.policy_gradient(logits, labels, mask, losses.leave_one_out(reward).flatten())
+    steps = [own_steps(target, g) for g in said]
+    labels, mask = pad_ids([s + g for s, g in zip(steps, gold, strict=True)], target.device)
+    lengths = torch.tensor([len(s) for s in steps], device=target.device)
+    counted = mask & (torch.arange(mask.shape[1], device=target.device) >= lengths[:, None])
+    return losses.answer_nll(bridged_logits(target, bridge, message, before, after, labels, mask), labels, counted)
+
+
+def own_steps(target: LanguageModel, said: Generated) -> list[int]:
+    """What was said up to its final answer: without the marker, what follows it, and the end."""
+    ids = [i for i in said.ids if i not in target.eos_ids]
+    pieces = target.tokenizer.batch_decode([[i] for i in ids])
+    return ids[: next((n for n, piece in enumerate(pieces) if "#" in piece), len(ids))]

@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from bridgekit.config import Config
-from bridgekit.model.batches import TrainingSet, TrainingTexts
-from bridgekit.model.bridge import Bridge, build_bridge
-from bridgekit.model.checkpoints import load_bridge, save_bridge
+from bridgekit.model.bridge import Bridge, build_bridge, load_bridge, save_bridge
 from bridgekit.model.pair import Pair
 from bridgekit.runs import append_jsonl, write_status
 from bridgekit.tasks import Example, load_examples
+from bridgekit.train.data import TrainingSet, TrainingTexts
 from bridgekit.train.evaluator import Evaluator
 from bridgekit.train.steps import (
     gather_rows,

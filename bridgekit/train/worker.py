@@ -16,7 +16,6 @@ import torch
 from accelerate import Accelerator
 
 from bridgekit.config import ConfigError
-from bridgekit.model.batches import check_fit
 from bridgekit.model.bridge import Bridge
 from bridgekit.model.pair import load_pair
 from bridgekit.runs import (
@@ -32,6 +31,7 @@ from bridgekit.runs import (
 )  # fmt: skip
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.base import literal_prompt
+from bridgekit.train.data import check_fit
 from bridgekit.train.evaluator import Evaluator, tune_router
 from bridgekit.train.trainer import Job, train_bridge
 

@@ -19,12 +19,13 @@ import torch
 from safetensors import SafetensorError
 
 from bridgekit.config import Config, ConfigError
-from bridgekit.model.batches import SourceStates, TrainingSet, TrainingTexts
-from bridgekit.model.bridge import Bridge, Message, build_bridge
-from bridgekit.model.checkpoints import checkpoint_path, load_bridge
+from bridgekit.model.bridge import Bridge, build_bridge, checkpoint_path, load_bridge
+from bridgekit.model.message import Message
 from bridgekit.model.pair import Pair, load_pair
+from bridgekit.model.states import SourceStates
 from bridgekit.runs import read_run_config, read_status
 from bridgekit.tasks import Example, load_examples, units
+from bridgekit.train.data import TrainingSet, TrainingTexts
 from bridgekit.train.evaluator import Evaluator, sampler_seed
 from bridgekit.train.trainer import variant
 
@@ -32,7 +33,7 @@ BATCH = 64
 
 
 @dataclass
-class Opened:
+class Experiment:
     """A finished run with its pair and its bridges, in evaluation mode."""
 
     run: Path
@@ -41,6 +42,22 @@ class Opened:
     evaluator: Evaluator
     bridges: dict[str, Bridge]  # `bridged`, and `constant` where its checkpoint was kept
     test: list[Example]  # held-out problems; those about train units are left out
+
+    @classmethod
+    def load(cls, run: str | Path, source_model: str = "embedded", target_model: str = "embedded", device: str = "auto",
+             pair: Pair | None = None) -> "Experiment":  # fmt: skip
+        """A finished run with the pair it was trained on; anything else is refused in one line."""
+        return open_finished(run, source_model, target_model, device, pair)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return self.evaluator.layers
+
+    def source_states(self, examples: list[Example], condition: str = "bridged", cache_gb: float = 0) -> SourceStates:
+        return self.evaluator.source_states(condition, examples, cache_gb)
+
+    def decode_messages(self, condition: str, bridge: Bridge, examples, states, attention=None):
+        return self.evaluator.decode_messages(condition, bridge, examples, states, attention)
 
     def pick(self, group: str | None, n: int) -> list[Example]:
         """The first `n` test problems of a group, as many units as possible before one is asked twice."""
@@ -97,7 +114,7 @@ def encode_chunk(bridge: Bridge, states: SourceStates, chunk: np.ndarray, seeds:
 def open_finished(
     run: str | Path, source_model: str = "embedded", target_model: str = "embedded", device: str = "auto",
     pair: Pair | None = None,
-) -> Opened:  # fmt: skip
+) -> Experiment:  # fmt: skip
     """A finished run with the pair it was trained on; anything else is refused in one line.
 
     A kept run names the pair's folder on the machine that trained it, so the models are named here again; an empty
@@ -119,7 +136,7 @@ def open_finished(
     if checkpoint_path(run, "constant").is_file():
         bridges["constant"] = load_finished(run, "constant", variant(config, "constant"), pair, evaluator)
     test = [e for e in load_examples(config, pair.lexicon_seed, "test") if e.novelty != "seen"]
-    return Opened(run, config, pair, evaluator, bridges, test)
+    return Experiment(run, config, pair, evaluator, bridges, test)
 
 
 def check_finished(run: Path) -> None:

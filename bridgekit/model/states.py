@@ -1,0 +1,114 @@
+"""What a bridge reads: the source's token ids, their captured states, and which source tokens stand for which place.
+
+Shapes: B batch, S source tokens, L captured layers, D_s source hidden size.
+"""
+
+import numpy as np
+import torch
+
+from bridgekit.model.generation import pad_ids
+from bridgekit.model.pair import LanguageModel, split_prompts
+from bridgekit.tasks.base import Example, literal_prompt, source_prompt
+
+
+def read_source(lm: LanguageModel, examples: list[Example], view: str, solutions: dict[str, str]) -> list[list[int]]:
+    """Token ids of what the bridge reads: the source's prompt, with its own solution, or the facts alone."""
+    prompts = [source_prompt(e) for e in examples]
+    if view == "facts":
+        return [lm.bos + ids for ids in lm.tokenize([p.prefix for p in prompts])]
+    rows = [lm.bos + p.all for p in split_prompts(lm, prompts)]
+    if view == "solution":
+        said = lm.tokenize([solutions[e.id] for e in examples])
+        rows = [row + more for row, more in zip(rows, said, strict=True)]
+    return rows
+
+
+def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Example]) -> list[list[int]]:
+    """For each place of the target's literal prompt the source tokens that cover the same characters.
+
+    -> rows of from, to, from, to, ... ; both tokenizers cut the same text at other places, and the source's prompt may
+    have facts in front. BOS stands for BOS."""
+    rows = []
+    read = [source_prompt(e) for e in examples]
+    asked = [literal_prompt(e) for e in examples]
+    theirs = source.tokenizer([p.text for p in read], add_special_tokens=False, return_offsets_mapping=True)
+    ours = target.tokenizer([p.text for p in asked], add_special_tokens=False, return_offsets_mapping=True)
+    first = len(source.bos)
+    for p, q, mine, other in zip(read, asked, ours["offset_mapping"], theirs["offset_mapping"], strict=True):
+        shift = len(p.prefix) - len(q.prefix)
+        starts, ends = np.array(other).T
+        row = [0, first] * len(target.bos)
+        for a, b in mine:
+            start = int(np.searchsorted(ends, a + shift, "right"))  # the first token that ends after our first letter
+            row += [first + start, first + int(np.searchsorted(starts, b + shift, "left"))]
+        rows.append(row)
+    return rows
+
+
+class Ragged:
+    """Rows of unequal length, padded once; a batch is a gather, trimmed to its own longest row."""
+
+    def __init__(self, rows: list[list[int]], device: torch.device):
+        self.lengths = np.array([len(r) for r in rows])
+        self.ids, self.mask = pad_ids(rows, device)
+
+    def take(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T), (B, T)"""
+        width = int(self.lengths[indices].max())
+        rows = torch.from_numpy(indices).to(self.ids.device)
+        return self.ids[rows, :width], self.mask[rows, :width]
+
+
+class SourceStates:
+    """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked.
+
+    `spans` are the alignments of `align_tokens`, for an injector that needs them."""
+
+    def __init__(
+        self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float,
+        spans: list[list[int]] | None = None,
+    ):  # fmt: skip
+        self.lm, self.rows, self.layers = lm, rows, layers
+        self.spans = None if spans is None else Ragged(spans, lm.device)
+        self.lengths = np.array([len(r) for r in rows])
+        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
+        size = int(self.lengths.sum()) * len(layers) * lm.hidden_size * lm.dtype.itemsize
+        self.flat = self._compute_all() if size <= budget_gb * 1e9 else None
+
+    def _compute_all(self) -> torch.Tensor:
+        """(tokens of all prompts, L, D_s); prompts of like length go together, so little is padding"""
+        flat = torch.empty(
+            int(self.lengths.sum()),
+            len(self.layers),
+            self.lm.hidden_size,
+            dtype=self.lm.dtype,
+            device=self.lm.device,
+        )
+        order = np.argsort(self.lengths, kind="stable")
+        for i in range(0, len(order), 256):
+            chunk = order[i : i + 256]
+            states, mask = self._compute(chunk)
+            places = np.concatenate([np.arange(self.starts[j], self.starts[j] + self.lengths[j]) for j in chunk])
+            flat[torch.from_numpy(places).to(flat.device)] = states[mask]
+        return flat
+
+    def _compute(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = pad_ids([self.rows[i] for i in indices], self.lm.device)
+        return self.lm.hidden_states(ids, mask.long(), self.layers), mask
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, L, D_s), (B, S) on the target's device; padding is zero"""
+        if self.flat is None:
+            states, mask = self._compute(indices)
+        else:
+            lengths = self.lengths[indices]
+            places = self.starts[indices][:, None] + np.arange(lengths.max())
+            mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).to(self.flat.device)
+            places = torch.from_numpy(np.minimum(places, len(self.flat) - 1)).to(self.flat.device)
+            states = self.flat[places]
+        states = states * mask[..., None, None]
+        return states.to(device), mask.to(device)
+
+    def alignment(self, indices: np.ndarray, device: torch.device) -> torch.Tensor | None:
+        """(B, P, 2); a place beyond a row's own prompt has an empty span"""
+        return None if self.spans is None else self.spans.take(indices)[0].unflatten(1, (-1, 2)).to(device)

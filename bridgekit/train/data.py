@@ -1,0 +1,109 @@
+"""From examples to tensors: tokenized once, a batch is a pure function of the step.
+
+Shapes: B batch, S source tokens, L captured layers, D_s source hidden size, A answer tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from bridgekit.config import SOFT_INJECTORS, Config, ConfigError
+from bridgekit.model.pair import LanguageModel, Pair, Pieces, split_at_soft, split_prompts
+from bridgekit.model.states import Ragged, SourceStates
+from bridgekit.tasks.base import Example, Prompt, literal_prompt
+
+
+def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
+    """The examples of a step, a function of (seed, step) alone: resuming and other process counts follow."""
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {e: np.random.default_rng([seed, int(e)]).permutation(n) for e in np.unique(places // n)}
+    return np.array([orders[p // n][p % n] for p in places])
+
+
+def noise_seeds(seed: int, step: int, batch_size: int) -> np.ndarray:
+    """Sampler seeds of a step's slots."""
+    return np.random.default_rng([seed, step, 77]).integers(0, 2**31, batch_size)
+
+
+@dataclass
+class Batch:
+    states: torch.Tensor  # (B, S, L, D_s)
+    mask: torch.Tensor  # (B, S)
+    seeds: torch.Tensor  # (B,) of the sampler's noise
+    alignment: torch.Tensor | None  # (B, P, 2), for an injector that needs it
+    before: tuple[torch.Tensor, torch.Tensor]  # ids and mask of the target's text before the soft tokens
+    after: tuple[torch.Tensor, torch.Tensor]  # and after them, without the answer
+    literal: tuple[torch.Tensor, torch.Tensor]  # the whole literal prompt, for the KL teacher
+    labels: torch.Tensor  # (B, A), the answer with its end token
+    labels_mask: torch.Tensor  # (B, A)
+    marker: torch.Tensor  # (B, A), True on the tokens of `####`
+    final: tuple[torch.Tensor, torch.Tensor]  # the answer's last line, from `####` on, with its end token
+
+
+class TrainingTexts:
+    """What the target reads of all training examples, tokenized; shared by a bridge and its controls."""
+
+    def __init__(self, config: Config, target: LanguageModel, examples: list[Example]):
+        mode = config.bridge.train_prompt_mode
+        mode = config.bridge.prompt_mode if mode == "same" else mode
+        pieces = split_prompts(target, [literal_prompt(e) for e in examples])
+        before, after = split_rows(target, pieces, config.bridge.soft_position, mode)
+        answers, markers = tokenize_answers(target, [e.solution for e in examples])
+        finals = [a[m.index(1) if 1 in m else len(a) :] for a, m in zip(answers, markers, strict=True)]
+        first = config.loss.answer_tokens or None
+        answers, markers = [a[:first] for a in answers], [m[:first] for m in markers]
+        rows = [before, after, [target.bos + p.all for p in pieces], answers, markers, finals]
+        self.device = target.device
+        ragged = (Ragged(r, target.device) for r in rows)
+        self.before, self.after, self.literal, self.answers, self.markers, self.finals = ragged
+
+
+class TrainingSet:
+    """Texts and source states of all training examples; `batch` gathers what a step needs."""
+
+    def __init__(self, texts: TrainingTexts, states: SourceStates):
+        self.texts, self.states = texts, states
+
+    def batch(self, indices: np.ndarray, seeds: np.ndarray) -> Batch:
+        texts = self.texts
+        states, mask = self.states.batch(indices, texts.device)
+        labels, labels_mask = texts.answers.take(indices)
+        marker, _ = texts.markers.take(indices)
+        return Batch(
+            states, mask, torch.from_numpy(seeds).to(texts.device), self.states.alignment(indices, texts.device),
+            texts.before.take(indices), texts.after.take(indices), texts.literal.take(indices), labels, labels_mask,
+            marker.bool() & labels_mask, texts.finals.take(indices),
+        )  # fmt: skip
+
+
+def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str) -> tuple[list, list]:
+    """Rows of token ids before and after the soft tokens."""
+    both = [split_at_soft(lm, p, position, mode) for p in pieces]
+    return [b for b, _ in both], [a for _, a in both]
+
+
+def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+    """Answer ids ending in the end token, and for each token whether it belongs to the `####` marker."""
+    encoded = lm.tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
+    end = min(lm.eos_ids)
+    answers, markers = [], []
+    for text, ids, offsets in zip(solutions, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        start = text.rfind("####")
+        answers.append([*ids, end])
+        markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])
+    return answers, markers
+
+
+def check_fit(config: Config, pair: Pair, prompts: list[Prompt]) -> None:
+    """Refuse more soft tokens, text and answer than the target has positions."""
+    longest = max(len(p.all) for p in split_prompts(pair.target, prompts))
+    soft = config.bridge.n_soft_tokens if config.bridge.injector in SOFT_INJECTORS else 0
+    if soft == -1:
+        soft = min(2048, max(len(p.all) + 1 for p in split_prompts(pair.source, prompts)))
+    needed = 1 + soft + longest + config.eval.max_new_tokens
+    if needed > pair.target.max_positions:
+        raise ConfigError(
+            f"bridge.n_soft_tokens: {soft} soft tokens, {longest} prompt tokens and {config.eval.max_new_tokens} new "
+            f"ones need {needed} positions; the target has {pair.target.max_positions}: use fewer soft tokens"
+        )
