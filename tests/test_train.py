@@ -14,7 +14,7 @@ import safetensors
 import torch
 
 from bridgekit.config import CONTROLS, ConfigError
-from bridgekit.model import checkpoints
+from bridgekit.model import bridge as checkpoints
 from bridgekit.model.bridge import build_bridge
 from bridgekit.runs import create_run, find_eval, load_eval, read_jsonl, read_status
 from bridgekit.tasks import load_examples
