@@ -19,7 +19,7 @@ from pathlib import Path
 import yaml
 
 from bridgekit import keys
-from bridgekit.keys import BY_NAME, DEFAULTS, FILE_OBJECT, KEYS, SECTIONS, holds, is_path
+from bridgekit.keys import BY_NAME, DEFAULTS, FILE_OBJECT, KEYS, NEVER, OPTIONS, SECTIONS, holds, is_path
 
 # The package takes the names of a configuration's parts from here.
 CONDITIONS, CONTROLS, COMPUTED, GROUPS = keys.CONDITIONS, keys.CONTROLS, keys.COMPUTED, keys.GROUPS
@@ -151,7 +151,7 @@ def describe_keys() -> str:
         allowed, only = known.metadata["allowed"], known.metadata["matters_if"]
         limits = allowed if isinstance(allowed, str) else "one of " * bool(allowed) + ", ".join(filter(None, allowed))
         kind = f"{'list' if isinstance(known.default, tuple) else known.type.__name__}, {_plain(known.default)!r}"
-        effect = {"": "", keys.NEVER: "; changes no result"}.get(only, f"; only if {only}")
+        effect = {"": "", NEVER: "; changes no result"}.get(only, f"; only if {only}")
         lines.append(f"  {name} ({kind}{'; ' if limits else ''}{limits}): {known.metadata['meaning']}{effect}")
     return "\n".join(lines)
 
@@ -238,7 +238,7 @@ def check_rules(c: Config) -> None:
         ("train.controls", idle, f"{', '.join(idle)} would have no loss, because a constant is trained without flow, "
          "InfoNCE and prompt alignment: give another loss a weight, or leave it out"),
     ]  # fmt: skip
-    for key, options in keys.OPTIONS.items():
+    for key, options in OPTIONS.items():
         why = f"{key} '{flat[key]}' takes no options, only an object of your own does"
         rules.append((options, flat[options] and not is_path(flat[key]), why))
     for key, broken, why in rules:
@@ -286,7 +286,7 @@ def effective_settings(flat: dict[str, object], seed: bool = True) -> dict[str, 
     no_text, no_prefix = {mode, train_mode} <= {"soft_only", "same"}, whole["task.task"] == "units"
     for name, value in flat.items():
         only = KEYS[name].metadata["matters_if"] if name in KEYS else ""
-        if only == keys.NEVER or only and not holds(only, whole) or name == "run.seed" and not seed:
+        if only == NEVER or only and not holds(only, whole) or name == "run.seed" and not seed:
             continue
         if name == "bridge.soft_position" and (no_text or no_prefix and value == "question"):
             value = "start"  # without text there is one place; without a shared prefix `question` is the start
@@ -300,5 +300,8 @@ def differences(a: dict[str, object], b: dict[str, object]) -> tuple[dict, dict]
     first, second = effective_settings(a), effective_settings(b)
     apart = {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
     effective = {name: pair for name, pair in apart.items() if first.get(name) != second.get(name)}
-    hidden = [name for name, known in KEYS.items() if known.metadata["matters_if"] == keys.NEVER]
+    hidden = [name for name, known in KEYS.items() if known.metadata["matters_if"] == NEVER]
     return effective, {name: pair for name, pair in apart.items() if name not in effective and name not in hidden}
+
+
+read_parameters = load_parameters  # the former name, until all callers have changed

@@ -12,7 +12,7 @@ from __future__ import annotations
 import typing
 
 from bridgekit import config as configuration
-from bridgekit.keys import KEYS, NEVER
+from bridgekit.config import KEYS, NEVER
 
 if typing.TYPE_CHECKING:
     from bridgekit.audit.runfolders import RunRecord

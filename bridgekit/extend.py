@@ -19,8 +19,7 @@ from pathlib import Path
 
 import yaml
 
-from bridgekit.config import Config, ConfigError, check_type, is_path, to_flat
-from bridgekit.keys import OPTIONS
+from bridgekit.config import OPTIONS, Config, ConfigError, check_type, is_path, to_flat
 from bridgekit.runs import hash_file, write_bytes_atomic, write_text_atomic
 
 # What an object must be: {key: (is it a class, the arguments that it is given, the methods that it must have)}
@@ -65,34 +64,32 @@ def _import_file(key: str, path: Path, module_name: str) -> None:
 def check_contract(key: str, made: object) -> None:
     """Refuse an object that cannot be what the key names."""
     is_class, given, methods = CONTRACTS[key]
-    kind = f"a class with __init__({', '.join(given)}, **options)" if is_class else "a class, an instance or a function"
+    missing = [name for name in methods if not callable(getattr(made, name, None))]
+    why = f"has no {missing[0]}()" if missing else ""
     if is_class and not inspect.isclass(made):
-        raise ConfigError(f"{key}: {describe_place(made)}: must be {kind}, got {type(made).__name__}")
-    for method in methods:
-        if not callable(getattr(made, method, None)):
-            raise ConfigError(
-                f"{key}: {describe_place(made)}: has no {method}(): must be {kind} with {', '.join(methods)}"
-            )
-    positional = [
-        p for p in _parameters(made) if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.VAR_POSITIONAL)
-    ]
-    if is_class and len(positional) < len(given) and not any(p.kind == p.VAR_POSITIONAL for p in positional):
-        raise ConfigError(f"{key}: {describe_place(made)}: must be {kind}; it takes only {len(positional)} arguments")
+        why = f"must be a class, got {type(made).__name__}"
+    elif is_class and not why:
+        try:
+            inspect.signature(made).bind_partial(*given)
+        except TypeError:
+            why = f"must be made as {made.__name__}({', '.join(given)}, **options)"
+    if why:
+        raise ConfigError(f"{key}: {describe_place(made)} {why}")
 
 
 def parse_options(key: str, made: Callable, options: Sequence[str]) -> dict[str, object]:
     """`name=value` texts as keyword arguments, values read as YAML; what the callable does not take is refused."""
     key = next(k for k, options_key in OPTIONS.items() if key in (k, options_key))
     is_class, given, _ = CONTRACTS[key]
-    taken = _parameters(made)
+    taken = list(inspect.signature(made).parameters.values()) if callable(made) else []
     taken = taken[len(given) :] if is_class else [p for p in taken if p.name not in given]
-    named = {p.name: p for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_all, found = any(p.kind == p.VAR_KEYWORD for p in taken), {}
+    named = {p.name: p.default for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    found: dict[str, object] = {}
     for text in options:
         name, equals, value = text.partition("=")
         if not equals or name in found:
             raise ConfigError(f"{OPTIONS[key]}: '{text}': write each option once, as name=value")
-        if name not in named and not takes_all:
+        if name not in named and not any(p.kind == p.VAR_KEYWORD for p in taken):
             near = difflib.get_close_matches(name, named, n=1, cutoff=0.0)
             hint = f"did you mean '{near[0]}'?" if near else "it takes none"
             raise ConfigError(f"{OPTIONS[key]}: {describe_place(made)} takes no option '{name}': {hint}")
@@ -100,10 +97,9 @@ def parse_options(key: str, made: Callable, options: Sequence[str]) -> dict[str,
             found[name] = yaml.safe_load(value)
         except yaml.YAMLError:
             raise ConfigError(f"{OPTIONS[key]}: '{text}': its value is not valid YAML") from None
-        default = named[name].default if name in named else None
-        if type(default) in (bool, int, float, str):
-            found[name] = check_type(f"{OPTIONS[key]}: {name}", type(default), found[name])
-    if missing := [name for name, p in named.items() if p.default is p.empty and name not in found]:
+        if (kind := type(named.get(name))) in (bool, int, float, str):  # of the default
+            found[name] = check_type(f"{OPTIONS[key]}: {name}", kind, found[name])
+    if missing := [name for name, default in named.items() if default is inspect.Parameter.empty and name not in found]:
         raise ConfigError(
             f"{OPTIONS[key]}: {describe_place(made)} needs option '{missing[0]}': give {missing[0]}=<value>"
         )
@@ -122,13 +118,9 @@ def describe_place(made: object) -> str:
     """`file.py:12 Object`: where an object of the user's is defined."""
     found = made if inspect.isclass(made) or inspect.isroutine(made) else type(made)
     try:
-        return f"{inspect.getsourcefile(found)}:{inspect.getsourcelines(found)[1]} {found.__name__}"
-    except (OSError, TypeError):
+        return f"{Path(inspect.getsourcefile(found)).name}:{inspect.getsourcelines(found)[1]} {found.__name__}"
+    except (OSError, TypeError):  # a number, a list: it has no source
         return repr(made)
-
-
-def _parameters(made: object) -> list[inspect.Parameter]:
-    return list(inspect.signature(made).parameters.values()) if callable(made) else []
 
 
 def copy_code(config: Config, folder: str | Path) -> None:

@@ -11,7 +11,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import (
+    FILE_OBJECT,
     KEYS,
+    NEVER,
     Config,
     ConfigError,
     build_config,
@@ -20,12 +22,12 @@ from bridgekit.config import (
     differences,
     dump_config,
     effective_settings,
+    is_path,
     load_config,
     parse_override,
     resolve_key,
     to_flat,
 )
-from bridgekit.keys import FILE_OBJECT, NEVER, is_path
 
 
 def refuse(*named: str, **values) -> str:

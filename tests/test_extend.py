@@ -103,9 +103,9 @@ def test_what_is_not_there_is_refused(project):
     ("key", "name", "named"),
     [
         ("bridge.producer", "not_a_class", ["must be a class", "got int"]),
-        ("bridge.producer", "answer_length", ["must be a class", "parts.py:20"]),
-        ("bridge.producer", "Task", ["parts.py:24 Task", "has no forward()"]),
-        ("bridge.producer", "Short", ["takes only 1", "n_layers"]),
+        ("bridge.producer", "answer_length", ["parts.py:20 answer_length must be a class"]),
+        ("bridge.producer", "Task", ["parts.py:24 Task has no forward()"]),
+        ("bridge.producer", "Short", ["parts.py:10 Short must be made as Short(config, n_layers"]),
         ("bridge.injector", "Mean", ["has no soft()"]),
         ("task.task", "Mean", ["has no examples()"]),
         ("loss.extra", "not_a_class", ["has no __call__()"]),

@@ -25,8 +25,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from bridgekit import extend
-from bridgekit.config import Config, ConfigError, check_models, is_path, to_flat
-from bridgekit.keys import OPTIONS
+from bridgekit.config import OPTIONS, Config, ConfigError, check_models, is_path, to_flat
 from bridgekit.runs import read_jsonl
 from bridgekit.tasks.answers import INVALID, answer_is_complete, extract_answer
 

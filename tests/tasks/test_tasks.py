@@ -34,9 +34,9 @@ def capitals(tmp_path, monkeypatch):
         (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     def make(**changes):
-        values = {"task": "capitals.py:Capitals", "data": "data", "n_train": 6, "n_val": 4, "n_test": 5,
-                  "val_samples": 4, "conditions": ["source", "target", "bridged"], "controls": ["constant"]}  # fmt: skip
-        return load_config(**(values | changes))
+        sizes = {"n_train": 6, "n_val": 4, "n_test": 5, "val_samples": 4}
+        asked = {"conditions": ["source", "target", "bridged"], "controls": ["constant"]}
+        return load_config(**({"task": "capitals.py:Capitals", "data": "data"} | sizes | asked | changes))
 
     return make
 
