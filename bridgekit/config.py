@@ -1,147 +1,48 @@
-"""Strict run configuration: typed sections, refused typos, YAML in and out.
+"""Strict run configuration: typed sections, refused typos, YAML in and out, and what makes two runs differ.
 
     config = load_config("parameters/phase1.yaml", overrides=["train.steps=200"])
+    effective, inert = differences(to_flat(config), to_flat(other))
 
-A key may be given as `section.name` or by its name alone, because names are unique across sections: that is what
-lets a notebook's flat parameters cell and dotted overrides be one mechanism. Nothing here imports torch.
+A key is `section.name` or its name alone, because names are unique across sections: that is what lets a notebook's flat
+parameters cell and dotted overrides be one mechanism. The keys themselves stand in keys.py. Nothing here imports torch.
 """
 
 import dataclasses
 import difflib
+import math
+import re
 import typing
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-from bridgekit.limits import (  # noqa: F401 (names of a configuration's parts: the package takes them from here)
-    COMPUTED,
-    CONDITIONS,
-    CONTROLS,
-    GROUPS,
-    INJECTORS,
-    PRODUCERS,
-    SOFT_INJECTORS,
-    ConfigError,
-    check_values,
-)
+from bridgekit import keys
+from bridgekit.keys import BY_NAME, DEFAULTS, FILE_OBJECT, KEYS, NEVER, OPTIONS, SECTIONS, holds, is_path
+
+# The package takes the names of a configuration's parts from here.
+CONDITIONS, CONTROLS, COMPUTED, GROUPS = keys.CONDITIONS, keys.CONTROLS, keys.COMPUTED, keys.GROUPS
+PRODUCERS, INJECTORS, SOFT_INJECTORS = keys.PRODUCERS, keys.INJECTORS, keys.SOFT_INJECTORS
+FORMAT = 2  # of a written configuration; a file without `format:` is of format 1 and stays readable
+EMBEDDED = Path(__file__).parent / "model" / "embedded_pair"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    name: str = "phase1"  # the run folder is runs_dir/<name>_<timestamp>
-    runs_dir: str = "runs"
-    cache_dir: str = "runs/.cache"  # baselines of frozen models, by content
-    seed: int = 1  # of the bridge's initialisation, its examples and its sampler noise
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    source_model: str = "embedded"  # `embedded`, a local folder, or a hub id
-    target_model: str = "embedded"
-    direction: str = "forward"  # `swapped` exchanges the two
-    source_device: str = "auto"
-    target_device: str = "auto"
-    dtype: str = "auto"  # float32 on CPU, bfloat16 on GPU
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    task: str = "units"  # invented units, where the truth about who knows what is known | `gsm8k`, real questions
-    data: str = ""  # of real questions: a folder with train.jsonl and test.jsonl (`bridgekit fetch`)
-    n_shots: int = 0  # of real questions: solved training questions in front of each
-    variant: str = "weights"  # where the source has the facts: `weights` or its `context`
-    n_facts: int = 4  # facts in the context variant
-    vary_facts: bool = False  # train on contexts of 1, 2, 4, ... facts, up to n_facts: few are learned before many
-    data_seed: int = 1
-    n_train: int = 16384
-    n_val: int = 512
-    n_test: int = 2000
-    source_only_share: float = -1.0  # of the training mix; -1 keeps the natural mix
-    train_units_share: float = 1.0  # nested subsets of the train units, for the generalisation curve
-    train_values_share: float = 1.0  # train on the units of that share of the values alone: is a value composed?
-
-
-@dataclass(frozen=True, kw_only=True)
-class Bridge:
-    producer: str = "resampler"
-    injector: str = "prefix"
-    n_soft_tokens: int = 16  # -1: as many as the source prompt has, at most 2,048
-    soft_position: str = "start"  # `start` after BOS | `question` after a shared prefix | `end` after the question
-    prompt_mode: str = "auto"  # `soft_plus_text`, or `soft_only` without the literal question; auto: by the teacher
-    train_prompt_mode: str = "same"  # the seeds trained in another mode than they evaluated
-    source_view: str = "prompt"  # `solution` adds the source's own worked answer | `facts` the context alone
-    source_layers: str = "auto"  # comma-separated hidden-state indices; auto: at 0.6, 0.8 and all of the depth
-    queries: str = "learned"  # what a soft token starts from; `local`: also from its own stretch of the source
-    source_projection: bool = False  # learnable, identity at the start
-    rms_match: bool = True
-    inject_layers: str = "auto"  # target layers that a residual or kv injector works on; auto: eight, spread evenly
-    bridge_dim: int = 192
-    depth: int = 2
-    heads: int = 6
-    dropout: float = 0.0
-    state_dropout: float = 0.0  # on the source states themselves: against learning train words by heart
-    dit_steps_train: int = 4
-    dit_steps_eval: int = 4
-    dit_condition: str = "cross"  # `mean` and `attention` pool the source into one vector
-    dit_prediction: str = "tokens"  # what the network predicts at each step: `tokens` or `velocity`
-    dit_tokens: str = "sampled"  # `teacher`: training tokens come from noised gold embeddings, as in the seeds
-    teacher: str = "answer"  # what flow and prompt alignment imitate: `answer` or `prompt` embeddings
-
-
-@dataclass(frozen=True, kw_only=True)
-class Loss:
-    nll_weight: float = 1.0
-    answer_tokens: int = 0  # first answer tokens that are supervised at all; 0: all. Fewer cost less per step
-    kl_weight: float = 0.0
-    kl_tokens: int = 0  # first answer tokens compared; 0: all
-    prompt_weight: float = 0.0
-    info_nce_weight: float = 0.0
-    info_nce_temperature: float = 0.07
-    format_weight: float = 0.0
-    flow_weight: float = 0.0
-    decode_weight: float = 0.0  # the bridged target answers freely, and a loss on what it said reaches the bridge
-    decode_estimator: str = "own_steps"  # gold answer after its own steps, or `policy_gradient` on right and wrong
-    decode_every: int = 10  # training steps from one such decoding to the next
-    decode_batch: int = 16  # questions decoded, over all processes
-    decode_samples: int = 4  # answers sampled to a question (policy_gradient)
-    decode_tokens: int = 64  # new tokens at most
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    steps: int = 500
-    batch_size: int = 32  # over all processes
-    lr: float = 1.0e-3
-    warmup_steps: int = 40
-    weight_decay: float = 0.01
-    grad_clip: float = 1.0
-    eval_every: int = 100
-    val_samples: int = 256
-    patience: int = 0  # evaluations without a better validation accuracy before stopping; 0: never
-    cache_states_gb: float = 4.0  # frozen source states are kept when they fit in this
-    num_processes: int = 1
-    controls: tuple[str, ...] = ("constant", "constant_natural")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Eval:
-    eval_samples: int = -1  # test problems; -1: all of n_test
-    eval_batch_size: int = 128
-    max_new_tokens: int = 96
-    conditions: tuple[str, ...] = tuple(c for c in CONDITIONS if c not in CONTROLS)
-    noise_floor: bool = False  # evaluate `bridged` at a second batch size and report flipped answers
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is one line that names the key and the way out."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    run: Run = field(default_factory=Run)
-    pair: Pair = field(default_factory=Pair)
-    task: Task = field(default_factory=Task)
-    bridge: Bridge = field(default_factory=Bridge)
-    loss: Loss = field(default_factory=Loss)
-    train: Train = field(default_factory=Train)
-    eval: Eval = field(default_factory=Eval)
+    """All of a run."""
+
+    run: keys.Run = field(default_factory=keys.Run)
+    pair: keys.Pair = field(default_factory=keys.Pair)
+    task: keys.Task = field(default_factory=keys.Task)
+    bridge: keys.Bridge = field(default_factory=keys.Bridge)
+    loss: keys.Loss = field(default_factory=keys.Loss)
+    train: keys.Train = field(default_factory=keys.Train)
+    eval: keys.Eval = field(default_factory=keys.Eval)
 
     def with_(self, **changes) -> "Config":
         """A copy with some keys changed, checked like any other configuration."""
@@ -152,93 +53,41 @@ class Config:
         return self.task.n_test if self.eval.eval_samples == -1 else self.eval.eval_samples
 
 
-SECTIONS = {f.name: f.default_factory for f in fields(Config)}
-KEYS = {f"{section}.{f.name}": f for section, cls in SECTIONS.items() for f in fields(cls)}
-BY_NAME = {key.split(".")[1]: key for key in KEYS}
+# ---- reading and writing --------------------------------------------------------------------------------------------
 
 
 def resolve_key(name: str) -> str:
     """The dotted key for a full or short name; an unknown one is refused with its nearest neighbour."""
-    key = name if name in KEYS else BY_NAME.get(name)
-    if key is None:
+    found = name if name in KEYS else BY_NAME.get(name)
+    if found is None:
         near = difflib.get_close_matches(str(name), [*KEYS, *BY_NAME], n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown parameter '{name}': did you mean '{near}'? (all keys: bridgekit config --help)")
-    return key
+    return found
 
 
 def parse_override(text: str) -> tuple[str, object]:
     """`train.steps=200` to (key, value); the value is read as YAML, then held to the key's type."""
-    if "=" not in text:
+    name, equals, value = text.partition("=")
+    if not equals:
         raise ConfigError(f"override '{text}': write it as key=value")
-    name, value = text.split("=", 1)
     try:
         return resolve_key(name.strip()), yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override '{text}': its value is not valid YAML") from None
 
 
-def check_type(key: str, value: object) -> object:
-    """Hold a value to its field's type; an int may stand for a float, nothing else is converted."""
-    kind = KEYS[key].type
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise ConfigError(f"{key}: expected a list of names, got {value!r}")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not kind:
-        hint = ""
-        if kind in (int, float) and isinstance(value, str) and _is_number(value):
-            hint = f" (YAML reads {value} as text: write 1.0e-4 with a dot and a signed exponent)"
-        raise ConfigError(f"{key}: expected {kind.__name__}, got {type(value).__name__} {value!r}{hint}")
-    return value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def build_config(flat: dict[str, object]) -> Config:
-    """A checked Config from {key: value}; keys may be short or dotted."""
-    sections: dict[str, dict] = {name: {} for name in SECTIONS}
-    for name, value in flat.items():
-        key = resolve_key(name)
-        section, leaf = key.split(".")
-        sections[section][leaf] = check_type(key, value)
-    config = Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
-    if config.bridge.prompt_mode == "auto":  # resolved once, so that a run folder says which it was
-        config = dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, prompt_mode=prompt_mode(config)))
-    check_values(config, to_flat(config))
-    return config
-
-
-def prompt_mode(config: Config) -> str:
-    """What `auto` means: tokens taught to be the prompt stand in its place, all others stand beside it."""
-    taught = config.loss.prompt_weight > 0 or config.loss.flow_weight > 0 or config.bridge.dit_tokens == "teacher"
-    has_tokens = config.bridge.injector in SOFT_INJECTORS
-    return "soft_only" if config.bridge.teacher == "prompt" and taught and has_tokens else "soft_plus_text"
-
-
-def load_config(path: str | Path | None = None, overrides: typing.Sequence[str] = (), **values) -> Config:
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values) -> Config:
     """Read a flat or sectioned YAML file, then keyword values, then dotted overrides; later ones win."""
-    flat: dict[str, object] = {}
-    if path is not None:
-        flat |= read_parameters(path)
-        own = flat.pop("overrides", None) or []
-        if not isinstance(own, list) or not all(isinstance(o, str) for o in own):
-            raise ConfigError(f"{path}: overrides: expected a list of key=value texts, got {own!r}")
-        overrides = [*own, *overrides]
-    flat = {resolve_key(k): v for k, v in flat.items()}
-    flat |= {resolve_key(k): v for k, v in values.items()}
-    flat |= dict(parse_override(o) for o in overrides)
-    return build_config(flat)
+    flat = {} if path is None else load_parameters(path)
+    of_file = flat.pop("overrides", None) or []
+    flat.pop("notebook", None)  # for which notebook the file is
+    if not isinstance(of_file, list) or not all(isinstance(o, str) for o in of_file):
+        raise ConfigError(f"{path}: overrides: expected a list of key=value texts, got {of_file!r}")
+    flat = {resolve_key(k): v for k, v in flat.items()} | {resolve_key(k): v for k, v in values.items()}
+    return build_config(flat | dict(parse_override(o) for o in [*of_file, *overrides]))
 
 
-def read_parameters(path: str | Path) -> dict[str, object]:
+def load_parameters(path: str | Path) -> dict[str, object]:
     """The parameters of a YAML file as {name: value}; sections are flattened, `overrides` stays a list."""
     path = Path(path)
     if not path.is_file():
@@ -249,24 +98,210 @@ def read_parameters(path: str | Path) -> dict[str, object]:
         raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
+    written_as = loaded.pop("format", 1)
+    if type(written_as) is not int or not 1 <= written_as <= FORMAT:
+        raise ConfigError(f"{path}: format {written_as!r} is not known here (1 to {FORMAT} are): update bridgekit")
     flat: dict[str, object] = {}
     for name, value in loaded.items():
-        if name in SECTIONS and isinstance(value, dict):
-            flat |= {f"{name}.{leaf}": v for leaf, v in value.items()}
-        else:
-            flat[name] = value
+        inside = name in SECTIONS and isinstance(value, dict)
+        flat |= {f"{name}.{leaf}": v for leaf, v in value.items()} if inside else {name: value}
     return flat
 
 
+def build_config(flat: dict[str, object]) -> Config:
+    """A checked Config from {key: value}; keys may be short or dotted."""
+    sections: dict[str, dict] = {name: {} for name in SECTIONS}
+    for name, value in flat.items():
+        section, leaf = resolve_key(name).split(".")
+        sections[section][leaf] = check_type(f"{section}.{leaf}", KEYS[f"{section}.{leaf}"].type, value)
+    config = Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
+    if config.bridge.prompt_mode == "auto":  # resolved once, so that a run folder says which it was
+        config = dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, prompt_mode=prompt_mode(config)))
+    for name, value in to_flat(config).items():
+        check_value(name, value)
+    check_rules(config)
+    return config
+
+
+def prompt_mode(config: Config) -> str:
+    """What `auto` means: tokens taught to be the prompt stand in its place, all others stand beside it."""
+    taught = config.loss.prompt_weight > 0 or config.loss.flow_weight > 0 or config.bridge.dit_tokens == "teacher"
+    has_tokens = config.bridge.injector in SOFT_INJECTORS
+    return "soft_only" if config.bridge.teacher == "prompt" and taught and has_tokens else "soft_plus_text"
+
+
 def to_flat(config: Config) -> dict[str, object]:
-    return {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in KEYS}
+    return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in KEYS}
 
 
 def dump_config(config: Config) -> str:
     """YAML text that `load_config` reads back to an equal Config."""
     nested = dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
-    return yaml.safe_dump(nested, sort_keys=False)
+    return yaml.safe_dump({"format": FORMAT} | nested, sort_keys=False)
 
 
 def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
+
+
+def describe_keys() -> str:
+    """Every key in a line: type, default, what is allowed, its meaning, and when it has an effect."""
+    lines = ["keys, as section.name or name alone:"]
+    for name, known in KEYS.items():
+        allowed, only = known.metadata["allowed"], known.metadata["matters_if"]
+        limits = allowed if isinstance(allowed, str) else "one of " * bool(allowed) + ", ".join(filter(None, allowed))
+        kind = f"{'list' if isinstance(known.default, tuple) else known.type.__name__}, {_plain(known.default)!r}"
+        effect = {"": "", NEVER: "; changes no result"}.get(only, f"; only if {only}")
+        lines.append(f"  {name} ({kind}{'; ' if limits else ''}{limits}): {known.metadata['meaning']}{effect}")
+    return "\n".join(lines)
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def check_type(name: str, kind: type, value: object) -> object:
+    """Hold a value to its key's type; an int may stand for a float, nothing else is converted."""
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise ConfigError(f"{name}: expected a list of names, got {value!r}")
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
+        hint = f" (YAML reads {value} as text: write 1.0e-4 with a dot and a signed exponent)" if is_number else ""
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {type(value).__name__} {value!r}{hint}")
+    return value
+
+
+def check_value(name: str, value: object) -> None:
+    """Refuse a value outside its key's names or limits."""
+    allowed = KEYS[name].metadata["allowed"]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{name}: must be a finite number, got {value}")
+    if isinstance(allowed, str):
+        if allowed and not holds(allowed, {}, value):
+            raise ConfigError(f"{name}: must be {allowed}, got {value!r}")
+        return
+    for one in (value if isinstance(value, tuple) else (value,)) if allowed else ():
+        if one not in allowed and not (FILE_OBJECT in allowed and is_path(one)):
+            near = difflib.get_close_matches(one, allowed, n=1, cutoff=0.0)[0]
+            names = ", ".join(filter(None, allowed))
+            raise ConfigError(f"{name}: '{one}' is not one of {names} (nearest: {near})")
+
+
+def check_rules(c: Config) -> None:
+    """Refuse settings that exclude each other; the message names the key and the way out."""
+    task, bridge, loss, flat, n = c.task, c.bridge, c.loss, to_flat(c), c.train.num_processes
+    units, gsm8k, kv = task.task == "units", task.task == "gsm8k", bridge.injector == "kv"
+    decodes, samples = loss.decode_weight > 0, loss.decode_estimator == "policy_gradient"
+    has_flow = holds(keys.DIT, flat) or bridge.producer == "constant"
+    is_device = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?").fullmatch
+    device, multiple = "must be auto, cpu, mps, cuda or cuda:<number>", f"must be a multiple of num_processes ({n})"
+    no_groups = f"task {task.task} has no knowledge groups: {{}} must stay {{}}".format
+    pairs = "injector kv pairs the tokens of both prompts: set {}".format
+    missing = [name for name in ("source", "target", "bridged") if name not in c.eval.conditions]
+    idle = [name for name in c.train.controls if name != "self_bridge" and not has_loss(c, as_control=True)]
+    rules = [  # (key, refused if, why)
+        ("run.name", not re.fullmatch(r"[A-Za-z0-9_.-]+", c.run.name), "use letters, digits, '_', '-' and '.'"),
+        ("pair.source_device", not is_device(c.pair.source_device), device),
+        ("pair.target_device", not is_device(c.pair.target_device), device),
+        ("bridge.heads", bridge.bridge_dim % bridge.heads, f"must divide bridge_dim ({bridge.bridge_dim})"),
+        ("eval.eval_samples", c.eval.eval_samples > task.n_test, f"must be at most n_test ({task.n_test}), or -1"),
+        ("train.val_samples", c.train.val_samples > task.n_val, f"must be at most n_val ({task.n_val})"),
+        ("train.batch_size", c.train.batch_size % n, multiple),
+        ("loss.decode_batch", decodes and loss.decode_batch % n, multiple),
+        ("loss.decode_samples", decodes and samples and loss.decode_samples < 2,
+         "policy_gradient compares answers to one question: use 2 or more"),
+        ("loss.flow_weight", loss.flow_weight and not has_flow, "needs bridge.producer: dit, nothing else has a flow"),
+        ("loss.extra_weight", loss.extra_weight and not loss.extra, f"needs loss.extra={FILE_OBJECT}"),
+        ("task.n_shots", units and task.n_shots, "task units has no solved questions in front: leave it at 0"),
+        ("task.data", gsm8k and not task.data,
+         "task gsm8k needs a folder with train.jsonl and test.jsonl (`bridgekit fetch gsm8k --out DIR`)"),
+        ("task.variant", not units and task.variant != "weights", no_groups("task.variant", "'weights'")),
+        ("task.train_units_share", not units and task.train_units_share != 1, no_groups("train_units_share", 1)),
+        ("task.train_values_share", not units and task.train_values_share != 1, no_groups("train_values_share", 1)),
+        ("task.source_only_share", gsm8k and task.source_only_share != -1, no_groups("task.source_only_share", -1)),
+        ("eval.conditions", gsm8k and "target_told" in c.eval.conditions,
+         "'target_told' needs the fact in words, which task gsm8k does not have: leave it out"),
+        ("train.controls", not units and task.source_only_share == -1 and "constant_natural" in c.train.controls,
+         f"'constant_natural' is 'constant' again in task {task.task}, which has one mix: leave it out"),
+        ("bridge.source_view", bridge.source_view == "facts" and task.variant != "context",
+         "`facts` needs task.variant: context"),
+        ("bridge.source_view", kv and bridge.source_view == "facts", pairs("source_view=prompt")),
+        ("bridge.n_soft_tokens", kv and bridge.n_soft_tokens != -1, pairs("n_soft_tokens=-1")),
+        ("bridge.prompt_mode", kv and bridge.prompt_mode != "soft_plus_text", pairs("prompt_mode=soft_plus_text")),
+        ("bridge.train_prompt_mode", kv and bridge.train_prompt_mode == "soft_only", pairs("train_prompt_mode=same")),
+        ("eval.conditions", missing, f"needs {', '.join(missing)}: every verdict compares source, target and bridged"),
+        ("loss.nll_weight", not has_loss(c), "a training step would have no loss: give one a weight above 0"
+         + (", or set loss.decode_every=1" if decodes else "")),
+        ("train.controls", idle, f"{', '.join(idle)} would have no loss, because a constant is trained without flow, "
+         "InfoNCE and prompt alignment: give another loss a weight, or leave it out"),
+    ]  # fmt: skip
+    for key, options in OPTIONS.items():
+        why = f"{key} '{flat[key]}' takes no options, only an object of your own does"
+        rules.append((options, flat[options] and not is_path(flat[key]), why))
+    for key, broken, why in rules:
+        if broken:
+            raise ConfigError(f"{key}: {why}, got {flat[key]!r}")
+
+
+def has_loss(config: Config, as_control: bool = False) -> bool:
+    """Whether every training step has a loss; a constant control does without flow, InfoNCE and prompt alignment."""
+    loss = config.loss
+    weights = [loss.nll_weight, loss.kl_weight, loss.format_weight, loss.extra_weight]
+    weights += [loss.decode_weight] if loss.decode_every == 1 else []
+    if not as_control:
+        weights += [loss.prompt_weight, loss.info_nce_weight]
+        weights += [loss.flow_weight] if holds(keys.DIT, to_flat(config)) else []
+    return any(weights) or config.train.steps == 0
+
+
+def resolve_model_folder(key: str, model: str) -> Path | None:
+    """The local folder of a model, or None for a hub id; a folder that is not there is refused."""
+    if model == "embedded":
+        return EMBEDDED / key.split("_")[0]
+    path = Path(model)
+    looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local and not (path / "config.json").is_file():
+        raise ConfigError(f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
+    return path if looks_local else None
+
+
+def check_models(config: Config) -> None:
+    """Refuse a missing pair before any run folder is made or GPU taken."""
+    for key in ("source_model", "target_model"):
+        folder = resolve_model_folder(key, getattr(config.pair, key))
+        if folder is not None and not any(folder.glob("*.safetensors")):
+            raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`")
+
+
+# ---- what makes two runs differ -------------------------------------------------------------------------------------
+
+
+def effective_settings(flat: dict[str, object], seed: bool = True) -> dict[str, object]:
+    """The settings that can change a result; without `seed` those of replicates are equal. Unknown keys are kept."""
+    whole, kept = DEFAULTS | flat, {}
+    mode, train_mode = whole["bridge.prompt_mode"], whole["bridge.train_prompt_mode"]
+    no_text, no_prefix = {mode, train_mode} <= {"soft_only", "same"}, whole["task.task"] == "units"
+    for name, value in flat.items():
+        only = KEYS[name].metadata["matters_if"] if name in KEYS else ""
+        if only == NEVER or only and not holds(only, whole) or name == "run.seed" and not seed:
+            continue
+        if name == "bridge.soft_position" and (no_text or no_prefix and value == "question"):
+            value = "start"  # without text there is one place; without a shared prefix `question` is the start
+        kept[name] = "same" if name == "bridge.train_prompt_mode" and value == mode else value
+    return kept
+
+
+def differences(a: dict[str, object], b: dict[str, object]) -> tuple[dict, dict]:
+    """{key: (in a, in b)} of the settings that differ: those with an effect, and those without one."""
+    a, b = ({name: _plain(value) for name, value in (DEFAULTS | flat).items()} for flat in (a, b))
+    first, second = effective_settings(a), effective_settings(b)
+    apart = {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
+    effective = {name: pair for name, pair in apart.items() if first.get(name) != second.get(name)}
+    hidden = [name for name, known in KEYS.items() if known.metadata["matters_if"] == NEVER]
+    return effective, {name: pair for name, pair in apart.items() if name not in effective and name not in hidden}
+
+
+read_parameters = load_parameters  # the former name, until all callers have changed

@@ -11,20 +11,23 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import (
-    CONDITIONS,
-    CONTROLS,
+    FILE_OBJECT,
     KEYS,
+    NEVER,
     Config,
     ConfigError,
     build_config,
-    check_type,
+    check_models,
+    describe_keys,
+    differences,
     dump_config,
+    effective_settings,
+    is_path,
     load_config,
     parse_override,
     resolve_key,
     to_flat,
 )
-from bridgekit.limits import CHOICES, NOT_NEGATIVE, POSITIVE
 
 
 def refuse(*named: str, **values) -> str:
@@ -87,42 +90,37 @@ def test_a_number_that_yaml_reads_as_text_is_explained(write):
     for values in (dict(path=write("lr: 1e-4")), dict(overrides=["train.lr=1e-4"]), dict(lr="1e-4")):
         refuse("train.lr", "1e-4", "1.0e-4", **values)
     assert load_config(write("lr: 1.0e-4")).train.lr == 1e-4
-    assert load_config(write("lr: 1")).train.lr == 1.0 and isinstance(check_type("train.lr", 1), float)
+    assert isinstance(load_config(write("lr: 1")).train.lr, float)
 
 
 @pytest.mark.parametrize(
     ("values", "named"),
     [
-        ({"n_soft_tokens": 0}, ["bridge.n_soft_tokens", "1 to 2048", "got 0"]),
-        ({"n_soft_tokens": -2}, ["bridge.n_soft_tokens"]),
+        ({"n_soft_tokens": 0}, ["bridge.n_soft_tokens", "= -1 or >= 1 and <= 2048", "got 0"]),
         ({"n_soft_tokens": 2049}, ["bridge.n_soft_tokens"]),
-        ({"eval_samples": 2001}, ["eval.eval_samples", "2000"]),
-        ({"eval_samples": 0}, ["eval.eval_samples"]),
+        ({"eval_samples": 2001}, ["eval.eval_samples", "2000"]), ({"eval_samples": 0}, ["eval.eval_samples"]),
         ({"val_samples": 513}, ["train.val_samples", "512"]),
-        ({"producer": "transformer"}, ["bridge.producer", "resampler, dit, constant", "'transformer'"]),
-        ({"injector": "suffix"}, ["bridge.injector", "prefix"]),
-        ({"soft_position": "middle"}, ["bridge.soft_position", "start, question, end"]),
-        ({"direction": "back"}, ["pair.direction"]),
-        ({"dtype": "float16"}, ["pair.dtype"]),
-        ({"task": "gsm9k"}, ["task.task"]),
-        ({"lr": 0.0}, ["train.lr"]), ({"lr": -1e-3}, ["train.lr"]), ({"batch_size": 0}, ["train.batch_size"]),
-        ({"lr": float("nan")}, ["train.lr", "finite"]), ({"lr": float("inf")}, ["train.lr", "finite"]),
-        ({"kl_weight": float("inf")}, ["loss.kl_weight", "finite"]),
-        ({"steps": -1}, ["train.steps"]), ({"eval_every": 0}, ["train.eval_every"]),
-        ({"nll_weight": -0.1}, ["loss.nll_weight"]),
-        ({"info_nce_temperature": 0.0}, ["loss.info_nce_temperature"]),
-        ({"dropout": 1.0}, ["bridge.dropout"]), ({"state_dropout": 1.5}, ["bridge.state_dropout"]),
+        ({"producer": "transformer"}, ["bridge.producer", f"resampler, dit, constant, {FILE_OBJECT}", "'transformer'"]),
+        ({"producer": "/home/me/mine.py:Mine"}, ["bridge.producer", FILE_OBJECT]),
+        ({"extra": "mine.py"}, ["loss.extra", FILE_OBJECT]),
+        ({"injector": "suffix"}, ["bridge.injector", "nearest: prefix"]),
+        ({"direction": "back"}, ["pair.direction"]), ({"task": "gsm9k"}, ["task.task", "nearest: gsm8k"]),
+        ({"source_device": "cuda:"}, ["pair.source_device", "cuda:<number>"]),
+        ({"target_device": "gpu1"}, ["pair.target_device", "got 'gpu1'"]),
+        ({"lr": float("nan")}, ["train.lr", "finite"]), ({"kl_weight": float("inf")}, ["loss.kl_weight", "finite"]),
+        ({"seed": 2**32}, ["run.seed"]), ({"dropout": 1.0}, ["bridge.dropout"]),
         ({"heads": 5}, ["bridge.heads", "bridge_dim"]),
-        ({"source_only_share": 1.1}, ["task.source_only_share"]),
-        ({"source_only_share": -0.5}, ["task.source_only_share"]),
-        ({"train_units_share": 0.0}, ["task.train_units_share"]),
-        ({"train_units_share": 1.5}, ["task.train_units_share"]),
+        ({"source_only_share": 1.1}, ["task.source_only_share"]), ({"source_only_share": -0.5}, ["source_only_share"]),
+        ({"train_units_share": 0.0}, ["task.train_units_share"]), ({"train_units_share": 1.5}, ["train_units_share"]),
         ({"source_view": "facts"}, ["bridge.source_view", "context"]),
+        ({"injector": "kv"}, ["bridge.n_soft_tokens", "set n_soft_tokens=-1"]),
         ({"flow_weight": 0.1}, ["loss.flow_weight", "dit"]),
+        ({"extra_weight": 0.1}, ["loss.extra_weight", f"loss.extra={FILE_OBJECT}"]),
+        ({"producer_options": ["width=3"]}, ["bridge.producer_options", "'resampler' takes no options"]),
         ({"num_processes": 3}, ["train.batch_size", "num_processes"]),
-        ({"num_processes": 0}, ["train.num_processes"]),
+        ({"decode_weight": 1.0, "decode_batch": 5, "num_processes": 2}, ["loss.decode_batch", "num_processes"]),
         ({"conditions": ["source", "target", "bridged", "shufled"]}, ["conditions", "nearest: shuffled"]),
-        ({"conditions": ["bridged", "relay_full"]}, ["eval.conditions", "'source'"]),
+        ({"conditions": ["bridged", "relay_full"]}, ["eval.conditions", "source, target"]),
         ({"controls": ["target"]}, ["train.controls", "'target'"]),
         ({"name": "a/b"}, ["run.name"]), ({"name": ""}, ["run.name"]), ({"name": "two words"}, ["run.name"]),
     ],
@@ -131,18 +129,40 @@ def test_an_impossible_value_is_refused(values, named):
     refuse(*named, **values)
 
 
-def test_every_number_has_a_limit():
-    """A new key that is a number is entered in a table, or has a line of its own in check_values."""
-    of_their_own = {
-        "bridge.n_soft_tokens", "task.source_only_share", "task.train_units_share", "task.train_values_share",
-        "task.data_seed", "eval.eval_samples",
-    }  # fmt: skip
-    numbers = {key for key, field in KEYS.items() if field.type in (int, float)}
-    assert numbers == {*POSITIVE, *NOT_NEGATIVE} | of_their_own
-    for key in {*POSITIVE, *NOT_NEGATIVE}:
-        refuse(key, **{key: KEYS[key].type(-1)})
-    for key in POSITIVE:
-        refuse(key, **{key: KEYS[key].type(0)})
+NOTHING = {"nll_weight": 0.0, "controls": []}
+
+
+@pytest.mark.parametrize(
+    ("values", "key"),
+    [
+        (NOTHING, "loss.nll_weight"),
+        (NOTHING | {"flow_weight": 1.0, "producer": "constant"}, "loss.nll_weight"),  # it has no flow
+        (NOTHING | {"decode_weight": 1.0}, "decode_every=1"),  # nine steps of ten would have no loss
+        (NOTHING | {"decode_weight": 1.0, "decode_every": 1}, ""),
+        (NOTHING | {"steps": 0}, ""),
+        ({"nll_weight": 0.0, "prompt_weight": 1.0}, "train.controls: constant, constant_natural"),
+        ({"nll_weight": 0.0, "prompt_weight": 1.0, "controls": ["self_bridge"]}, ""),
+        ({"nll_weight": 0.0, "prompt_weight": 1.0, "kl_weight": 1.0}, ""),
+        ({"nll_weight": 0.0, "extra": "mine.py:loss", "extra_weight": 1.0}, ""),
+    ],
+)
+def test_a_training_step_without_a_loss_is_refused(values, key):
+    if key:
+        refuse(key, **values)
+    else:
+        assert load_config(**values)
+
+
+def test_every_key_has_a_meaning_and_every_number_a_limit():
+    text = describe_keys()
+    for name, known in KEYS.items():
+        assert known.metadata["meaning"] and f"\n  {name} (" in text
+        assert all(
+            choice in text for choice in known.metadata["allowed"] if isinstance(known.metadata["allowed"], tuple)
+        )
+        if known.type in (int, float) and name != "task.data_seed":
+            refuse(name, **{name: known.type(-2)})
+    assert "only if loss.kl_weight > 0" in text and text.count(FILE_OBJECT) > 4
 
 
 @pytest.mark.parametrize(
@@ -156,6 +176,8 @@ def test_every_number_has_a_limit():
         ("overrides: train.steps=3", ["some.yaml", "overrides", "list"]),
         ("overrides: [3]", ["some.yaml", "overrides", "3"]),
         ("overrides: ['train.steps']", ["train.steps", "key=value"]),
+        ("format: 3", ["some.yaml", "format 3", "update bridgekit"]),
+        ("format: new", ["some.yaml", "format 'new'"]),
     ],
 )
 def test_a_mistaken_file_is_refused(write, text, named):
@@ -170,6 +192,17 @@ def test_a_mistaken_override_is_refused(text, named):
 def test_a_missing_file_is_refused(tmp_path):
     refuse("none.yaml", "no such", path=tmp_path / "none.yaml")
     refuse("no such", path=tmp_path)
+
+
+def test_missing_models_are_refused(tmp_path):
+    check_models(Config())
+    check_models(load_config(source_model="someone/on-the-hub"))
+    for key in ("source_model", "target_model"):
+        with pytest.raises(ConfigError, match=f"pair.{key}: no model in '{tmp_path}'"):
+            check_models(load_config(**{key: str(tmp_path)}))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="pair.source_model: no safetensors file"):
+        check_models(load_config(source_model=str(tmp_path)))
 
 
 def test_a_copy_with_changes_is_checked_too():
@@ -205,16 +238,14 @@ def values_of(key: str) -> st.SearchStrategy:
         KEYS[key].type,
         st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12),
     )
-    if key in CHOICES:
-        return st.sampled_from(CHOICES[key])
+    allowed = KEYS[key].metadata["allowed"]
+    if isinstance(KEYS[key].default, tuple):
+        return st.permutations(allowed)
+    if allowed and isinstance(allowed, tuple):
+        return st.sampled_from(allowed)
     if key == "run.name":
         return st.text("abz09_-.", min_size=1, max_size=12)
-    if key == "eval.conditions":
-        return st.permutations(CONDITIONS)
-    if key == "train.controls":
-        return st.lists(st.sampled_from(CONTROLS), unique=True)
-    least = 0 if key in NOT_NEGATIVE and key not in POSITIVE else 1e-9
-    numbers = {int: st.integers(-1, 4096), float: st.floats(least, 1e12), bool: st.booleans(), str: text}
+    numbers = {int: st.integers(-1, 4096), float: st.floats(1e-9, 1e12), bool: st.booleans(), str: text}
     return numbers[kind]
 
 
@@ -254,8 +285,59 @@ def test_what_is_written_is_read_back_equal(tmp_path_factory, data):
     path.write_text(dump_config(config))
     assert load_config(path) == config == build_config(to_flat(config))
     kept = {key: value for key, value in changes.items() if value != "auto" or key != "bridge.prompt_mode"}
-    assert all(to_flat(config)[key] == check_type(key, value) for key, value in kept.items())
+    assert all(
+        to_flat(config)[key] == (tuple(value) if isinstance(value, list) else value) for key, value in kept.items()
+    )
     assert to_flat(config)["bridge.prompt_mode"] != "auto"
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in to_flat(config).items()}
     lines = [f"{k}={yaml.safe_dump(v, default_flow_style=True, width=9999).splitlines()[0]}" for k, v in plain.items()]
     assert load_config(overrides=lines) == config
+    assert yaml.safe_load(dump_config(config))["format"] == 2
+
+
+# -- compared -----------------------------------------------------------------------------------------------
+
+SOFT_END = {"prompt_mode": "soft_only", "soft_position": "end"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "effective", "inert"),
+    [
+        ({}, {"decode_every": 3}, [], ["loss.decode_every"]),
+        ({"decode_weight": 1.0}, {"decode_weight": 1.0, "decode_every": 3}, ["loss.decode_every"], []),
+        ({}, {"dit_steps_eval": 9, "teacher": "prompt"}, [], ["bridge.dit_steps_eval", "bridge.teacher"]),
+        ({"producer": "dit"}, {"producer": "dit", "dit_steps_eval": 9}, ["bridge.dit_steps_eval"], []),
+        ({"producer": "a.py:A"}, {"producer": "a.py:A", "dit_steps_eval": 9}, ["bridge.dit_steps_eval"], []),
+        ({"producer": "a.py:A"}, {"producer": "a.py:A", "producer_options": ["k=2"]}, ["bridge.producer_options"], []),
+        ({}, {"n_facts": 8}, [], ["task.n_facts"]),
+        ({"variant": "context"}, {"variant": "context", "n_facts": 8}, ["task.n_facts"], []),
+        ({}, {"soft_position": "question"}, [], ["bridge.soft_position"]),  # without shots it is the start
+        ({}, {"soft_position": "end"}, ["bridge.soft_position"], []),
+        (
+            {"prompt_mode": "soft_only"},
+            {"prompt_mode": "soft_only", "soft_position": "end"},
+            [],
+            ["bridge.soft_position"],
+        ),
+        ({}, {"train_prompt_mode": "soft_plus_text"}, [], ["bridge.train_prompt_mode"]),
+        ({}, {"name": "other", "eval_batch_size": 7, "cache_dir": "x"}, [], []),  # no settings of the experiment
+        ({}, {"seed": 2}, ["run.seed"], []),
+    ],
+)
+def test_settings_without_effect_make_no_other_experiment(one, other, effective, inert):
+    one, other = to_flat(load_config(**one)), to_flat(load_config(**other))
+    found = differences(one, other)
+    assert [list(part) for part in found] == [effective, inert]
+    assert (effective_settings(one) == effective_settings(other)) is (not effective)
+    assert effective_settings(one, seed=False) == effective_settings(one | {"run.seed": 9}, seed=False)
+    lists = {key: list(value) if isinstance(value, tuple) else value for key, value in one.items()}
+    assert differences(one, lists) == ({}, {})  # a run's config.yaml has lists
+
+
+def test_a_condition_names_keys_that_there_are():
+    """A misspelt key in a condition would show only when a run meets it."""
+    for known in KEYS.values():
+        condition = known.metadata["matters_if"]
+        names = [part.split()[0] for either in condition.split(" or ") for part in either.split(" and ") if part]
+        assert condition == NEVER or set(names) <= set(KEYS)
+    assert is_path(FILE_OBJECT)

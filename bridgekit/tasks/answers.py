@@ -112,14 +112,10 @@ def canonical(value: Fraction) -> str:
 
 def plain_characters(text: str) -> str:
     """Digits, signs and separators of other scripts as ASCII; vulgar fractions spelt out (½ -> 1/2)."""
-    if not text.isascii():
-        text = _SPACED_THOUSANDS.sub("", "".join(_plain_character(c) for c in text))
-    return text
+    return text if text.isascii() else _SPACED_THOUSANDS.sub("", "".join(map(_plain_character, text)))
 
 
 def _plain_character(character: str) -> str:
-    if character.isascii():
-        return character
     if character in _CHARACTERS:
         return _CHARACTERS[character]
     if unicodedata.category(character) == "Nd":
@@ -131,30 +127,17 @@ def _plain_character(character: str) -> str:
 
 def _marker_answers(text: str) -> list[str]:
     found = (read_number(m.group(1)) for m in _MARKER.finditer(plain_characters(truncate_followups(text))))
-    return [answer for answer in found if answer != INVALID]
+    return [answer for answer in found if answer != INVALID] or [INVALID]
 
 
-def _marker_last(text: str) -> str:
-    return (_marker_answers(text) or [INVALID])[-1]
-
-
-def _marker_first(text: str) -> str:
-    return (_marker_answers(text) or [INVALID])[0]
-
-
-def _seeds(text: str) -> str:
+def _first_marker(text: str) -> str:
     match = _MARKER_OF_SEEDS.search(text)
-    return match.group(1).replace(",", "") if match else INVALID
+    return match.group(1) if match else INVALID
 
 
-def _lm_eval_strict(text: str) -> str:
-    match = _MARKER_OF_SEEDS.search(text)
-    return lm_eval_cleanup(match.group(1) if match else INVALID)
-
-
-def _lm_eval_flexible(text: str) -> str:
+def _last_number(text: str) -> str:
     found = _FLEXIBLE.findall(text)
-    return lm_eval_cleanup((found[-1][0] or found[-1][1]).strip() if found else INVALID)
+    return (found[-1][0] or found[-1][1]).strip() if found else INVALID
 
 
 def lm_eval_cleanup(text: str) -> str:
@@ -164,9 +147,9 @@ def lm_eval_cleanup(text: str) -> str:
 
 
 RULES = {
-    "marker_last": _marker_last,
-    "marker_first": _marker_first,
-    "seeds": _seeds,
-    "lm_eval_strict": _lm_eval_strict,
-    "lm_eval_flexible": _lm_eval_flexible,
+    "marker_last": lambda text: _marker_answers(text)[-1],
+    "marker_first": lambda text: _marker_answers(text)[0],
+    "seeds": lambda text: _first_marker(text).replace(",", ""),
+    "lm_eval_strict": lambda text: lm_eval_cleanup(_first_marker(text)),
+    "lm_eval_flexible": lambda text: lm_eval_cleanup(_last_number(text)),
 }

@@ -10,13 +10,14 @@ says anything about the unit's value: subtrahends stay below the smallest produc
 
 import hashlib
 import itertools
+import json
 import random
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from bridgekit.config import GROUPS
-from bridgekit.tasks.base import Example
+from bridgekit.config import GROUPS, Config, ConfigError, resolve_model_folder
+from bridgekit.tasks import Example, Task, give_donors
 
 VALUES = tuple(range(12, 60))
 HELD_VALUES = {"val": 4, "test": 6}  # values that occur in no other split: selection has held-out values of its own
@@ -65,6 +66,7 @@ FAMILIES = (
     Family("pile", ("{n} has {a} {u} of {t}, adds {b}, takes away {c} and doubles the rest. How many {t}?",), ("a*v", "r1+b", "r2-c", "r3*2")),
     Family("sold", ("{n} has {a} {u} of {t} and {m} has {c} {u}. Together they sell {b} {t}. How many {t} are left?",), ("a*v", "c*v", "r1+r2", "r3-b")),
 )  # fmt: skip
+FAMILY = {family.name: family for family in FAMILIES}
 # What the questions are made of: "loses" and "gives" could be invented words, and would be read as the verb.
 ORDINARY_WORDS = frozenset(
     re.findall("[a-z]+", " ".join([*NAMES, *THINGS, *(w for f in FAMILIES for w in f.wordings)]).lower())
@@ -147,8 +149,15 @@ def solve(family: Family, numbers: dict[str, int], value: int, things: str) -> t
     return "\n".join([*lines, f"#### {result}"]), str(result)
 
 
+def answer_with(example: Example, value: int) -> str:
+    """The final answer of a problem if its unit's value were another."""
+    return solve(FAMILY[example.family], example.numbers, value, "")[1]
+
+
 @dataclass(frozen=True)
 class Problem:
+    """A question with the numbers in it."""
+
     family: Family
     numbers: dict[str, int]
     things: str
@@ -176,18 +185,28 @@ def pick_units(units: list[Unit], n: int, rng: random.Random) -> list[Unit]:
     return picked[:n]
 
 
+def pick_train_units(units: list[Unit], share: float, values_share: float = 1.0) -> list[Unit]:
+    """The train units of a share of the values, and a share of those; a smaller share is part of a larger one."""
+    values = sorted({u.value for u in units})
+    values = random.Random("values").sample(values, len(values))[: max(1, round(len(values) * values_share))]
+    units = [u for u in units if u.value in values]
+    return units[: max(1, round(len(units) * share))]
+
+
 def make_examples(
     lexicon: tuple[Unit, ...], split: str, n: int, seed: int, *, share: float = -1.0, variant: str = "weights",
-    n_facts: int = 4, train_units_share: float = 1.0, train_values_share: float = 1.0,
-    vary_facts: bool = False,
+    n_facts: int = 4, train_units_share: float = 1.0, train_values_share: float = 1.0, vary_facts: bool = False,
 ) -> list[Example]:  # fmt: skip
     """n problems of a split, in the natural mix of groups or with `share` of them source-only."""
-    rng = random.Random(f"examples {seed} {split} {share} {variant} {n_facts} {train_units_share}")
-    if variant == "context":
+    in_context = variant == "context"  # what has no effect in a variant must not change its draws: there it counts as
+    drawn = (n_facts, 1.0) if in_context else (4, train_units_share)  # the default
+    rng = random.Random(f"examples {seed} {split} {share} {variant} {drawn[0]} {drawn[1]}")
+    if in_context:
         taught = {u.word for u in lexicon} | ORDINARY_WORDS
         doublings = [2**k for k in range(n_facts.bit_length()) if 2**k < n_facts] if vary_facts else []
         sizes = [rng.choice([*doublings, n_facts]) if doublings else n_facts for _ in range(n)]
-        return give_donors([_context_example(rng, split, i, size, taught) for i, size in enumerate(sizes)], rng)
+        examples = [_context_example(rng, split, i, size, taught) for i, size in enumerate(sizes)]
+        return give_donors(examples, "value", rng, answer_with)
     shares = {g: sum(u.group == g for u in lexicon) / len(lexicon) for g in GROUPS}
     if share != -1:
         rest = 1 - shares["source_only"]
@@ -201,15 +220,8 @@ def make_examples(
             units = pick_train_units(units, train_units_share, train_values_share)
         picked += pick_units(units, count, rng)
     rng.shuffle(picked)
-    return give_donors([_example(rng, u, split, i) for i, u in enumerate(picked)], rng)
-
-
-def pick_train_units(units: list[Unit], share: float, values_share: float = 1.0) -> list[Unit]:
-    """The train units of a share of the values, and a share of those; a smaller share is part of a larger one."""
-    values = sorted({u.value for u in units})
-    values = random.Random("values").sample(values, len(values))[: max(1, round(len(values) * values_share))]
-    units = [u for u in units if u.value in values]
-    return units[: max(1, round(len(units) * share))]
+    examples = [_example(rng, u, split, i, f"units-{split}-{i:05d}") for i, u in enumerate(picked)]
+    return give_donors(examples, "value", rng, answer_with)
 
 
 def make_seen_examples(
@@ -219,52 +231,75 @@ def make_seen_examples(
     rng = random.Random(f"seen {seed}")
     units = [u for u in lexicon if u.group == "source_only" and u.split == "train"]
     picked = pick_units(pick_train_units(units, train_units_share, train_values_share), n, rng)
-    return give_donors([_example(rng, u, "test", i, tag="seen") for i, u in enumerate(picked)], rng)
+    examples = [_example(rng, u, "test", i, f"units-seen-{i:05d}") for i, u in enumerate(picked)]
+    return give_donors(examples, "value", rng, answer_with)
 
 
-def _example(rng: random.Random, unit: Unit, split: str, i: int, tag: str | None = None) -> tuple[Example, Problem]:
+def _example(rng: random.Random, unit: Unit, split: str, i: int, name: str, pairs: tuple = ()) -> Example:
     family = FAMILIES[i % len(FAMILIES)]
     problem = make_problem(rng, family, unit.word)
     solution, gold = solve(family, problem.numbers, unit.value, problem.things)
     return Example(
-        id=f"units-{tag or split}-{i:05d}", split=split, question=problem.question, solution=solution, gold=gold,
-        told=state_facts([(unit.word, unit.value)]), group=unit.group, unit=unit.word, value=unit.value,
-        novelty=unit.novelty, family=family.name, steps=len(family.steps),
-    ), problem  # fmt: skip
+        id=name, split=split, question=problem.question, solution=solution, gold=gold,
+        facts=state_facts(pairs) if pairs else "", told=state_facts([(unit.word, unit.value)]), group=unit.group,
+        unit=unit.word, value=unit.value, novelty=unit.novelty, family=family.name, steps=len(family.steps),
+        fact_pairs=pairs, numbers=problem.numbers, value_at=solution.index(f"*{unit.value}=") + 1,
+    )  # fmt: skip
 
 
-def _context_example(rng: random.Random, split: str, i: int, n_facts: int, taught: set[str]) -> tuple[Example, Problem]:
+def _context_example(rng: random.Random, split: str, i: int, n_facts: int, taught: set[str]) -> Example:
     """A problem whose fact stands in the source's context among others; no model was taught any of the words."""
     words: dict[str, None] = {}
     while len(words) < n_facts:
         if (word := make_word(rng)) not in taught:
             words.setdefault(word)
-    pairs = [(word, rng.choice(VALUES)) for word in words]
-    word, value = rng.choice(pairs)
-    family = FAMILIES[i % len(FAMILIES)]
-    problem = make_problem(rng, family, word)
-    solution, gold = solve(family, problem.numbers, value, problem.things)
-    return Example(
-        id=f"units-context{n_facts}-{split}-{i:05d}", split=split, question=problem.question, solution=solution,
-        gold=gold, facts=state_facts(pairs), told=state_facts([(word, value)]), group="source_only", unit=word,
-        value=value, novelty="seen" if split == "train" else "held_unit", family=family.name,
-        steps=len(family.steps),
-    ), problem  # fmt: skip
+    pairs = tuple((word, rng.choice(VALUES)) for word in words)
+    unit = Unit(*rng.choice(pairs), "source_only", split, "seen" if split == "train" else "held_unit")
+    return _example(rng, unit, split, i, f"units-context{n_facts}-{split}-{i:05d}", pairs)
 
 
-def give_donors(pairs: list[tuple[Example, Problem]], rng: random.Random) -> list[Example]:
-    """Name each example's donor: one of its own group whose value differs, and the answer that one's fact gives."""
-    examples = [example for example, _ in pairs]
-    by_group = {g: [e for e in examples if e.group == g] for g in GROUPS}
-    out = []
-    for example, problem in pairs:
-        others = by_group[example.group]
-        start = rng.randrange(len(others))
-        ring = itertools.chain(others[start:], others[:start])
-        donor = next((e for e in ring if e.value != example.value), None)
-        if donor is None:  # a group of one value has no donor: the example then has no `shuffled` condition
-            out.append(example)
-            continue
-        _, gold = solve(problem.family, problem.numbers, donor.value, problem.things)
-        out.append(replace(example, donor_id=donor.id, donor_gold=gold))
-    return out
+# ---- as a task ------------------------------------------------------------------------------------------------------
+
+
+def load_lexicon_seed(config: Config) -> int | None:
+    """The lexicon both models were taught, from the pair's own record; another generator's is refused."""
+    folder = resolve_model_folder("target_model", config.pair.target_model)
+    record = folder.parent / "pair.json" if folder else None
+    if record is None or not record.is_file():
+        return None
+    try:
+        known = json.loads(record.read_text())
+        seed, lexicon = known["lexicon_seed"], known["lexicon"]
+    except (ValueError, KeyError, TypeError):
+        message = f"{record} does not name its lexicon: restore it, or make the pair again"
+        raise ConfigError(f"pair.target_model: {message}") from None
+    found = fingerprint_lexicon(make_lexicon(seed))
+    if lexicon != found:
+        message = f"{record} records lexicon {lexicon}, seed {seed} gives {found} now: make the pair again"
+        raise ConfigError(f"pair.target_model: {message} with `bridgekit pair`")
+    return seed
+
+
+def check_lexicon(config: Config) -> None:
+    """Refuse a pair that was taught no lexicon."""
+    if load_lexicon_seed(config) is None:
+        raise ConfigError("pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
+
+
+def examples_of_run(config: Config, lexicon_seed: int, split: str, share: float | None = None) -> list[Example]:
+    """The problems of a split as the configuration asks for them; the test split also has some about train units."""
+    task, lexicon = config.task, make_lexicon(lexicon_seed)
+    if config.pair.direction == "swapped":
+        lexicon = swap_roles(lexicon)
+    n, shares = getattr(task, f"n_{split}"), (task.train_units_share, task.train_values_share)
+    options = dict(variant=task.variant, n_facts=task.n_facts)
+    if split == "train":
+        options |= dict(share=task.source_only_share if share is None else share, vary_facts=task.vary_facts)
+        options |= dict(zip(("train_units_share", "train_values_share"), shares, strict=True))
+    examples = make_examples(lexicon, split, n, task.data_seed, **options)
+    if split == "test" and task.variant == "weights":
+        examples += make_seen_examples(lexicon, max(n // 10, 8), task.data_seed, *shares)
+    return examples
+
+
+TASK = Task(name="units", examples=examples_of_run, check=check_lexicon, has_groups=True)

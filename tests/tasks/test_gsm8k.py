@@ -1,6 +1,6 @@
-"""Real questions: read from a folder, nothing in two splits, what they cannot have is refused, and a run goes through.
+"""Real questions: read from a folder, nothing in two splits, what they cannot have is refused.
 
-python -m pytest tests/test_gsm8k.py
+python -m pytest tests/tasks/test_gsm8k.py
 """
 
 import json
@@ -9,21 +9,17 @@ from pathlib import Path
 import pytest
 
 from bridgekit.config import ConfigError
-from bridgekit.results import verdict
-from bridgekit.runs import create_run, find_eval, load_eval, read_status
-from bridgekit.tasks import fetch, load_examples
+from bridgekit.tasks import CUE, check_inputs, gsm8k, literal_prompt, load_examples, relay_prompt, source_prompt
 from bridgekit.tasks.answers import extract_answer
-from bridgekit.tasks.base import CUE, literal_prompt, relay_prompt, source_prompt
-from bridgekit.train.worker import open_job, run_training
 
-CONDITIONS = ("source", "target", "bridged", "target_suffix", "shuffled", "relay_full", "router", "union")
+CONDITIONS = ("source", "target", "bridged", "shuffled", "relay_full")
 N_TRAIN, N_TEST = 40, 12
 
 
 def question(i: int) -> dict:
     more = i % 7
-    said = f"Ann has {i}+{more}=<<{i}+{more}={i + more}>>{i + more} pens.\n#### {i + more}"
-    return {"question": f"Ann has {i} pens and buys {more} more. How many pens?", "answer": said}
+    answer = f"Ann has {i}+{more}=<<{i}+{more}={i + more}>>{i + more} pens.\n#### {i + more}"
+    return {"question": f"Ann has {i} pens and buys {more} more. How many pens?", "answer": answer}
 
 
 def write(path: Path, rows: list[dict]) -> None:
@@ -81,13 +77,13 @@ def test_a_donor_has_another_answer_and_none_of_its_own_here(real):
     ("changes", "named"),
     [
         ({"data": ""}, ["task.data", "bridgekit fetch gsm8k"]),
-        ({"variant": "context"}, ["task.variant", "leave it at weights"]),
+        ({"variant": "context"}, ["task.variant must stay 'weights'"]),
         ({"source_only_share": 0.5}, ["task.source_only_share"]),
         ({"train_units_share": 0.5}, ["task.train_units_share"]),
         ({"conditions": ["source", "target", "bridged", "target_told"]}, ["eval.conditions", "target_told"]),
         ({"controls": ["constant_natural"]}, ["train.controls", "constant_natural"]),
         ({"n_shots": -1}, ["task.n_shots"]),
-        ({"task": "units", "n_shots": 2}, ["task.n_shots", "only real questions"]),
+        ({"task": "units", "n_shots": 2}, ["task.n_shots", "leave it at 0"]),
     ],
 )
 def test_what_real_questions_cannot_have_is_refused(real, changes, named):
@@ -102,40 +98,29 @@ def test_what_is_missing_in_the_folder_is_named(real, data):
     with pytest.raises(ConfigError, match="task.n_test: 13 asked for, .* has 12: ask for fewer"):
         load_examples(real(n_test=13), None, "test")
     write(data / "train.jsonl", [question(1), {"question": "How many?", "answer": "Seven."}])
-    with pytest.raises(ConfigError, match=r"train.jsonl, row 2: its answer ends in no `#### number`"):
+    with pytest.raises(ConfigError, match=r"train.jsonl, row 2: no final answer in its `answer`"):
         load_examples(real(), None, "train")
     write(data / "train.jsonl", [{"question": "How many?"}])
     with pytest.raises(ConfigError, match="row 1: needs texts `question` and `answer`"):
         load_examples(real(), None, "train")
     (data / "test.jsonl").unlink()
-    with pytest.raises(ConfigError, match="no test.jsonl in .*: `bridgekit fetch gsm8k --out DIR` makes both"):
-        load_examples(real(), None, "test")
-
-
-def test_a_run_on_real_questions_goes_through_to_a_verdict_that_names_what_does_not_apply(real):
-    config = real(n_shots=1, steps=2, soft_position="question")
-    folder = create_run(config)
-    run_training(open_job(folder))
-    frame = load_eval(find_eval(folder))
-    assert read_status(folder)["state"] == "finished" and len(frame) == 12
-    assert {f"{c}_correct" for c in CONDITIONS if c != "union"} <= set(frame)
-    judged = verdict.judge([frame], seeds=[1])
-    assert "the source-only part (this task has no knowledge groups)" in judged.not_applicable
-    assert "self_bridge" in judged.not_run and "12 questions" in verdict.headroom(frame).text
+    for refused in (lambda: load_examples(real(), None, "test"), lambda: check_inputs(real())):
+        with pytest.raises(ConfigError, match="no test.jsonl in .*: `bridgekit fetch gsm8k --out DIR` makes both"):
+            refused()
 
 
 def test_fetching_writes_the_folder_whole_or_not_at_all(data, tmp_path, capsys):
     out = tmp_path / "fetched"
-    assert fetch.main(["gsm8k", "--out", str(out), "--origin", str(data)]) == 0
+    assert gsm8k.main(["gsm8k", "--out", str(out), "--origin", str(data)]) == 0
     assert "40 and 12 questions; now task.task=gsm8k" in capsys.readouterr().out
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (out / f"{split}.jsonl").read_text().splitlines()]
         assert rows == [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
     with pytest.raises(FileExistsError, match="--out"):
-        fetch.fetch("gsm8k", out, str(data))
+        gsm8k.fetch("gsm8k", out, str(data))
     with pytest.raises(ConfigError, match="--origin: cannot load"):
-        fetch.fetch("gsm8k", tmp_path / "other", str(tmp_path / "nowhere"))
+        gsm8k.fetch("gsm8k", tmp_path / "other", str(tmp_path / "nowhere"))
     write(data / "test.jsonl", [{"question": "How many?", "answer": "Seven."}])
-    with pytest.raises(ConfigError, match="no `#### number`"):
-        fetch.fetch("gsm8k", tmp_path / "other", str(data))
+    with pytest.raises(ConfigError, match="no final answer"):
+        gsm8k.fetch("gsm8k", tmp_path / "other", str(data))
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "data") == ["fetched"]

@@ -17,104 +17,36 @@ from bridgekit.tasks.answers import (
 )
 
 AWKWARD = {
-    "18": "18",
-    "18.": "18",
-    " 18 .": "18",
-    "18.00": "18",
-    "18.50": "18.5",
-    "007": "7",
-    "-0": "0",
-    ".5": "0.5",
-    "5.": "5",
-    "+5": "5",
-    "-3": "-3",
-    "− 3": "-3",
-    "–3": "-3",
-    "-$5": "-5",
-    "$-5": "-5",
-    "－５": "-5",
-    "$1,234.50": "1234.5",
-    "\\$18": "18",
-    "1,00,000": "100000",
-    "1\u202f234\u202f567": "1234567",
-    "€ 7": "7",
-    "68.04% ": "68.04",
-    "60％": "60",
-    "１２": "12",
-    "٣": "3",
-    "１，２３４．５": "1234.5",
-    "120 minutes": "120",
-    "12km": "12",
-    "10-day": "10",
-    "$5/hour": "5",
-    "**18**": "18",
-    "\\boxed{18}": "18",
-    "'10'.": "10",
+    "18": "18", "18.": "18", " 18 .": "18", "18.00": "18", "18.50": "18.5", "007": "7", "-0": "0", ".5": "0.5",
+    "5.": "5", "+5": "5", "-3": "-3", "− 3": "-3", "–3": "-3", "-$5": "-5", "$-5": "-5", "－５": "-5",
+    "$1,234.50": "1234.5", "\\$18": "18", "1,00,000": "100000", "1\u202f234\u202f567": "1234567", "€ 7": "7",
+    "68.04% ": "68.04", "60％": "60", "１２": "12", "٣": "3", "１，２３４．５": "1234.5", "120 minutes": "120",
+    "12km": "12", "10-day": "10", "$5/hour": "5", "**18**": "18", "\\boxed{18}": "18", "'10'.": "10",
     "18, in total": "18",
-    "18 (since 3*6=18)": "18",
-    "18 eggs in 3 days": "18",
-    "8/3": "8/3",
-    "-8/3": "-8/3",
-    "16/2": "8",
-    "1/2": "0.5",
-    "½": "0.5",
-    "2½": "2.5",
-    "1 1/2": "1.5",
-    "5 / 2": "2.5",
-    "1e6": "1000000",
-    "3.0e-2": "0.03",
-    "3*5=15": "15",
+    "18 (since 3*6=18)": "18", "18 eggs in 3 days": "18", "8/3": "8/3", "-8/3": "-8/3", "16/2": "8", "1/2": "0.5",
+    "½": "0.5", "2½": "2.5", "1 1/2": "1.5", "5 / 2": "2.5", "1e6": "1000000", "3.0e-2": "0.03", "3*5=15": "15",
     "<<3+4=7>>7": "7",
-    # not one number: naming the first digits would be a wrong reading
-    "400-x": INVALID,
-    "18 - 5": INVALID,
-    "2 x 4": INVALID,
-    "10²": INVALID,
-    "12:30": INVALID,
-    "1.2.3": INVALID,
-    "18,5": INVALID,
-    "18, 20": INVALID,
-    "7 or 8": INVALID,
-    "1 hour and 30 minutes": INVALID,
-    "8/0": INVALID,
-    "1 1/0": INVALID,
-    "3/2/2": INVALID,
-    "<number>": INVALID,
-    "Unable to say": INVALID,
-    "": INVALID,
-    "-": INVALID,
-    "9" * 5000: INVALID,
-    "1 234": INVALID,
-}
+}  # fmt: skip
+NO_NUMBER = (  # naming the first digits would be a wrong reading
+    "400-x", "18 - 5", "2 x 4", "10²", "12:30", "1.2.3", "18,5", "18, 20", "7 or 8", "1 hour and 30 minutes", "8/0",
+    "1 1/0", "3/2/2", "<number>", "Unable to say", "", "-", "9" * 5000, "1 234",
+)  # fmt: skip
 
 
-@pytest.mark.parametrize(("written", "answer"), AWKWARD.items())
+@pytest.mark.parametrize(("written", "answer"), [*AWKWARD.items(), *((text, INVALID) for text in NO_NUMBER)])
 def test_awkward_numbers(written, answer):
     assert extract_answer(f"Some steps.\n#### {written}") == answer
 
 
 # What lm-evaluation-harness 0.4.13 itself gives for these texts (regex filters, then its metric's clean-up).
 HARNESS = [
-    ("#### 18", "18", "18"),
-    ("#### 18.", "18", "18"),
-    ("#### 1,234.50", "1234.50", "1234.50"),
-    ("#### $1,234", INVALID, "1234"),
-    ("#### -5", "-5", "-5"),
-    ("##### 7", "7", "7"),
-    ("#### ,", "", INVALID),
-    ("x\n#### 5\n\nQ: y\n#### 9", "5", "9"),
-    ("It is 42.", INVALID, "42"),
-    ("$1,250.00 in all.", INVALID, "1250.00"),
-    ("about -7 or -8", INVALID, "-8"),
-    ("no number", INVALID, INVALID),
-    ("cost is $ only", INVALID, INVALID),
-    ("####12", INVALID, "12"),
-    ("#### ٣", INVALID, INVALID),
-    ("#### 8/3", "8", "3"),
-    ("12.5%", INVALID, "12.5"),
-    ("3-2", INVALID, "-2"),
-    ("first 12.5 then 17.25", INVALID, "17.25"),
-]
+    ("#### 18", "18", "18"), ("#### 18.", "18", "18"), ("#### 1,234.50", "1234.50", "1234.50"),
+    ("#### $1,234", INVALID, "1234"), ("#### -5", "-5", "-5"), ("##### 7", "7", "7"), ("#### ,", "", INVALID),
+    ("x\n#### 5\n\nQ: y\n#### 9", "5", "9"), ("It is 42.", INVALID, "42"), ("$1,250.00 in all.", INVALID, "1250.00"),
+    ("about -7 or -8", INVALID, "-8"), ("no number", INVALID, INVALID), ("cost is $ only", INVALID, INVALID),
+    ("####12", INVALID, "12"), ("#### ٣", INVALID, INVALID), ("#### 8/3", "8", "3"), ("12.5%", INVALID, "12.5"),
+    ("3-2", INVALID, "-2"), ("first 12.5 then 17.25", INVALID, "17.25"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "strict", "flexible"), HARNESS)
@@ -126,17 +58,11 @@ def test_same_as_lm_evaluation_harness(text, strict, flexible):
 # Endings as they stand in the first experiments' files, with the label stored there.
 FIRST_EXPERIMENTS = [
     ("so 9*2=$18.\n#### 18\n\nQ: A bakery sells 250 loaves\n#### 96", "18"),
-    ("#### 68.04% \n\nQ: A bakery", "68.04"),
-    ("#### 8/3\n\nQ: The p", "8"),
-    ("#### 75,000\n\nQ: If", "75000"),
-    ("#### .6\n\nQ: A bake", ".6"),
-    ("end with '#### <number>'.\n\nQ: A candle\n#### 8", "8"),
-    ("#### 400-x\n\nQ: The", "400"),
-    ("#### Unable", INVALID),
-    ("#### 62.50", "62.50"),
-    ("#### 18.", "18."),
+    ("#### 68.04% \n\nQ: A bakery", "68.04"), ("#### 8/3\n\nQ: The p", "8"), ("#### 75,000\n\nQ: If", "75000"),
+    ("#### .6\n\nQ: A bake", ".6"), ("end with '#### <number>'.\n\nQ: A candle\n#### 8", "8"),
+    ("#### 400-x\n\nQ: The", "400"), ("#### Unable", INVALID), ("#### 62.50", "62.50"), ("#### 18.", "18."),
     ("####", INVALID),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "label"), FIRST_EXPERIMENTS)
@@ -157,15 +83,7 @@ def test_a_marker_without_a_number_is_passed_over():
 
 @pytest.mark.parametrize(
     "opening",
-    [
-        "\nQ:",
-        "\n\nQuestion: ",
-        "\n**Question:**",
-        "\nQuestion 2:",
-        "\n### Q3:",
-        "\nproblem:",
-        "\nUser:",
-    ],
+    ["\nQ:", "\n\nQuestion: ", "\n**Question:**", "\nQuestion 2:", "\n### Q3:", "\nproblem:", "\nUser:"],
 )
 def test_an_invented_question_is_cut_off(opening):
     assert truncate_followups(f"She has 4.{opening} How many?\n#### 9").rstrip() == "She has 4."

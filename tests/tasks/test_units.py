@@ -1,6 +1,6 @@
 """The testbed: nothing leaks between splits, no number gives a value away, every worked answer is right.
 
-python -m pytest tests/test_units.py
+python -m pytest tests/tasks/test_units.py
 """
 
 import os
@@ -15,11 +15,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.config import GROUPS, load_config
-from bridgekit.tasks import load_examples, units
+from bridgekit.config import GROUPS, ConfigError, load_config
+from bridgekit.tasks import literal_prompt, load_examples, source_prompt, told_prompt, units
 from bridgekit.tasks.answers import extract_answer
-from bridgekit.tasks.base import literal_prompt, source_prompt, told_prompt
-from bridgekit.train.corpus import make_documents
 
 SEED = 3
 N_SMALL = 600  # units of a lexicon small enough for every unit to be drawn several times
@@ -80,11 +78,8 @@ def test_another_process_draws_the_same_problems():
     assert said[0] == said[1] and said[0].count(b"Example") == 30
 
 
-def test_no_unit_is_in_two_groups_or_splits(lexicon):
-    assert len({u.word for u in lexicon}) == len(lexicon)
-
-
 def test_held_out_values_belong_to_no_unit_a_bridge_trains_on(lexicon):
+    assert len({u.word for u in lexicon}) == len(lexicon)  # no unit is in two groups or splits
     held = {s: {u.value for u in lexicon if u.novelty == "held_value" and u.split == s} for s in ("val", "test")}
     assert {s: len(values) for s, values in held.items()} == units.HELD_VALUES
     assert not held["val"] & held["test"]  # what selection has looked at is not what is reported
@@ -96,9 +91,7 @@ def test_held_out_values_belong_to_no_unit_a_bridge_trains_on(lexicon):
         for split, values in held.items():
             own = {u.value for u in lexicon if u.group == group and u.novelty == "held_value" and u.split == split}
             assert own == values
-    assert {(u.split, u.novelty) for u in lexicon} == {
-        ("train", "seen"), ("val", "held_unit"), ("val", "held_value"), ("test", "held_unit"), ("test", "held_value"),
-    }  # fmt: skip
+    assert {u.novelty for u in lexicon if u.split == "train"} == {"seen"}
 
 
 def test_no_question_or_unit_of_one_split_appears_in_another(lexicon):
@@ -235,21 +228,28 @@ def test_a_donor_is_of_the_same_group_and_would_give_another_answer(lexicon, var
         donor = by_id[e.donor_id]
         donors[donor.id] += 1
         assert donor.group == e.group and donor.value != e.value
-        assert int(e.donor_gold) == ANSWERS[e.family](**numbers_of(e), v=donor.value) != int(e.gold)
+        assert int(e.donor_gold) == ANSWERS[e.family](**e.numbers, v=donor.value) != int(e.gold)
     assert max(donors.values()) <= 10  # no example stands in for all others
 
 
-def numbers_of(example) -> dict[str, int]:
-    """The numbers of a question, read back through the wording it was made from."""
-    family = next(f for f in units.FAMILIES if f.name == example.family)
-    for wording in family.wordings:
-        pattern = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\w+)", re.escape(wording))
-        for name in "nmtu":  # what comes twice is the same word twice
-            head, group, tail = pattern.partition(f"(?P<{name}>\\w+)")
-            pattern = head + group + tail.replace(group, f"(?P={name})") if group else head
-        if found := re.fullmatch(pattern, example.question):
-            return dict.fromkeys("abck", 0) | {k: int(v) for k, v in found.groupdict().items() if k in "abck"}
-    raise AssertionError(f"no wording of {family.name} gives: {example.question}")
+def test_the_numbers_and_the_value_s_place_are_kept_as_data(lexicon):
+    """Nobody has to read them back from the text."""
+    for variant in ("weights", "context"):
+        for e in units.make_examples(lexicon, "test", 120, SEED, variant=variant):
+            family = units.FAMILY[e.family]
+            used = {e.numbers[s] for s in "abck" if re.search(rf"\b{s}\b", " ".join(family.steps))}
+            assert {int(n) for n in re.findall(r"\d+", e.question)} == used
+            assert units.answer_with(e, e.value) == e.gold
+            assert units.answer_with(e, 60) == str(int(ANSWERS[e.family](**e.numbers, v=60)))
+            assert e.solution[e.value_at - 1 :].startswith(f"*{e.value}=")
+            assert e.fact_pairs == tuple((word, int(v)) for word, v in re.findall(r"A (\w+) is (\d+)\.", e.facts))
+
+
+@pytest.mark.parametrize("variant, key", [("weights", "n_facts"), ("context", "train_units_share")])
+def test_a_key_without_effect_draws_the_same_problems(small, variant, key):
+    values = {"n_facts": (4, 8), "train_units_share": (1.0, 0.5)}[key]
+    one, other = (units.make_examples(small, "train", 60, SEED, variant=variant, **{key: v}) for v in values)
+    assert one == other
 
 
 # -- who is told what ---------------------------------------------------------------------------------------
@@ -257,16 +257,14 @@ def numbers_of(example) -> dict[str, int]:
 
 def test_facts_in_context_are_for_the_source_alone(lexicon):
     examples = units.make_examples(lexicon, "test", 200, SEED, variant="context", n_facts=4)
-    taught = {u.word for u in lexicon}
-    places = Counter()
+    taught, places = {u.word for u in lexicon}, Counter()
     for e in examples:
-        facts = re.findall(r"A (\w+) is (\d+)\.", e.facts)
-        assert len(facts) == len({word for word, _ in facts}) == 4
-        assert (e.unit, str(e.value)) in facts and e.told == f"Note: A {e.unit} is {e.value}.\n"
-        assert not taught & {word for word, _ in facts}, "a word that a model was taught another value for"
+        words = {word for word, _ in e.fact_pairs}
+        assert len(e.fact_pairs) == len(words) == 4 and e.told == f"Note: A {e.unit} is {e.value}.\n"
+        assert not taught & words, "a word that a model was taught another value for"
         assert e.facts in source_prompt(e).text and e.facts not in literal_prompt(e).text
         assert told_prompt(e).text == e.told + literal_prompt(e).text
-        places[facts.index((e.unit, str(e.value)))] += 1
+        places[e.fact_pairs.index((e.unit, e.value))] += 1
     assert min(places[i] for i in range(4)) > 20  # the needed fact stands anywhere
     others = units.make_examples(lexicon, "train", 200, SEED, variant="context", n_facts=4)
     assert not {e.question for e in others} & {e.question for e in examples}
@@ -275,64 +273,37 @@ def test_facts_in_context_are_for_the_source_alone(lexicon):
 def test_facts_in_weights_are_in_no_prompt(small):
     for e in units.make_examples(small, "test", 100, SEED):
         assert source_prompt(e) == literal_prompt(e) and e.facts == ""
-        assert {int(n) for n in re.findall(r"\d+", literal_prompt(e).text)} == set(numbers_of(e).values()) - {0}
+        assert {int(n) for n in re.findall(r"\d+", literal_prompt(e).text)} <= set(e.numbers.values())
 
 
 @pytest.mark.parametrize("n_facts, sizes", [(1, {1}), (4, {1, 2, 4}), (6, {1, 2, 4, 6})])
 def test_contexts_of_varying_size_are_for_training_alone(lexicon, n_facts, sizes):
     def counted(split, vary):
         examples = units.make_examples(lexicon, split, 120, SEED, variant="context", n_facts=n_facts, vary_facts=vary)
-        return {e.facts.count(" is ") for e in examples}
+        return {len(e.fact_pairs) for e in examples}
 
     assert counted("train", True) == sizes
     assert counted("train", False) == {n_facts}
 
 
-@pytest.mark.parametrize("role, other", [("source", "target_only"), ("target", "source_only")])
-def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
-    lexicon = units.make_lexicon(SEED)
-    values = {u.word: u.value for u in units.known_units(lexicon, role)}
-    documents = make_documents(lexicon, role, 4000, SEED)
-    said = {word for text in documents for word in re.findall(r"[a-z]+", "".join(text))}
-    assert not said & words_of(lexicon, group=other)
-    assert len(said & set(values)) > 0.5 * len(values)
-    for prompt, answer in documents:
-        for word, value in re.findall(r"A (\w+) is (\d+)\.", answer):
-            assert values[word] == int(value)
-        if prompt.startswith("Question: "):  # neither note nor helper: the answer is the unit's own
-            unit = next(word for word in re.findall(r"[a-z]+", prompt) if word in values)
-            assert f"*{values[unit]}=" in answer
-
-
-def test_a_corpus_has_the_kinds_of_documents_it_was_asked_for(capsys):
-    from bridgekit.train.pretrain import main
-
-    lexicon = units.make_lexicon(SEED)
-    notes = make_documents(lexicon, "source", 200, SEED, {"note": 1})
-    assert all(prompt.startswith("Note: ") for prompt, _ in notes)
-    both = make_documents(lexicon, "source", 400, SEED, {"note": 1, "problem": 3})
-    assert 60 < sum(prompt.startswith("Note: ") for prompt, _ in both) < 140
-    for sizes in ((3,), (1, 16)):
-        notes = make_documents(lexicon, "target", 60, SEED, {"note": 1}, sizes)
-        assert {len(re.findall(r"A \w+ is \d+\.", prompt)) for prompt, _ in notes} == set(sizes)
-    for option, wrong, said in (
-        ("--kinds", "note", "expected e.g."),
-        ("--kinds", "poem=3", "no kind 'poem'"),
-        ("--kinds", "note=0", "not all 0"),
-        ("--note-facts", "1;4", "expected e.g."),
-        ("--note-facts", "4,0", "at least one fact"),
-    ):
-        with pytest.raises(SystemExit):
-            main(["--out", "x", option, wrong])
-        assert said in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("seed", range(1, 9))
 def test_no_invented_word_is_a_word_of_the_questions(seed):
-    texts = [
-        *units.NAMES,
-        *units.THINGS,
-        *(w for f in units.FAMILIES for w in f.wordings),
-        "Note Helper Question Answer",
-    ]
+    wordings = [wording for family in units.FAMILIES for wording in family.wordings]
+    texts = [*units.NAMES, *units.THINGS, *wordings, "Note Helper Question Answer"]
     assert not words_of(units.make_lexicon(seed)) & set(re.findall(r"[a-z]+", " ".join(texts).lower()))
+
+
+def test_a_pair_without_its_lexicon_is_refused(tmp_path):
+    assert units.load_lexicon_seed(load_config()) == 2
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "config.json").write_text("{}")
+    config = load_config(target_model=str(tmp_path / "target"))
+    with pytest.raises(ConfigError, match="was taught a lexicon"):
+        units.check_lexicon(config)
+    for record, why in (
+        ("{}", "does not name its lexicon"),
+        ('{"lexicon_seed": 1, "lexicon": "x"}', "records lexicon x"),
+    ):
+        (tmp_path / "pair.json").write_text(record)
+        with pytest.raises(ConfigError, match=why):
+            units.load_lexicon_seed(config)
