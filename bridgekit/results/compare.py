@@ -10,10 +10,11 @@ Everything is computed from the table of answers (`table.load_answers`); no numb
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -22,7 +23,7 @@ import numpy as np
 
 from bridgekit.config import Config, to_flat
 from bridgekit.results import statistics as stats
-from bridgekit.results import table, verdict
+from bridgekit.results import style, table, verdict
 from bridgekit.results.statistics import Interval
 from bridgekit.runs import write_text_atomic
 from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
@@ -31,6 +32,7 @@ if typing.TYPE_CHECKING:
     import pandas as pd
 
 SUBSETS = ("source_only_held_unit", "all")
+NONE: Mapping[str, str] = {}
 POWER, ALPHA = 0.8, 0.05
 REPLICATE_SHIFT = 100  # between the seeds of a variant and those of its first replicate
 AXES = {  # the figures of studies along an axis: {name: the key that must vary}
@@ -43,7 +45,7 @@ AXES = {  # the figures of studies along an axis: {name: the key that must vary}
 
 
 def compare_variants(
-    answers: pd.DataFrame, reference: str, subsets: Sequence[str] = SUBSETS, replicates: dict[str, str] | None = None
+    answers: pd.DataFrame, reference: str, subsets: Sequence[str] = SUBSETS, replicates: Mapping[str, str] = NONE
 ) -> pd.DataFrame:
     """Bridged accuracy of each variant minus that of the reference, paired by problem and seed; a row for each subset.
 
@@ -55,20 +57,18 @@ def compare_variants(
     import pandas as pd
 
     bridged, rows = answers[answers["condition"] == "bridged"], []
-    shifts = _seed_shifts(replicates or {})
-    seed = bridged["seed"] - bridged["variant"].map(shifts).fillna(0).astype(int)
-    bridged = bridged.assign(seed=seed)
+    shifts = bridged["variant"].map(_seed_shifts(replicates)).fillna(0).astype(int)
+    bridged = bridged.assign(seed=bridged["seed"] - shifts)  # so that a replicate meets its own pair
     seeds = {variant: set(cell["seed"]) for variant, cell in bridged.groupby("variant", sort=False)}
     for variant in seeds if reference in seeds else ():
         for subset in subsets if variant != reference and seeds[variant] & seeds[reference] else ():
             part = table.select(bridged, subset)
             found = table.difference(part, variant, reference, on="variant").iloc[0].to_dict()
             one, other, units = table.pair_seeds(part, variant, reference, on="variant")
-            pooled = stats.pooled_mean(one - other, units)
-            rows.append({"variant": variant, "reference": reference, "subset": subset} | found | {
-                "deviation": pooled.error, "df": pooled.df, "by_seed": (one - other).mean(axis=0).tolist(),
-                "replicates": (replicates or {}).get(variant, ""),
-            })  # fmt: skip
+            pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
+            row = {"variant": variant, "reference": reference, "subset": subset} | found
+            row |= {"by_seed": (one - other).mean(axis=0).tolist(), "deviation": pooled.error, "df": pooled.df}
+            rows.append(row | {"replicates": replicates.get(variant, "")})
     adjusted = stats.holm({str(i): row["p"] for i, row in enumerate(rows)})
     for i, row in enumerate(rows):
         quantiles = stats.student_quantile(1 - ALPHA / len(rows) / 2, row["df"])
@@ -78,7 +78,7 @@ def compare_variants(
     return pd.DataFrame(rows)
 
 
-def _seed_shifts(replicates: dict[str, str]) -> dict[str, int]:
+def _seed_shifts(replicates: Mapping[str, str]) -> dict[str, int]:
     """How far a replicate's seeds lie above those it is paired with: 100, for a second one of the same variant 200."""
     ranks: dict[str, int] = {}
     shifts = {}
@@ -119,8 +119,6 @@ def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
 
     A module that is switched off is gone from the count. Seconds depend on what else ran on the same device.
     """
-    import json
-
     import pandas as pd
 
     def load(folder: str | Path, name: str, key: str) -> float:
@@ -137,16 +135,12 @@ def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
 
 def write_table(frame: pd.DataFrame, path_without_suffix: str | Path) -> list[Path]:
     """A table of texts as Markdown and as LaTeX, ready for a paper."""
-    from bridgekit.results.figures_text import format_rows
-
-    base, head = Path(path_without_suffix), [str(c) for c in frame]
-    body = [[str(cell) for cell in row] for row in frame.itertuples(index=False)]
+    base = Path(path_without_suffix)
     base.parent.mkdir(parents=True, exist_ok=True)
-    written = []
-    for suffix, style in ((".md", "markdown"), (".tex", "latex")):
-        written.append(base.with_name(base.name + suffix))
-        write_text_atomic(written[-1], format_rows(head, body, style))
-    return written
+    written = {base.with_name(f"{base.name}.md"): style.markdown, base.with_name(f"{base.name}.tex"): style.latex}
+    for path, render in written.items():
+        write_text_atomic(path, render(frame))
+    return list(written)
 
 
 # ---- a study along an axis ------------------------------------------------------------------------------------------
@@ -164,10 +158,8 @@ def axis_settings(config: Config) -> dict:
     """Where a configuration lies on the axes; n_facts where the source has the facts in its context."""
     group = "source_only" if config.pair.direction == "forward" else "target_only"
     n_units = round(N_UNITS * GROUP_SHARES[group] * SPLIT_SHARES["train"])  # that the source alone knows
-    settings = {
-        "producer": config.bridge.producer, "n_soft_tokens": config.bridge.n_soft_tokens,
-        "train_units": max(1, round(n_units * config.task.train_units_share)),
-    }  # fmt: skip
+    settings = {"producer": config.bridge.producer, "n_soft_tokens": config.bridge.n_soft_tokens}
+    settings["train_units"] = max(1, round(n_units * config.task.train_units_share))
     if config.task.variant == "context":
         settings |= {"n_facts": config.task.n_facts, "source_view": config.bridge.source_view}
     return settings
@@ -181,6 +173,8 @@ def axis_table(
     Where the settings have n_facts: the bits of its message (all, and per soft token), and, with `facts` as
     {variant: {id: text}}, how many answers name some value of their message.
     """
+    import pandas as pd
+
     rows = []
     for (variant, seed), run in answers.groupby(["variant", "seed"], sort=False):
         told = table.ratio(table.select(run, "source_only_held_unit"), "bridged", "target_told").iloc[0].to_dict()
@@ -195,8 +189,6 @@ def axis_table(
                 named = names_a_fact(part["said"], [facts[variant][i] for i in part["id"]])
                 row |= _prefixed("in_message", stats.clustered_proportion(named, part["unit"]))
         rows.append(row)
-    import pandas as pd
-
     return pd.DataFrame(rows)
 
 
@@ -264,8 +256,8 @@ def names_a_fact(said: Sequence[float | None], facts: Sequence[str]) -> list[boo
 
     A message may bring the values across and not which word has which: then this is near one, and bits are few.
     """
-    return [value in {int(number) for number in re.findall(r" is (\d+)\.", stated)}
-            for value, stated in zip(said, facts, strict=True)]  # fmt: skip
+    stated = [{int(number) for number in re.findall(r" is (\d+)\.", text)} for text in facts]
+    return [value in values for value, values in zip(said, stated, strict=True)]
 
 
 # ---- costs ----------------------------------------------------------------------------------------------------------

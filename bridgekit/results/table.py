@@ -38,10 +38,9 @@ SUBSETS = {  # column: value; all but the seen ones are held-out problems
     "target_only": {"group": TARGET_ONLY},
     "both": {"group": BOTH},
 }
-COLUMNS = (
-    "run", "variant", "seed", "condition", "id", "question", "group", "unit", "value", "novelty", "family", "gold",
-    "donor_gold", "answer", "said", "correct", "logprob",
-)  # fmt: skip
+RUN = ("run", "variant", "seed", "condition")
+EXAMPLE = ("id", "question", "group", "unit", "value", "novelty", "family", "gold", "donor_gold")
+ANSWER = ("answer", "said", "correct", "logprob")
 SAME_PROBLEM = ("question", "gold", "unit", "value", "family")  # agree where two runs were asked the same
 By = str | Sequence[str]
 Runs = str | Path | Sequence[str | Path] | dict[str, str | Path | Sequence[str | Path]]
@@ -58,15 +57,16 @@ def load_answers(runs: Runs, texts: bool = False) -> pd.DataFrame:
     named = runs if isinstance(runs, dict) else {None: runs}
     parts, places = [], {}
     for label, paths in named.items():
-        for file in [f for p in ([paths] if isinstance(paths, (str, Path)) else paths) for f in _find_files(Path(p))]:
+        files = [f for p in ([paths] if isinstance(paths, (str, Path)) else paths) for f in _find_files(Path(p))]
+        if not files:
+            raise ValueError(f"load_answers: no run folders{'' if label is None else f' of {label!r}'} were named")
+        for file in files:
             run, seed = file.parent.name, _seed_of(file.parent)
             variant = re.sub(r"_seed\d+$", "", run) if label is None else label
             if (other := places.setdefault((variant, seed), file.parent)) != file.parent:
                 raise ValueError(f"{file.parent}: seed {seed} of '{variant}' is {other} already; name one otherwise")
             parts.append(tidy(load_eval(file), texts).assign(run=run, variant=variant, seed=seed))
-    if not parts:
-        raise ValueError("load_answers: no runs were named")
-    return pd.concat(parts, ignore_index=True).reindex(columns=[*COLUMNS, *(["text"] if texts else [])])
+    return pd.concat(parts, ignore_index=True).reindex(columns=[*RUN, *EXAMPLE, *ANSWER, *(["text"] if texts else [])])
 
 
 def _find_files(path: Path) -> list[Path]:
@@ -90,7 +90,7 @@ def tidy(frame: pd.DataFrame, texts: bool = False) -> pd.DataFrame:
     import pandas as pd
 
     example = frame.rename(columns={"gold_extracted": "gold"})
-    example = example[[c for c in COLUMNS if c in example]]
+    example = example[[c for c in EXAMPLE if c in example]]
     parts = []
     for name in [c.removesuffix("_correct") for c in frame if c.endswith("_correct")]:
         part = example.assign(condition=name, correct=stats.read_correct(frame, name))
@@ -141,8 +141,7 @@ def share(frame: pd.DataFrame, by: By = (), value: str = "correct") -> pd.DataFr
             return _columns(stats.clustered_mean(cell[value], units))
         if _n_seeds(cell) == 1:
             return _columns(stats.clustered_proportion(cell[value], units))
-        right, units = _stack([rows for _, rows in cell.groupby("seed")], value)
-        return _columns(stats.pooled_mean(right, units).interval(0.0, 1.0), right.shape[1])
+        return _columns(stats.pooled_mean(*_stack([rows for _, rows in cell.groupby("seed")], value)))
 
     return _by_cell(frame, by, measure, ("condition", "variant"))
 
@@ -162,8 +161,8 @@ def difference(
             found = stats.paired_difference(_side_by_side(one, other, units, a, b), a, b)
             row = _columns(stats.Interval(found.difference, found.low, found.high, found.n, found.n_clusters))
             return row | {"p": found.p, "gained": gained, "lost": lost}
-        pooled = stats.pooled_mean(one - other, units)
-        return _columns(pooled.interval(-1.0, 1.0), pooled.n_seeds) | {"p": pooled.p, "gained": gained, "lost": lost}
+        pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
+        return _columns(pooled) | {"p": pooled.p, "gained": gained, "lost": lost}
 
     return _by_cell(frame, by, measure, {"condition", "variant"} - {on})
 
@@ -220,9 +219,9 @@ def _side_by_side(one: np.ndarray, other: np.ndarray, units, a: str, b: str) -> 
     return frame if units is None else frame.assign(unit=np.asarray(units))
 
 
-def _columns(found: stats.Interval, n_seeds: int = 1) -> dict:
-    return {"point": found.point, "low": found.low, "high": found.high, "n": found.n, "n_units": found.n_clusters,
-            "n_seeds": n_seeds}  # fmt: skip
+def _columns(found: stats.Interval) -> dict:
+    size = {"n": found.n, "n_units": found.n_clusters, "n_seeds": getattr(found, "n_seeds", 1)}
+    return {"point": found.point, "low": found.low, "high": found.high} | size
 
 
 def _n_seeds(cell: pd.DataFrame) -> int:

@@ -28,7 +28,6 @@ from bridgekit.runs import INVALID
 RULE = {"all": ("target", "constant", "shuffled", "self_bridge"), "source_only": ("shuffled", "constant")}
 RIVALS = ("target_told", "relay_full", "relay_cut", "relay_answer", "router", "union")
 SELECTIONS = {"source_only": "best on source-only validation", "last": "last weights"}  # beside the best on the mix
-SOURCE_ONLY_PART = "the source-only part"
 TABLE_COLUMNS = ("condition", "subset", "n", "n_units", "accuracy", "low", "high", "invalid")
 TELLING = 5  # equal wrong answers that show two frames to be one run; fewer may be chance
 
@@ -47,10 +46,6 @@ class Headroom:
     smallest_effect: float  # found with power 0.8, at the two models' own discordance and correlation
     text: str
 
-    @property
-    def n_source_only_right(self) -> int:
-        return self.counts["source_only"]
-
 
 @dataclass(frozen=True)
 class Comparison:
@@ -60,7 +55,6 @@ class Comparison:
     difference: Difference  # bridged minus control
     adjusted_p: float  # Holm over the comparisons of the rule, each with its largest p of all seeds
     holds: bool
-
     step: int | None = None  # of the control's weights, where the run recorded it
 
     @property
@@ -86,29 +80,21 @@ class Verdict:
         return asdict(self)
 
     def differences(self) -> pd.DataFrame:
-        """One row for each comparison of the rule: label seed subset control step point low high n n_units p holds ..."""
-        rows = []
-        for c in self.comparisons:
-            d, label = c.difference, c.label + (f", seed {c.seed}" if len(self.seeds) > 1 else "")
-            rows.append({
-                "label": label, "seed": c.seed, "subset": c.subset, "control": c.control, "step": c.step,
-                "point": d.difference, "low": d.low, "high": d.high, "n": d.n, "n_units": d.n_clusters,
-                "gained": d.gained, "lost": d.lost, "p": d.p, "adjusted_p": c.adjusted_p, "holds": c.holds,
-            })  # fmt: skip
-        return pd.DataFrame(rows)
+        """A row for each comparison: label seed subset control step point low high n n_units p adjusted_p holds ..."""
+        seeds = {c.seed: f", seed {c.seed}" if len(self.seeds) > 1 else "" for c in self.comparisons}
+        rows = [{"label": c.label + seeds[c.seed]} | vars(c) | vars(c.difference) for c in self.comparisons]
+        return pd.DataFrame(rows).rename(columns={"difference": "point", "n_clusters": "n_units"})
 
     def table(self) -> pd.DataFrame:
         """A short table of texts: a row for each control, with the seed in which its interval begins lowest."""
         rows = []
         for worst, seeds in _by_cell(self.comparisons):
-            steps = sorted({c.step for c in seeds if c.step is not None})
-            rows.append({
-                "control": worst.label, "weights from step": ", ".join(f"{step:,}" for step in steps) or "\N{EN DASH}",
-                "bridged minus control": str(worst.difference), "p after Holm": f"{worst.adjusted_p:.2g}",
-                "holds": "yes" if all(c.holds for c in seeds) else "no",
-            })  # fmt: skip
-        rows += [{"control": name, "holds": "not run"} for name in self.not_run]
-        return pd.DataFrame(rows).fillna("\N{EN DASH}")
+            steps = _steps(seeds) or "\N{EN DASH}"
+            holds = "yes" if all(c.holds for c in seeds) else "no"
+            rows.append((worst.label, steps, str(worst.difference), f"{worst.adjusted_p:.2g}", holds))
+        rows += [(name, *["\N{EN DASH}"] * 3, "not run") for name in self.not_run]
+        head = ("control", "weights from step", "bridged minus control", "p after Holm", "holds")
+        return pd.DataFrame(rows, columns=head)
 
 
 def describe_control(name: str) -> str:
@@ -141,11 +127,10 @@ def headroom(frame: pd.DataFrame, level: float = 0.95) -> Headroom:
 
 
 def recovery(
-    frame: pd.DataFrame, condition: str = "bridged", subset: str = "source_only", ceiling: str = "target_told",
-    level: float = 0.95,
-) -> Interval:  # fmt: skip
+    frame: pd.DataFrame, condition: str = "bridged", subset: str = "source_only", ceiling: str = "target_told"
+) -> Interval:
     """What `condition` has right as a share of what the ceiling has right on the same held-out problems."""
-    return stats.paired_ratio(select_subset(frame, subset), condition, ceiling, level=level)
+    return stats.paired_ratio(select_subset(frame, subset), condition, ceiling)
 
 
 def donor_follow(frame: pd.DataFrame, subset: str = "all", level: float = 0.95) -> Interval:
@@ -248,14 +233,13 @@ def _compare(parts: dict[int, pd.DataFrame], subset: str, level: float) -> tuple
         names = [control, *(f"{control}.{selection}" for selection in SELECTIONS)]
         ran = [s for s, rows in parts.items() if any(f"{name}_correct" in rows for name in names)]
         for name in names:
-            evaluated = [s for s, rows in parts.items() if f"{name}_correct" in rows]
-            trained = [s for s in evaluated if not _is_untrained(parts[s], name)]
-            if trained:
-                by_seed = {s: paired_difference(parts[s], "bridged", name, level=level) for s in trained}
-                cells[subset, name] = by_seed
-            for seed in [s for s in evaluated if s not in trained]:
-                step, where = _step_of(parts[seed], name), f", seed {seed}" if len(parts) > 1 else ""
-                not_run.append(f"{describe_control(name)} (not trained: weights of step {step:,}{where})")
+            for seed, rows in parts.items():
+                if f"{name}_correct" in rows and _is_untrained(rows, name):
+                    step, where = _step_of(rows, name), f", seed {seed}" if len(parts) > 1 else ""
+                    not_run.append(f"{describe_control(name)} (not trained: weights of step {step:,}{where})")
+                elif f"{name}_correct" in rows:
+                    found = paired_difference(rows, "bridged", name, level=level)
+                    cells.setdefault((subset, name), {})[seed] = found
         # a bridge trained on the natural mix has one constant, not two: the second is never missed
         if len(ran) < len(parts) and (ran or control in RULE[subset]):
             missing = ", ".join(str(seed) for seed in parts if seed not in ran)
@@ -280,16 +264,17 @@ def _compare_source_only(parts: dict[int, pd.DataFrame], level: float) -> tuple[
 
     Its controls are those of the whole set: one that was not run is named there already.
     """
-    grouped = {s: rows for s, rows in parts.items() if "group" in rows and rows["group"].notna().any()}
+    grouped = [s for s, rows in parts.items() if "group" in rows and rows["group"].notna().any()]
     if not grouped:
-        return {}, [], [f"{SOURCE_ONLY_PART} (this task has no knowledge groups)"]
-    left_out = [f"{SOURCE_ONLY_PART} (no knowledge groups in seed {s})" for s in parts if s not in grouped]
-    only = {s: select_subset(rows, "source_only", allow_empty=True) for s, rows in grouped.items()}
-    if few := [s for s, rows in only.items() if _n_units(rows) < 2]:
+        return {}, [], ["the source-only part (this task has no knowledge groups)"]
+    only = {s: select_subset(parts[s], "source_only", allow_empty=True) for s in grouped}
+    few = [s for s, rows in only.items() if _n_units(rows) < 2]
+    left_out = [f"the source-only part (no knowledge groups in seed {s})" for s in parts if s not in grouped]
+    if few:
         where = f" in seed {', '.join(map(str, few))}" if len(few) < len(parts) else ""
-        left_out.append(f"{SOURCE_ONLY_PART} (fewer than two held-out units{where})")
+        left_out.append(f"the source-only part (fewer than two held-out units{where})")
     only = {s: rows for s, rows in only.items() if s not in few}
-    return (_compare(only, "source_only", level)[0] if only else {}), left_out, []
+    return _compare(only, "source_only", level)[0], left_out, []
 
 
 def _adjust(cells: dict, parts: dict[int, pd.DataFrame], alpha: float) -> list[Comparison]:
@@ -334,28 +319,29 @@ def _by_cell(comparisons: list[Comparison]) -> list[tuple[Comparison, list[Compa
     return [(min(seeds, key=lambda c: c.difference.low), seeds) for seeds in cells.values()]
 
 
+def _steps(comparisons: list[Comparison]) -> str:
+    return ", ".join(f"{step:,}" for step in sorted({c.step for c in comparisons} - {None}))
+
+
 def _describe(verdict: Verdict, shares: list[Interval], level: float) -> str:
-    """Two sentences for the claim and the accuracy, then the details: what fails, what was not run, who else wins."""
+    """Two sentences for the claim and the accuracy, then the details: each control, what was not run, who else wins."""
     n_seeds, not_run = len(verdict.seeds), ", ".join(verdict.not_run)
     seeds = f"each of {n_seeds} training seeds" if n_seeds > 1 else "its one training seed"
-    lost = [c for c in verdict.comparisons if c.control == "target" and c.difference.high < 0]
     ran = f"it beats every control that was run, in {seeds}" if verdict.comparisons else "no control was run"
+    lost = [c for c in verdict.comparisons if c.control == "target" and c.difference.high < 0]
     accuracy = shares[0] if n_seeds == 1 else f"{_points(shares)} in seeds {verdict.seeds}"
     sizes = " / ".join(dict.fromkeys(_size(share.n, share.n_clusters) for share in shares))
-    lines = [
-        {
-            "transfers": f"The bridge transfers: it beats every control in {seeds}.",
-            "unproven": f"It is not yet proven that the bridge transfers: {ran}, but not run: {not_run}.",
-            "fails": "It does not hold that the bridge transfers.",
-            "harms": f"The bridge harms: it is worse than the target alone ({_seeds(lost)}).",
-        }[verdict.outcome],
-        f"Bridged {accuracy} on {sizes} ({level:.0%} intervals).",
-        *_describe_differences(verdict, " in the worst seed" if n_seeds > 1 else ""),
-    ]
+    claims = {
+        "transfers": f"The bridge transfers: it beats every control in {seeds}.",
+        "unproven": f"It is not yet proven that the bridge transfers: {ran}, but not run: {not_run}.",
+        "fails": "It does not hold that the bridge transfers.",
+        "harms": f"The bridge harms: it is worse than the target alone ({_seeds(lost)}).",
+    }
+    lines = [claims[verdict.outcome], f"Bridged {accuracy} on {sizes} ({level:.0%} intervals)."]
+    lines += _describe_differences(verdict, " in the worst seed" if n_seeds > 1 else "")
     if verdict.failed:
-        labels = dict.fromkeys(c.label for c in verdict.failed)
-        failures = (f"{label} ({_seeds([c for c in verdict.failed if c.label == label])})" for label in labels)
-        lines.append(f"Not shown to beat {', '.join(failures)}.")
+        cells = (f"{worst.label} ({_seeds(failed)})" for worst, failed in _by_cell(verdict.failed))
+        lines.append(f"Not shown to beat {', '.join(cells)}.")
     if verdict.not_run and verdict.outcome != "unproven":
         lines.append(f"Not run: {not_run}.")
     if verdict.not_applicable:
@@ -369,23 +355,19 @@ def _describe(verdict: Verdict, shares: list[Interval], level: float) -> str:
 
 
 def _describe_differences(verdict: Verdict, worst_seed: str) -> list[str]:
-    """Bridged minus each control by subset, the steps of the controls' weights, and bridged minus each rival."""
-    lines = []
-    for subset in RULE:
-        worst = [c for c, _ in _by_cell(verdict.comparisons) if c.subset == subset]
-        if worst:
-            problems = "" if subset == "all" else f" on the {worst[0].difference.n:,} source-only problems"
-            differences = "; ".join(f"{describe_control(c.control)} {c.difference}" for c in worst)
-            p = max(c.adjusted_p for c in worst)
-            lines.append(f"Bridged minus control{problems}{worst_seed}: {differences} (p after Holm at most {p:.2g}).")
-    steps = {describe_control(c.control): {o.step for o in s} - {None} for c, s in _by_cell(verdict.comparisons)}
-    if named := [f"{name} {', '.join(f'{s:,}' for s in sorted(of))}" for name, of in steps.items() if of]:
-        lines.append(f"The controls' weights are from step: {'; '.join(named)}.")
-    found = {"these win": [], "the bridge beats": [], "undecided": []}
+    """Bridged minus each control, with the step of its weights, and who wins of bridge and rivals in every seed."""
+    lines, parts = [], []
+    for worst, seeds in _by_cell(verdict.comparisons):
+        weights = f" (weights of step {_steps(seeds)})" if _steps(seeds) else ""
+        parts.append(f"{worst.label}{weights} {worst.difference}")
+    if parts:
+        p = max(c.adjusted_p for c in verdict.comparisons)
+        lines.append(f"Bridged minus control{worst_seed}: {'; '.join(parts)} (p after Holm at most {p:.2g}).")
+    found: dict[str, list[str]] = {"these win": [], "the bridge beats": [], "undecided": []}
     for rival, by_seed in verdict.rivals.items():
         won, lost = all(d.high < 0 for d in by_seed), all(d.low > 0 for d in by_seed)
-        worst = min(by_seed, key=lambda d: d.low)
-        found["these win" if won else "the bridge beats" if lost else "undecided"].append(f"{rival} {worst}")
+        name = f"{rival} {min(by_seed, key=lambda d: d.low)}"
+        found["these win" if won else "the bridge beats" if lost else "undecided"].append(name)
     if parts := [f"{title}: {', '.join(names)}" for title, names in found.items() if names]:
         lines.append(f"Rivals beside the rule, bridged minus rival{worst_seed}: {'; '.join(parts)}.")
     return lines
