@@ -99,16 +99,20 @@ def gains_table(
 
     bridged, none = answers[answers["condition"] == "bridged"], "\N{EN DASH}"
     cells = {(r["variant"], r["subset"]): r for r in compared.to_dict("records")}
+    reference = compared["reference"].iloc[0] if len(compared) else None
     rows = {v: {"variant": v, "seeds": cell["seed"].nunique()} for v, cell in bridged.groupby("variant", sort=False)}
     for cost in costs.to_dict("records") if costs is not None else ():
         rows[cost["variant"]] |= {k: f"{cost[k]:,.0f}" if cost[k] == cost[k] else "" for k in ("parameters", "seconds")}
     for subset in subsets:
-        for found in table.share(table.select(bridged, subset), "variant").itertuples():
+        shares = table.share(table.select(bridged, subset), "variant")
+        sizes = " to ".join(dict.fromkeys(f"{n:,}" for n in (shares["n"].min(), shares["n"].max())))
+        for found in shares.itertuples():
             row, cell = rows[found.variant], cells.get((found.variant, subset))
-            row[f"{subset} (n = {found.n:,})"] = f"{found.point:.3f} [{found.low:.3f}, {found.high:.3f}]"
-            change = "reference" if len(compared) else none
+            change = "reference" if found.variant == reference else none
             if cell:
                 change = f"{cell['point']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}], p {cell['adjusted_p']:.2g}"
+                row["variant"] = found.variant + (f" (replicate of {of})" if (of := cell["replicates"]) else "")
+            row[f"{subset} (n = {sizes})"] = f"{found.point:.3f} [{found.low:.3f}, {found.high:.3f}]"
             row[f"difference, {subset}"] = change
             row[f"could be found from, {subset}"] = f"{cell['smallest_effect']:.3f}" if cell else none
     return pd.DataFrame(rows.values())
