@@ -61,35 +61,39 @@ def load_answers(runs: Runs, texts: bool = False) -> pd.DataFrame:
         if not files:
             raise ValueError(f"load_answers: no run folders{'' if label is None else f' of {label!r}'} were named")
         for file in files:
-            run, seed = file.parent.name, _seed_of(file.parent)
-            variant = re.sub(r"_seed\d+$", "", run) if label is None else label
+            frame, run = load_frame(file), file.parent.name
+            variant, seed = re.sub(r"_seed\d+$", "", run) if label is None else label, frame.attrs["seed"]
             if (other := places.setdefault((variant, seed), file.parent)) != file.parent:
                 raise ValueError(f"{file.parent}: seed {seed} of '{variant}' is {other} already; name one otherwise")
-            parts.append(tidy(load_eval(file), texts).assign(run=run, variant=variant, seed=seed))
+            parts.append(tidy(frame, texts).assign(run=run, variant=variant, seed=seed))
     return pd.concat(parts, ignore_index=True).reindex(columns=[*RUN, *EXAMPLE, *ANSWER, *(["text"] if texts else [])])
+
+
+def load_frame(run: str | Path) -> pd.DataFrame:
+    """One final evaluation as it lies there, a row per example; `attrs` has the run's seed (0: unknown) and steps."""
+    import yaml
+
+    file = _find_files(Path(run))[0]
+    frame, config = load_eval(file), file.parent / "config.yaml"
+    settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
+    named = re.search(r"_seed(\d+)", file.parent.name)
+    frame.attrs["seed"] = int(named[1]) if named else int((settings.get("run") or {}).get("seed", 0))
+    frame.attrs["steps"] = (settings.get("train") or {}).get("steps")
+    return frame
 
 
 def _find_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    return sorted(path.glob("*/eval_samples_step_final.jsonl*")) or [find_eval(path)]
-
-
-def _seed_of(folder: Path) -> int:
-    """From the folder's name, else from its configuration; 0 where neither says it."""
-    import yaml
-
-    if named := re.search(r"_seed(\d+)", folder.name):
-        return int(named[1])
-    config = folder / "config.yaml"
-    return int((yaml.safe_load(config.read_text()).get("run") or {}).get("seed", 0)) if config.is_file() else 0
+    inside = {file.parent for file in path.glob("*/eval_samples_step_final.jsonl*")}
+    return [find_eval(folder) for folder in sorted(inside) or [path]]
 
 
 def tidy(frame: pd.DataFrame, texts: bool = False) -> pd.DataFrame:
     """One evaluation (a row per example, columns `<condition>_correct`) as a row per condition and example."""
     import pandas as pd
 
-    example = frame.rename(columns={"gold_extracted": "gold"})
+    example = frame.rename(columns={"gold_extracted": "gold"} | ({} if "id" in frame else {"index": "id"}))
     example = example[[c for c in EXAMPLE if c in example]]
     parts = []
     for name in [c.removesuffix("_correct") for c in frame if c.endswith("_correct")]:
@@ -98,7 +102,8 @@ def tidy(frame: pd.DataFrame, texts: bool = False) -> pd.DataFrame:
             if f"{name}_{column}" in frame:
                 part[key] = frame[f"{name}_{column}"]
         if "text" in part and "family" in part and "said" not in part:  # a kept study has no texts, but what they said
-            part["said"] = [said_value(*pair) for pair in zip(part["text"], part["family"], strict=True)]
+            said = [said_value(*pair) for pair in zip(part["text"], part["family"], strict=True)]
+            part["said"] = pd.Series(said, index=part.index, dtype=float)
         parts.append(part if texts else part.drop(columns="text", errors="ignore"))
     return pd.concat(parts, ignore_index=True)
 

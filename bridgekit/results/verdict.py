@@ -1,7 +1,7 @@
 """When may a run say that the bridge transfers? The claim rule, its controls and its numbers in words.
 
     print(headroom(frame).text)                      # before training; needs `source` and `target` alone
-    verdict = judge([frame_1, frame_2, frame_3])     # one final evaluation for each training seed
+    verdict = judge([run_1, run_2, run_3])           # a run folder or its frame for each training seed
     verdict.text, verdict.table()                    # the claim in two sentences with its details; a row per control
     conditions_table(frame)                          # what the bars and the table are drawn from
 
@@ -15,6 +15,7 @@ answers can be memorised; they have a row of their own in the table.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pandas as pd
 
@@ -162,13 +163,18 @@ def conditions_table(frame: pd.DataFrame, level: float = 0.95) -> pd.DataFrame:
 
 
 def judge(
-    frames: Sequence[pd.DataFrame], *, seeds: list[int] | None = None, steps: int | None = None, level: float = 0.95
+    frames: Sequence[pd.DataFrame | str | Path],
+    *,
+    seeds: list[int] | None = None,
+    steps: int | None = None,
+    level: float = 0.95,
 ) -> Verdict:
-    """The claim rule on one final evaluation frame for each training seed.
+    """The claim rule on one final evaluation, as a frame or a run folder, for each training seed.
 
-    Without `seeds`, those that the frames name (`attrs["seed"]`), else 1, 2, ... `steps` is how long the bridge was
-    trained, where the frames do not say it (`attrs["steps"]`).
+    Without `seeds`, those that folders or frames name (`attrs["seed"]`), else 1, 2, ... `steps` is how long a bridge
+    was to be trained, where they do not say it (`attrs["steps"]`).
     """
+    frames = [table.load_frame(frame) if isinstance(frame, (str, Path)) else frame for frame in frames]
     if seeds is None:
         seeds = [frame.attrs.get("seed", i) for i, frame in enumerate(frames, start=1)]
     if not seeds or len(seeds) != len(frames) or len(set(seeds)) != len(seeds):

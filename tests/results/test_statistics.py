@@ -66,12 +66,6 @@ def test_wilson_equals_newcombes_published_table(k, n, low, high):
     assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
 
 
-@pytest.mark.parametrize("k, n", [(0, 1), (1, 1), (3, 7), (129, 200), (1999, 2000)])
-@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
-def test_wilson_equals_statsmodels(k, n, level):
-    assert wilson(k, n, level) == pytest.approx(sms.proportion_confint(k, n, 1 - level, "wilson"), abs=1e-12)
-
-
 def test_the_first_experiments_interval_and_harm():
     assert [round(x, 3) for x in wilson(129, 200)] == [0.577, 0.708]
     assert round(mcnemar_exact(11, 36), 4) == 0.0003
@@ -83,15 +77,6 @@ def test_independent_questions_have_wilsons_interval():
     assert (share.low, share.high) == wilson(129, 200)
     assert (share.point, share.n, share.n_clusters) == (0.645, 200, 200)
     assert clustered_proportion(right, [None] * 200) == share
-
-
-def test_copies_of_one_answer_count_once():
-    """Four copies of each answer are worth a quarter of them: Wilson at the number of units, or wider."""
-    right = np.arange(60) < 40
-    share = clustered_proportion(np.repeat(right, 4), np.repeat(np.arange(60), 4))
-    low, high = wilson(40, 60)
-    assert share.low < low and share.high > high
-    assert (share.low, share.high) == pytest.approx((low, high), abs=0.004)
 
 
 def test_all_right_is_not_certainty():
@@ -191,16 +176,6 @@ def test_interval_and_p_agree_about_zero():
     assert {True, False} <= set(sides)
 
 
-def test_units_widen_the_interval_as_their_number_says():
-    """Four copies of each question: the interval is that of the distinct questions."""
-    rng = np.random.default_rng(1)
-    once = frame_of(rng.random(150) < 0.7, rng.random(150) < 0.55, np.arange(150))
-    four = pd.concat([once] * 4)
-    widths = [d.high - d.low for d in map(compare, (once, four, four.drop(columns="unit")))]
-    assert widths[1] == pytest.approx(widths[0], rel=0.05)
-    assert widths[2] == pytest.approx(widths[0] / 2, rel=0.1)
-
-
 def test_no_discordant_pair_is_the_rule_of_three_and_not_certainty():
     same = compare(frame_of([1] * 150 + [0] * 50, [1] * 150 + [0] * 50))
     assert same.high == -same.low == pytest.approx(3 / 200, rel=0.05)
@@ -223,12 +198,6 @@ def test_ratio_is_the_share_of_the_ceiling():
     assert paired_ratio(rare, "bridged", "target").high == np.inf
     with pytest.raises(ValueError, match="`target` has none of 3 questions right"):
         paired_ratio(frame_of([1, 0, 1], [0, 0, 0]), "bridged", "target")
-
-
-def test_seed_decides_the_draws():
-    frame = draw_answers(np.random.default_rng(0), 60, (0.2, 0.1, 0.4, 0.3), 0.3)
-    assert compare(frame) == compare(frame, seed=0)
-    assert compare(frame, seed=5) != compare(frame, seed=4) == compare(frame, seed=4)
 
 
 # -- properties ---------------------------------------------------------------------------------------------
