@@ -1,4 +1,4 @@
-"""What several runs show together: a study's differences, its axes, the bits of a message, costs, the plan's rule.
+"""What several runs show together: a study's differences, its axes, the bits of a message, the plan's rule.
 
     answers = load_answers(folder)                              # of all runs of a study, by variant and seed
     compared = compare_variants(answers, reference="base")      # Holm over the table, and the smallest effect
@@ -262,40 +262,6 @@ def names_a_fact(said: Sequence[float | None], facts: Sequence[str]) -> list[boo
     """
     stated = [{int(number) for number in re.findall(r" is (\d+)\.", text)} for text in facts]
     return [value in values for value, values in zip(said, stated, strict=True)]
-
-
-# ---- costs ----------------------------------------------------------------------------------------------------------
-
-WRITERS = {  # whose texts an answer needs, and the model that writes them
-    "source": {"source": "source"},
-    "target": {"target": "target"},
-    "target_told": {"target_told": "target"},
-    "bridged": {"bridged": "target"},
-    "relay_full": {"source": "source", "relay_full": "target"},
-    "relay_cut": {"source": "source", "relay_cut": "target"},
-    "relay_answer": {"source": "source", "relay_answer": "target"},
-    "router": {"source": "source", "target": "target"},
-}
-
-
-def cost_table(answers: pd.DataFrame, pair: str | Path) -> pd.DataFrame:
-    """Tokens that the models of the folder `pair` write for an answer, beside its accuracy on held-out problems.
-
-    Written tokens decide how long an answer takes: each is a pass of its own, while a prompt and soft tokens are one
-    pass together. Counted are the target's own answer, and the source's where its text is used; a bridge reads the
-    source's states of the prompt, for which nothing is written. Needs answers with `texts=True`.
-    """
-    from tokenizers import Tokenizer
-
-    held, lengths = table.select(answers), {}
-    for condition, model in {pair for texts in WRITERS.values() for pair in texts.items()}:
-        texts = held.loc[held["condition"] == condition, "text"]
-        tokenizer = Tokenizer.from_file(str(Path(pair) / model / "tokenizer.json"))
-        encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False) if len(texts) else []
-        lengths[condition] = float(np.mean([len(one.ids) for one in encoded])) if encoded else math.nan
-    found = table.share(held[held["condition"].isin(WRITERS)], "condition")
-    tokens = [sum(lengths[text] for text in WRITERS[condition]) for condition in found["condition"]]
-    return found.assign(tokens=tokens)
 
 
 # ---- the plan's decision rule ---------------------------------------------------------------------------------------

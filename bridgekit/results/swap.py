@@ -3,7 +3,7 @@
     planned = plan_swap(config, ["teacher=prompt", "prompt_weight=1.0", "nll_weight=0.0"])  # {folder name: Config}
     headroom_files = measure_headroom(planned, "runs")
     sweep.run_planned(planned, "runs").check()                                              # finished ones are kept
-    answers = load_answers({arm: f"runs/{name}" for arm, name in zip(ARMS, planned)})        # for share, difference, ...
+    answers = load_answers({arm: f"runs/{name}" for arm, name in zip(ARMS, planned)})
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def judge(
     parts = {}
     for seed, frame in zip(seeds, frames, strict=True):
         parts[seed] = select_subset(frame)
-        parts[seed].attrs = {"steps": steps} | frame.attrs
+        parts[seed].attrs = frame.attrs | {"steps": frame.attrs.get("steps") or steps}
     shares = [_accuracy(rows, "bridged", level) for rows in parts.values()]
     cells, not_run = _compare(parts, "all", level)
     source_only_cells, left_out, not_applicable = _compare_source_only(parts, level)

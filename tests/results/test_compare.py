@@ -1,16 +1,14 @@
-"""A study's differences, its axes, bits on channels whose capacity is known, costs, and the plan's decision rule.
+"""A study's differences, its axes, bits on channels whose capacity is known, and the plan's decision rule.
 
 python -m pytest tests/results/test_compare.py
 """
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from tokenizers import Tokenizer
 
 from bridgekit.config import load_config
 from bridgekit.results import compare, table
@@ -19,7 +17,6 @@ from bridgekit.results.compare import branch_probabilities, carried_bits, choose
 from bridgekit.tasks import units
 from bridgekit.tasks.units import VALUES, state_facts
 
-ROOT = Path(__file__).parents[2]
 FULL = math.log2(len(VALUES))
 
 
@@ -207,25 +204,6 @@ def test_bits_of_what_was_not_drawn_are_refused(values, said, named):
 def test_a_value_of_the_message_is_told_from_one_that_is_not():
     note = state_facts([("tob", 12), ("gaf", 34)])
     assert compare.names_a_fact([12, 34.0, 13, 1, None, np.nan], [note] * 6) == [True, True, *[False] * 4]
-
-
-# -- costs --------------------------------------------------------------------------------------------------
-
-
-def test_costs_count_the_tokens_that_somebody_has_to_write():
-    answers = table.load_answers(ROOT / "preserved_data/headline_resampler_seed1", texts=True)
-    pair, held = ROOT / "bridgekit/model/embedded_pair", table.select(answers)
-    costs = compare.cost_table(answers, pair).set_index("condition")
-
-    def written(model: str, condition: str) -> float:
-        tokenizer = Tokenizer.from_file(str(pair / model / "tokenizer.json"))
-        texts = held.loc[held["condition"] == condition, "text"]
-        return texts.map(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)).mean()
-
-    assert costs["tokens"]["bridged"] == pytest.approx(written("target", "bridged"))
-    assert costs["tokens"]["relay_full"] == pytest.approx(written("source", "source") + written("target", "relay_full"))
-    assert costs["point"]["router"] == pytest.approx(held.loc[held["condition"] == "router", "correct"].mean())
-    assert set(costs.index) == set(compare.WRITERS)
 
 
 # -- the plan's decision rule -------------------------------------------------------------------------------

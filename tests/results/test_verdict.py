@@ -210,6 +210,13 @@ def test_a_control_with_weights_from_before_half_of_training_was_not_run(frames,
         assert "weights of step" not in verdict.text
 
 
+def test_how_long_training_was_to_be_may_be_given_where_the_frame_does_not_say_it(frames):
+    frame = frames[0].copy()
+    frame.attrs = {"controls": {"constant": {"mix": 100}, "self_bridge": {"mix": 0}}}
+    assert judge([frame]).not_run == ["self_bridge (not trained: weights of step 0)"]
+    assert len(judge([frame], steps=400).not_run) == 2
+
+
 def test_several_comparisons_at_the_edge_do_not_survive_holm():
     """Each interval is above zero, but three chances of 4% are not one."""
     n = 400
