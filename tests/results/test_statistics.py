@@ -1,7 +1,7 @@
 """Intervals, tests and power against published values, scipy and statsmodels; coverage by simulation.
 
-python -m pytest tests/test_stats.py    a sample of the cells
-python tests/test_stats.py              the table at the top of bridgekit/stats.py (fifteen minutes)
+python -m pytest tests/results/test_statistics.py    a sample of the cells
+python tests/results/test_statistics.py              the table at the top of results/statistics.py (fifteen minutes)
 """
 
 import itertools
@@ -17,6 +17,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import normal_sample_size_one_tail
 
 from bridgekit.results.statistics import (
+    clustered_mean,
     clustered_proportion,
     design_effect,
     holm,
@@ -26,7 +27,9 @@ from bridgekit.results.statistics import (
     n_for_effect,
     paired_difference,
     paired_ratio,
+    pooled_mean,
     read_correct,
+    student_quantile,
     wilson,
 )
 
@@ -63,12 +66,6 @@ def test_wilson_equals_newcombes_published_table(k, n, low, high):
     assert wilson(k, n) == pytest.approx((low, high), abs=5e-5)
 
 
-@pytest.mark.parametrize("k, n", [(0, 1), (1, 1), (3, 7), (129, 200), (1999, 2000)])
-@pytest.mark.parametrize("level", [0.8, 0.95, 0.99])
-def test_wilson_equals_statsmodels(k, n, level):
-    assert wilson(k, n, level) == pytest.approx(sms.proportion_confint(k, n, 1 - level, "wilson"), abs=1e-12)
-
-
 def test_the_first_experiments_interval_and_harm():
     assert [round(x, 3) for x in wilson(129, 200)] == [0.577, 0.708]
     assert round(mcnemar_exact(11, 36), 4) == 0.0003
@@ -82,20 +79,59 @@ def test_independent_questions_have_wilsons_interval():
     assert clustered_proportion(right, [None] * 200) == share
 
 
-def test_copies_of_one_answer_count_once():
-    """Four copies of each answer are worth a quarter of them: Wilson at the number of units, or wider."""
-    right = np.arange(60) < 40
-    share = clustered_proportion(np.repeat(right, 4), np.repeat(np.arange(60), 4))
-    low, high = wilson(40, 60)
-    assert share.low < low and share.high > high
-    assert (share.low, share.high) == pytest.approx((low, high), abs=0.004)
-
-
 def test_all_right_is_not_certainty():
     share = clustered_proportion([1] * 300, list(range(100)) * 3)
     assert share.low == pytest.approx(wilson(100, 100)[0], abs=0.002)
     share = clustered_proportion([1, 1, 1], ["u", "u", "u"])
     assert (share.low, share.high) == (0, 1)
+
+
+def test_a_mean_of_independent_numbers_has_students_interval_and_copies_count_once():
+    numbers = np.random.default_rng(0).normal(3, 2, 50)
+    mean = clustered_mean(numbers)
+    theirs = scipy.stats.t.interval(0.95, 49, numbers.mean(), scipy.stats.sem(numbers))
+    assert (mean.low, mean.high) == pytest.approx(theirs)
+    four = clustered_mean(np.repeat(numbers, 4), np.repeat(np.arange(50), 4))
+    assert (four.low, four.high, four.n, four.n_clusters) == (
+        pytest.approx(mean.low),
+        pytest.approx(mean.high),
+        200,
+        50,
+    )
+    assert clustered_mean([1.0, 2.0], ["u", "u"]).high == np.inf
+    assert clustered_mean(numbers, [None] * 50) == mean
+
+
+# -- several training seeds ---------------------------------------------------------------------------------
+
+
+def test_equal_answers_have_an_uncertain_difference_all_the_same():
+    same = pooled_mean(np.zeros((200, 1)), np.arange(200), lowest=-1.0)
+    assert same.point == 0 and 2 / 200 < same.high < 4 / 200 and same.p == 1
+    assert pooled_mean(np.ones((200, 3)), np.arange(200)).high == 1
+
+
+@pytest.mark.parametrize(("n_seeds", "deviation"), [(1, 0.0), (3, 0.0), (3, 0.05), (5, 0.1)])
+def test_pooled_intervals_hold_for_other_problems_and_other_seeds(n_seeds, deviation):
+    """The differences of a seed deviate; the interval must cover the true difference of 0.1 about 95 times in 100."""
+    rng, hits, n = np.random.default_rng(1), 0, 300
+    units = pd.Series(np.repeat(np.arange(75), 2))
+    for _ in range(n):
+        shift = 0.1 + deviation * rng.standard_normal(n_seeds)
+        unit = np.repeat(rng.random((75, 1)), 2, axis=0) < 0.5  # half the units are right or wrong together
+        draws = [np.where(unit, np.repeat(rng.random((75, 1)), 2, axis=0), rng.random((150, 1))) for _ in "ab"]
+        found = pooled_mean((draws[0] < 0.6 + shift).astype(float) - (draws[1] < 0.6), units, lowest=-1.0)
+        hits += found.low <= 0.1 <= found.high
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+    assert 0.91 <= hits / n <= 1.0, hits / n
+
+
+def test_what_would_have_been_found_is_found_with_power_0_8():
+    """Differences drawn around the smallest effect are significant four times in five."""
+    rng, n, error, df = np.random.default_rng(2), 2000, 0.03, 200.0
+    effect = (student_quantile(0.975, df) + student_quantile(0.8, df)) * error
+    drawn = effect + error * rng.standard_normal(n)
+    assert (abs(drawn) > student_quantile(0.975, df) * error).mean() == pytest.approx(0.8, abs=0.03)
 
 
 # -- paired tests -------------------------------------------------------------------------------------------
@@ -140,16 +176,6 @@ def test_interval_and_p_agree_about_zero():
     assert {True, False} <= set(sides)
 
 
-def test_units_widen_the_interval_as_their_number_says():
-    """Four copies of each question: the interval is that of the distinct questions."""
-    rng = np.random.default_rng(1)
-    once = frame_of(rng.random(150) < 0.7, rng.random(150) < 0.55, np.arange(150))
-    four = pd.concat([once] * 4)
-    widths = [d.high - d.low for d in map(compare, (once, four, four.drop(columns="unit")))]
-    assert widths[1] == pytest.approx(widths[0], rel=0.05)
-    assert widths[2] == pytest.approx(widths[0] / 2, rel=0.1)
-
-
 def test_no_discordant_pair_is_the_rule_of_three_and_not_certainty():
     same = compare(frame_of([1] * 150 + [0] * 50, [1] * 150 + [0] * 50))
     assert same.high == -same.low == pytest.approx(3 / 200, rel=0.05)
@@ -172,12 +198,6 @@ def test_ratio_is_the_share_of_the_ceiling():
     assert paired_ratio(rare, "bridged", "target").high == np.inf
     with pytest.raises(ValueError, match="`target` has none of 3 questions right"):
         paired_ratio(frame_of([1, 0, 1], [0, 0, 0]), "bridged", "target")
-
-
-def test_seed_decides_the_draws():
-    frame = draw_answers(np.random.default_rng(0), 60, (0.2, 0.1, 0.4, 0.3), 0.3)
-    assert compare(frame) == compare(frame, seed=0)
-    assert compare(frame, seed=5) != compare(frame, seed=4) == compare(frame, seed=4)
 
 
 # -- properties ---------------------------------------------------------------------------------------------
@@ -291,6 +311,8 @@ def test_correlation_is_found_clipped_and_cautious():
         (lambda: minimum_detectable_effect(10, 0), "discordance=0"),
         (lambda: minimum_detectable_effect(10, 0.2, 11), "n_clusters=11"),
         (lambda: clustered_proportion([]), "`correct` is empty"),
+        (lambda: clustered_mean([]), "`values` is empty"),
+        (lambda: clustered_mean([1.0, np.inf]), "infinite number"),
         (lambda: clustered_proportion([1, None, 0]), "`correct` misses 1 of 3 values"),
         (lambda: clustered_proportion([0.5, 1.0]), "only right .True. and wrong"),
         (lambda: clustered_proportion([1, 0], [1]), "1 clusters for 2 values"),
