@@ -106,7 +106,7 @@ def rows(
     conditions = y in frame and set(frame[y]) <= set(CONDITIONS)
     color = y if conditions and color is None else color
     keys = [c for c in (panel, y, color if color in frame else None, fill and fill[0]) if c]
-    frame = check_frame(frame, x, [*keys, *(band or ())[:1]], title)
+    frame = check_frame(frame, x, [*keys, *(band or ())[:1]], title or "rows")
     frame = frame.sort_values(y, key=lambda names: names.map(CONDITIONS.index), kind="stable") if conditions else frame
     looks, parts, references = _choose_looks(frame, color), _split(frame, panel), references or {}
     most = int(frame.groupby([panel, y] if panel else y).size().max())
@@ -166,7 +166,7 @@ def lines(
     have no value it ends, or with `bars` its mark is open. Without columns low and high there are no intervals.
     """
     keys = [*([panel] if isinstance(panel, str) else panel or ()), *([color] if color in frame else [])]
-    frame = check_frame(frame, y, [*keys, x], title).sort_values(x, kind="stable")
+    frame = check_frame(frame, y, [*keys, x], title or "lines").sort_values(x, kind="stable")
     looks, parts, references = _choose_looks(frame, color), _split(frame, panel), references or {}
     handles = {words(v): look for v, look in looks.items() if color in frame and color != panel and not ends}
     handles |= {} if ends else _name_references(references, handles, looks)
@@ -253,12 +253,14 @@ def open_panels(frame, panel, heights, title, handles, width, sharex=True, stack
     columns = max(1, min(len(handles), int(width / (0.36 + 0.057 * longest))))
     above = 0.15 * (title.count("\n") + 1) + 0.14 * -(-len(handles) // columns)
     total = 0.42 + above + sum(heights) + (0.3 if panel else 0) * (len(heights) if stack or wrap else 1)
-    size = {"height": total / len(heights), "aspect": width / (wrap or across) * len(heights) / total}
-    size |= {} if wrap else {"gridspec_kws": {"height_ratios": heights}}
+    ratios = None if wrap else {"height_ratios": heights}
     with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn calls a layout of its own
-        grid = sns.FacetGrid(frame, row=row, col=col, col_wrap=wrap, sharex=sharex, sharey=sharey and not stack, **size)
+        grid = sns.FacetGrid(
+            frame, row=row, col=col, col_wrap=wrap, sharex=sharex, sharey=sharey and not stack, gridspec_kws=ratios
+        )
     fig, line = grid.figure, functools.partial(plt.Line2D, [], [])
     plt.close(fig)  # a notebook shows a figure that is returned; an open one it would show twice
+    fig.set_size_inches(width, total)
     fig.set_layout_engine("constrained", h_pad=0.03, w_pad=0.03)
     entries = [line(**_edge({"ms": 4.5, "lw": 1.3} | h)) if isinstance(h, dict) else h for h in handles.values()]
     bold, place = {"weight": "bold", "size": 8}, "outside upper left"

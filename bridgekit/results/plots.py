@@ -154,7 +154,8 @@ def plot_forest(compared: pd.DataFrame, title: str = "What does each change do?"
     Full marks differ by Holm's p over the whole table; inside the grey band nothing could have been found.
     """
     check_frame(compared, "difference", ["variant", "subset", "smallest_effect", "adjusted_p"], "forest")
-    table, copies = as_points(compared, "difference"), compared.get("replicates", compared["variant"].map(lambda _: ""))
+    table = as_points(compared, "difference").reset_index(drop=True)
+    copies = table.get("replicates", [""] * len(table))
     names = table["label"] if "label" in table else table["variant"].map(words)
     again = [f" (again {words(of)})" if isinstance(of, str) and of else "" for of in copies]
     table["row"] = [name + copy for name, copy in zip(names, again, strict=True)]
