@@ -74,9 +74,6 @@ def check_frame(frame: pd.DataFrame, point: str, columns: Iterable[str], what: s
     return frame
 
 
-# The two primitives
-
-
 @paper_figure
 def rows(
     frame: pd.DataFrame,
@@ -112,7 +109,8 @@ def rows(
     most = int(frame.groupby([panel, y] if panel else y).size().max())
     names = {key: list(dict.fromkeys((part if stack else frame)[y])) for key, part in parts}
     tall = 0.05 + (0.12 if numbers or most < 3 else 0.09) * most  # inches of a row, if its name is no taller
-    heights = [sum(max(tall, 0.12 * len(words(n).split("\n")) + 0.03) for n in shown) for shown in names.values()]
+    lines_of = {key: max(words(name).count("\n") for name in shown) + 1 for key, shown in names.items()}
+    heights = [len(names[key]) * max(tall, 0.12 * lines_of[key] + 0.03) for key in names]
     numeric = frame[[c for c in ("point", "low", "high") if c in frame]].to_numpy()
     if xlim is None and not signed and numeric.min() >= 0 and 0.25 < numeric.max() <= 1:
         xlim = (-0.02, 1.02)
@@ -188,9 +186,6 @@ def lines(
             ax.set_xlim(frame[x].min(), max(frame[x].max(), frame[x].min() + 1))
             _label_ends(fig, ax, last, looks)
     return _label_panels(fig, axes, frame, panel, xlabel)
-
-
-# What both are made of
 
 
 def _split(frame: pd.DataFrame, panel: str | tuple | None) -> list[tuple]:
