@@ -1,22 +1,24 @@
-"""How every figure looks and how it is saved; the plots are in `figures_runs` and `figures_studies`.
+"""How every figure and number looks, and how a figure is saved; `plots` draws them.
 
-    with use_style():
-        fig, ax = new_figure(width_share=1.0, aspect=0.6)
-    save_figure(fig, "figures/accuracy", data=curve, inputs=["runs/x/metrics.jsonl"])
+    fig = plots.plot_conditions(table)
+    save_figure(fig, "figures/conditions", table, inputs=["runs/x/eval_samples_step_final.jsonl"])
+    format_share(0.9825), format_interval(0.9825, 0.976, 0.989), markdown(frame)
 
-One colour per condition everywhere. Each condition also has a marker, and a lightness or a hatch of its own,
-so that it is told apart in grey print and by colour-blind readers. matplotlib is imported where it is used:
-importing this module costs nothing.
+One colour per condition, which means nothing else in any figure; other categories take their colours from `OTHER`,
+ordered ones from `ORDERED`, outcomes of a judgement have hatches (`OUTCOMES`). Each colour comes with a marker, so
+that a grey print can be read. Importing this module imports no plotting library.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
+import re
 import tempfile
 import typing
+from collections.abc import Iterable, Iterator, Sequence
+from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 
 from bridgekit.config import CONDITIONS
@@ -24,11 +26,10 @@ from bridgekit.runs import hash_file
 
 if typing.TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 STYLE_FILE = Path(__file__).with_name("paper.mplstyle")
-TEXT_WIDTH = 5.5  # inches, of a one-column paper
+COLUMN, PAGE = 3.3, 6.9  # inches: one column of a two-column paper, and both
 
 # The two models in ochre and blue, blues for what else the target reads as text, the bridge in the one strong
 # red, controls in greys, text relays in greens, what is computed from other columns in violets.
@@ -50,12 +51,18 @@ _LOOK = {  # condition: (label, colour, marker, hatch, dashes)
     "router": ("router", "#7D6BA8", "H", "//", (0, (2, 1))),
     "union": ("union of both", "#B9A9D6", (4, 1, 0), "xx", (0, (1, 1.5))),
 }
-LABELS = {c: _LOOK[c][0] for c in CONDITIONS}
-COLORS = {c: _LOOK[c][1] for c in CONDITIONS}
-MARKERS = {c: _LOOK[c][2] for c in CONDITIONS}
-HATCHES = {c: _LOOK[c][3] for c in CONDITIONS}
-DASHES = {c: _LOOK[c][4] for c in CONDITIONS}
+LABELS, COLORS, MARKERS, HATCHES, DASHES = ({c: _LOOK[c][i] for c in CONDITIONS} for i in range(5))
 FAMILY_STARTS = ("bridged", "target_suffix", "zero", "relay_full")  # a thin rule goes above these rows
+OTHER = ("#8C2D6B", "#A8B83A", "#6B3A12", "#E58FC4", "#5A6B00", "#B5179E")  # categories that are no condition
+ORDERED = ("#F2A9D8", "#D65DB1", "#9C2A7F", "#4B1D3F")  # few light, many dark
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
+OUTCOMES = {  # of a claim: (face, hatch); no colour, so that none is taken for a condition's
+    "agrees": ("#FFFFFF", ""),
+    "differs": ("#000000", ""),
+    "not supported at this n": ("#FFFFFF", "////"),
+    "cannot be checked": ("#FFFFFF", "...."),
+}
 SUBSET_LABELS = {
     "all": "all held-out problems",
     "source_only": "source-only",
@@ -65,11 +72,51 @@ SUBSET_LABELS = {
     "target_only": "target-only",
     "both": "both know it",
 }
-DARK = "#303030"
+WORDS = {
+    "seen": "seen units",
+    "held_unit": "held-out units",
+    "held_value": "held-out values",
+    "dit": "DiT",
+    "kv": "KV cache",
+    "prefix+residual": "prefix + residual",
+    "joint": "both digits",
+}
+
+
+def words(name: object) -> str:
+    """A code name as a reader should see it: `dit x prefix+residual, swapped` is `DiT × prefix + residual, swapped`."""
+    name = str(name)
+    known = LABELS | SUBSET_LABELS | WORDS
+    if name in known:
+        return known[name]
+    for code in ("prefix+residual", "dit", "kv"):
+        name = re.sub(rf"(?<![\w+]){re.escape(code)}(?![\w+])", WORDS[code], name)
+    return name.replace(" x ", " \N{MULTIPLICATION SIGN} ").replace("_", " ")
+
+
+def choose_looks(values: Iterable) -> dict[typing.Any, dict]:
+    """Colour, marker and dashes of each value: a condition has its own, numbers a scale, others stand in `OTHER`."""
+    values = list(dict.fromkeys(values))
+    numbers = len(values) > 1 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+    others = [v for v in (sorted(values) if numbers else values) if v not in COLORS]
+    palette = ORDERED if numbers else OTHER
+    if len(others) > len(palette):
+        raise ValueError(f"colour: {len(others)} values, but at most {len(palette)} can be told apart: use panels")
+    looks = {v: {"color": COLORS[v], "marker": MARKERS[v], "ls": DASHES[v]} for v in values if v in COLORS}
+    for i, value in enumerate(others):
+        looks[value] = {"color": palette[i], "marker": _MARKERS[i], "ls": _DASHES[i]}
+    return looks
+
+
+def darken(colour: str) -> tuple[float, ...]:
+    """The colour, dark enough for text on white and for the edge of a pale mark."""
+    from matplotlib.colors import to_rgb
+
+    return tuple(0.62 * part for part in to_rgb(colour))
 
 
 @contextlib.contextmanager
-def use_style() -> typing.Iterator[None]:
+def use_style() -> Iterator[None]:
     """Apply the paper style, and none of the user's own, inside a `with`."""
     import matplotlib.style
 
@@ -77,90 +124,22 @@ def use_style() -> typing.Iterator[None]:
         yield
 
 
-def paper_figure(plot: typing.Callable[..., Figure]) -> typing.Callable[..., Figure]:
-    """Decorator of every plot function: draw in the paper style, then fix the places of axes and text.
-
-    A layout computed again at each drawing moves a little each time: a figure that was shown would be saved
-    to other bytes than one that was not. To change one: `fig.set_layout_engine("constrained")`.
-    """
-
-    @functools.wraps(plot)
-    def drawn(*args, **kwargs) -> Figure:
-        with use_style():
-            fig = plot(*args, **kwargs)
-            for _ in range(3):  # margins depend on the axes' size and the other way round
-                fig.draw_without_rendering()
-            fig.set_layout_engine("none")
-        return fig
-
-    return drawn
+# Numbers as text
 
 
-def figure_size(width_share: float = 1.0, aspect: float = 0.6) -> tuple[float, float]:
-    """Inches of a figure as wide as a share of the text and `aspect` times as high."""
-    if not 0 < width_share <= 1:
-        raise ValueError(f"width_share: must lie above 0 and at most at 1, the text width; got {width_share}")
-    if not aspect > 0:
-        raise ValueError(f"aspect: must be above 0, got {aspect}")
-    return TEXT_WIDTH * width_share, TEXT_WIDTH * width_share * aspect
+def format_share(value: float, digits: int = 3, signed: bool = False) -> str:
+    """The one rounding of every table, figure and text: half to even, free of binary dust; zero has no sign."""
+    exact = Decimal(f"{value:.9f}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_EVEN)
+    return f"{abs(exact)}" if not exact else f"{exact:{'+' if signed else ''}}"
 
 
-def new_figure(width_share: float = 1.0, aspect: float = 0.6) -> tuple[Figure, Axes]:
-    """A figure with one axes that a notebook shows once: where a cell returns it, not again on its own."""
-    import matplotlib.pyplot as plt  # makes Jupyter show figures; a bare Figure would print as text
-
-    fig, ax = plt.subplots(figsize=figure_size(width_share, aspect))
-    plt.close(fig)
-    fix_tick_size(ax)
-    return fig, ax
+def format_interval(point: float, low: float, high: float, digits: int = 3, signed: bool = False) -> str:
+    """`0.982 [0.976, 0.989]`."""
+    point, low, high = (format_share(value, digits, signed) for value in (point, low, high))
+    return f"{point} [{low}, {high}]"
 
 
-def fix_tick_size(ax: Axes) -> None:
-    """Ticks are counted anew at each drawing, by the size in force then unless it is said here."""
-    import matplotlib
-
-    ax.tick_params(labelsize=matplotlib.rcParams["xtick.labelsize"])
-
-
-def ink(colour: str) -> tuple[float, ...]:
-    """The condition's colour, dark enough for text on white."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.62 * part for part in to_rgb(colour))
-
-
-def draw_interval(
-    ax: Axes, place: float, low: float, high: float, gid: str, color: str = DARK, upright: bool = False
-) -> None:
-    """A line from low to high at `place`, with a white rim where it is dark, so that it shows on any bar."""
-    from matplotlib.patheffects import withStroke
-
-    rim = [withStroke(linewidth=2.3, foreground="white")] if color == DARK else []
-    look = {"color": color, "lw": 1.1 if rim else 1.6, "path_effects": rim, "zorder": 3}
-    draw = ax.vlines if upright else ax.hlines
-    draw(place, low, high, gid=f"interval:{gid}", **look)
-
-
-def list_rows(ax: Axes, labels: typing.Iterable[str], guides: bool = True) -> None:
-    """Names on the left, the first on top; with `guides` a pale line leads from each name to its mark."""
-    labels = list(labels)
-    ax.set_yticks(range(len(labels)), labels)
-    ax.set_ylim(len(labels) - 0.45, -0.55)
-    ax.tick_params(axis="y", length=0)
-    ax.spines["left"].set_visible(not guides)
-    ax.locator_params(axis="x", nbins=6)
-    ax.grid(guides, axis="y")
-
-
-def write_right(ax: Axes, y: float, text: str, bold: bool = False) -> None:
-    """A row's numbers, to the right of the axes."""
-    text = text.replace("-", "\N{MINUS SIGN}")
-    weight = "bold" if bold else "normal"
-    where = {"xycoords": ("axes fraction", "data"), "va": "center", "annotation_clip": False}
-    ax.annotate(text, (1.02, y), fontsize=7.5, weight=weight, **where)
-
-
-def size_text(rows: pd.DataFrame) -> str:
+def format_size(rows: pd.DataFrame) -> str:
     """`n = 2,000 on 760 units`; a range where rows differ, no units where questions are independent."""
     text = f"n = {_range(rows['n'])}"
     if "n_units" in rows and rows["n_units"].notna().all() and (rows["n_units"] != rows["n"]).any():
@@ -173,41 +152,35 @@ def _range(values: pd.Series) -> str:
     return f"{low:,}" if low == high else f"{low:,}\N{EN DASH}{high:,}"
 
 
-def check_frame(frame: pd.DataFrame, what: str, name: str, value: str = "", columns: typing.Sequence[str] = ()) -> None:
-    """Refuse what cannot be drawn truthfully: no rows, no such column, NaN, a value beside its interval.
-
-    `name` is the column that names a row in messages; `value`, if given, is drawn with `low` and `high`.
-    """
-    numeric = [value, "low", "high", *columns] if value else [*columns]
-    for column in (name, *numeric):
-        if column not in frame.columns:
-            there = ", ".join(map(str, frame.columns))
-            raise ValueError(f"{what}: no column '{column}' (there are: {there})")
-    if frame.empty:
-        raise ValueError(f"{what}: no rows, so nothing to draw; evaluate something first")
-    for column in numeric:
-        bad = frame[frame[column].isna()]
-        if len(bad):
-            raise ValueError(f"{what}: {column} of '{bad[name].iloc[0]}' is not a number; leave that row out")
-    for row in frame[[name, *numeric]].to_dict("records") if value else ():
-        if not row["low"] - 1e-9 <= row[value] <= row["high"] + 1e-9:
-            beside = f"{row[value]:.4g} is outside its interval [{row['low']:.4g}, {row['high']:.4g}]"
-            raise ValueError(f"{what}: {value} of '{row[name]}', {beside}")
+def markdown(frame: pd.DataFrame, strong: str | None = None) -> str:
+    """A frame of texts and numbers as a Markdown table; the row whose first cell is `strong` is bold."""
+    rows = [[_cell(value).replace("\n", " ") for value in row] for row in frame.itertuples(index=False)]
+    rows = [[f"**{cell}**" for cell in row] if row[0] == strong else row for row in rows]
+    head = [str(column).replace("\n", " ") for column in frame.columns]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def check_conditions(names: typing.Iterable[str], present: typing.Iterable[str], what: str) -> None:
-    """Refuse the first name that is no condition at all or was not evaluated."""
-    present = list(present)
-    for name in names:
-        if name not in CONDITIONS:
-            raise ValueError(f"{what}: '{name}' is not a condition (they are: {', '.join(CONDITIONS)})")
-        if name not in present:
-            raise ValueError(f"{what}: no rows for condition '{name}' (there are: {', '.join(present)})")
+def latex(frame: pd.DataFrame, strong: str | None = None) -> str:
+    """The same table for the paper (booktabs)."""
+    table = frame.map(_cell).rename(columns=lambda name: str(name).replace("\n", " "))
+    bold = table.apply(lambda row: row.iloc[0] == strong, axis=1)
+    marks = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "<": "$<$", "\N{EN DASH}": "--"})
+    table = table.map(lambda text: text.translate(marks)).rename(columns=lambda name: name.translate(marks))
+    table = table.where(~bold, table.map(lambda text: rf"\textbf{{{text}}}"), axis=0)
+    return table.to_latex(index=False, column_format="l" + "r" * (table.shape[1] - 1))
 
 
-def save_figure(
-    fig: Figure, path_without_suffix: str | Path, data: pd.DataFrame, inputs: typing.Sequence[str | Path] = ()
-) -> list[Path]:
+def _cell(value: object) -> str:
+    if value is None or value != value:
+        return "\N{EN DASH}"
+    return format_share(value) if isinstance(value, float) else str(value)
+
+
+# Saving
+
+
+def save_figure(fig: Figure, path_without_suffix: str | Path, data: pd.DataFrame, inputs: Sequence = ()) -> list[Path]:
     """Write PDF, PNG, the data drawn (CSV) and a sidecar (JSON) with sha256 of the data and of every input.
 
     The bytes depend on the figure and the data alone. Input names are relative to the sidecar, so that a run
@@ -227,20 +200,18 @@ def save_figure(
         parts = [Path(folder, base.name + suffix) for suffix in suffixes]
         pdf, png, csv, sidecar = parts
         with use_style():
-            no_dates = {"Creator": "bridgekit", "Producer": None, "CreationDate": None}
-            fig.savefig(pdf, metadata=no_dates)
+            fig.savefig(pdf, metadata={"Creator": "bridgekit", "Producer": None, "CreationDate": None})
             fig.savefig(png, metadata={"Software": None})
         data.to_csv(csv, index=False, float_format="%.10g", lineterminator="\n", encoding="utf-8")
         facts = {
             "figure": base.name,
             "data": {"name": csv.name, "rows": len(data), "sha256": hash_file(csv)},
-            "inputs": [{"name": _relative(f, base.parent), "sha256": hash_file(f)} for f in inputs],
+            "inputs": [
+                {"name": Path(os.path.relpath(file, base.parent)).as_posix(), "sha256": hash_file(file)}
+                for file in inputs
+            ],
         }
         sidecar.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         for part in parts:
             os.replace(part, base.parent / part.name)
     return [base.parent / part.name for part in parts]
-
-
-def _relative(file: str | Path, folder: Path) -> str:
-    return Path(os.path.relpath(file, folder)).as_posix()

@@ -1,0 +1,261 @@
+"""The figures that every run or study has, each a call of `rows` or `lines` (draw.py); what only a paper needs is a
+call in its notebook.
+
+    fig = plot_conditions(conditions_table(load_eval("runs/x/eval_samples_step_final.jsonl")))
+    fig = plot_accuracy_curve(load_curve("runs/x/metrics.jsonl"))
+
+They take frames as `verdict`, `compare` and `load_curve` give them, and never show or save.
+"""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from bridgekit.config import CONDITIONS
+from bridgekit.results.draw import INK, check_frame, lines, list_rows, open_panels, paper_figure, rows
+from bridgekit.results.style import COLORS, COLUMN, HATCHES, PAGE, words
+from bridgekit.runs import read_jsonl
+
+if typing.TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+__all__ = ["lines", "rows"]  # the primitives, for notebooks
+
+GROUP_SUBSETS = ("source_only_seen", "source_only_held_unit", "source_only_held_value", "target_only", "both")
+GROUP_CONDITIONS = ("source", "target", "bridged", "shuffled", "constant", "target_told")
+HEADROOM = {  # column: (label, colour, hatch); the source is right in the first two, the target in the middle two
+    "source_only": ("only source right", COLORS["source"], HATCHES["source"]),
+    "both": ("both right", "#f4ecd8", ""),
+    "target_only": ("only target right", COLORS["target"], HATCHES["target"]),
+    "neither": ("neither right", "#ffffff", ""),
+}
+AXES = {  # axis of a study: (x, label of x)
+    "generalisation": ("train_units", "source-only units met in training"),
+    "compression": ("n_soft_tokens", "soft tokens in a message"),
+    "capacity": ("n_soft_tokens", "soft tokens in a message"),
+}
+CAPACITY = {  # column: panel
+    "recovery": "right value, of told",
+    "in_message": "any value of the message",
+    "bits_per_token": "bits per soft token",
+}
+
+
+def load_curve(metrics: list[dict] | str | Path) -> pd.DataFrame:
+    """The validation accuracies of metrics.jsonl with Wilson intervals, for `plot_accuracy_curve`.
+
+    The interval's n is `n_effective` where the line has one, else the number of units: problems of one unit
+    are right or wrong together, so counting them all would promise too much. Of a step evaluated twice the last
+    evaluation counts; the last line may still be being written.
+    """
+    import pandas as pd
+
+    from bridgekit.results.statistics import wilson
+
+    if not isinstance(metrics, list):
+        path, broken = Path(metrics), []
+        metrics = list(read_jsonl(path, broken)) if path.is_file() else []
+        if broken and broken[0] <= len(metrics):
+            raise ValueError(f"{path}:{broken[0]}: not JSON; restore the file, or give the rows that can be read")
+    found = []
+    for step, result in sorted({line["step"]: line["eval"] for line in metrics if "eval" in line}.items()):
+        if "n" not in result:
+            raise ValueError(f"metrics: the evaluation at step {step} has no n, so no interval can be drawn")
+        size = result.get("n_effective") or result.get("n_units") or result["n"]
+        for name in [c for c in CONDITIONS if c in result]:
+            if not math.isfinite(result[name]):
+                raise ValueError(f"metrics: {name} at step {step} is {result[name]}, so the curve has a hole")
+            low, high = wilson(result[name] * size, size)
+            row = {"step": step, "condition": name, "point": result[name], "low": low, "high": high}
+            found.append(row | {"n": result["n"], "n_units": result.get("n_units")})
+    if not found:
+        raise ValueError("metrics: no evaluation yet; the first one comes after train.eval_every steps")
+    return pd.DataFrame(found)
+
+
+def as_points(frame: pd.DataFrame, name: str) -> pd.DataFrame:
+    """The frame with its measured column (`accuracy`, `difference`, ...) under the name `point`."""
+    return frame if "point" in frame else frame.rename(columns={name: "point"})
+
+
+def check_conditions(needed: Iterable[str], present: Iterable[str], what: str) -> None:
+    """Refuse the first name that is no condition at all or was not evaluated."""
+    present = list(dict.fromkeys(present))
+    for name in (*needed, *present):
+        if name not in CONDITIONS:
+            raise ValueError(f"{what}: '{name}' is not a condition (they are: {', '.join(CONDITIONS)})")
+        if name not in present:
+            raise ValueError(f"{what}: no rows for condition '{name}' (there are: {', '.join(present)})")
+
+
+def plot_accuracy_curve(curve: pd.DataFrame, title: str = "Accuracy during training") -> Figure:
+    """Accuracy over steps, from `load_curve`; conditions that never change are level lines; optional column seed."""
+    curve = as_points(curve, "accuracy")
+    check_conditions(["bridged"] if len(curve) else [], curve["condition"], "accuracy curve")
+    moves = curve.groupby("condition")["point"].transform("nunique").gt(1) | curve["condition"].eq("bridged")
+    level = curve[~moves].drop_duplicates("condition")
+    levels = dict(zip(level["condition"], level[["point", "low", "high"]].itertuples(index=False), strict=True))
+    look = {"xlabel": "training step", "ylabel": "accuracy on validation", "title": title, "height": 2.0}
+    return lines(curve[moves], "step", color="condition", ends=True, references=levels, **look)
+
+
+def plot_conditions(
+    table: pd.DataFrame, subset: str = "all", panel: str | None = None, title: str = "Who answers right?"
+) -> Figure:
+    """Every condition of `conditions_table` on one subset; with `panel`, a column, several runs side by side.
+
+    The dashed line is the target alone.
+    """
+    if subset not in set(table["subset"]):
+        raise ValueError(f"conditions: no subset '{subset}' (there are: {', '.join(table['subset'].unique())})")
+    table = as_points(table[table["subset"] == subset], "accuracy")
+    check_conditions((), table["condition"], f"conditions, {subset}")
+    target = table[table["condition"] == "target"].to_dict("records")
+    levels = {(row[panel], "target") if panel else "target": row["point"] for row in target}
+    xlabel = f"accuracy, {words(subset)}".replace("\n", " ")
+    numbers = "point" if panel else "interval"
+    return rows(table, "condition", panel=panel, numbers=numbers, references=levels, title=title, xlabel=xlabel)
+
+
+def plot_groups(table: pd.DataFrame, conditions: Sequence[str] = ()) -> Figure:
+    """The conditions that matter by what the models know, a panel for each group of `conditions_table`."""
+    subsets = [s for s in GROUP_SUBSETS if s in set(table["subset"])]
+    if not subsets:
+        raise ValueError("groups: no knowledge group in this table; a task without units has none")
+    shown = list(conditions or [c for c in GROUP_CONDITIONS if c in set(table["condition"])])
+    table = as_points(table[table["condition"].isin(shown) & table["subset"].isin(subsets)], "accuracy")
+    for subset, part in table.groupby("subset"):
+        check_conditions(shown, part["condition"], f"groups, {subset}")
+    table = table.sort_values("subset", key=lambda names: names.map(subsets.index), kind="stable")
+    title = "Who answers right, by which model knows the fact?"
+    return rows(table, "condition", panel="subset", xlabel="accuracy", title=title)
+
+
+def plot_differences(differences: pd.DataFrame) -> Figure:
+    """The comparisons of a verdict (`differences()`), a panel for each set of problems, a mark for each seed."""
+    table = as_points(differences, "difference").rename(columns={"n_clusters": "n_units"})
+    table["control"] = table["b"].map(words) if "b" in table else table["label"]
+    table["block"] = table["subset"].map(words).str.replace("\n", " ") if "subset" in table else ""
+    first = {words(name) for name in table.get("a", ())}
+    what = f"accuracy of {first.pop()} minus that of the control" if len(first) == 1 else "difference in accuracy"
+    full = ("holds", "shown to be better", "not shown")
+    look = {"signed": True, "stack": True, "xlabel": what}
+    title = "Does the bridge beat its controls?"
+    return rows(table, "control", color="bridged", panel="block", fill=full, title=title, **look)
+
+
+def plot_forest(compared: pd.DataFrame, title: str = "What does each change do?") -> Figure:
+    """Each variant of a study minus the reference (`compare_variants`); a column `label` may name it in words.
+
+    Full marks differ by Holm's p over the whole table; inside the grey band nothing could have been found.
+    """
+    check_frame(compared, "difference", ["variant", "subset", "smallest_effect", "adjusted_p"], "forest")
+    table = as_points(compared, "difference").reset_index(drop=True)
+    copies = table.get("replicates", [""] * len(table))
+    names = table["label"] if "label" in table else table["variant"].map(words)
+    again = [f" (again {words(of)})" if isinstance(of, str) and of else "" for of in copies]
+    table["row"] = [name + copy for name, copy in zip(names, again, strict=True)]
+    reach = {subset: _reach(part) for subset, part in table.groupby("subset")}
+    seeds = "\N{EN DASH}".join(map(str, sorted({table["n_seeds"].min(), table["n_seeds"].max()})))
+    xlabel = f"accuracy, bridged, minus that of '{words(table['reference'].iloc[0])}' ({seeds} seeds)"
+    look = {"signed": True, "sharex": False, "xlim": {s: (-limit, limit) for s, limit in reach.items()}}
+    look |= {"fill": ("holds", "differs (Holm, p \N{LESS-THAN OR EQUAL TO} 0.05)", "no difference shown")}
+    look |= {"band": ("smallest_effect", "too small to be found (power 0.8)")}
+    return rows(table, "row", color="bridged", panel="subset", xlabel=xlabel, title=title, **look)
+
+
+def _reach(part: pd.DataFrame) -> float:
+    """How far the axis goes: what was measured, with the bands as far as they are not much wider.
+
+    One variant that ruins everything would press all others onto the line: it lies outside, and an arrow says where.
+    """
+    far = part.apply(lambda row: max(map(abs, [row["low"], row["high"], *row["by_seed"]])), axis=1)
+    within = part[far <= 6 * far.median()]
+    reach = max(0.01, far[within.index].max())
+    return min(1.08 * max(reach, within["smallest_effect"].max()), 1.5 * reach)
+
+
+def plot_curves(curves: pd.DataFrame, reference: str = "") -> Figure:
+    """Validation accuracy over steps, a panel for each variant; the mean of the reference is drawn in all others."""
+    import pandas as pd
+
+    names = curves["label"] if "label" in curves else curves["variant"].map(words)
+    table = as_points(curves, "accuracy").assign(line="bridged", panel=names)
+    first = table[table["variant"] == reference].groupby("step").agg("first").reset_index()
+    mean = table[table["variant"] == reference].groupby("step")["point"].mean().to_numpy()
+    first = first.assign(point=mean, low=mean, high=mean, line=f"mean of '{words(reference)}'")
+    others = table.loc[table["variant"] != reference, "panel"].unique() if len(first) else ()
+    table = pd.concat([table, *(first.assign(panel=panel) for panel in others)], ignore_index=True)
+    look = {"xlabel": "training step", "ylabel": "accuracy on\nvalidation", "width": PAGE, "height": 1.15}
+    return lines(table, "step", color="line", panel="panel", title="Accuracy on validation during training", **look)
+
+
+def plot_axis(frame: pd.DataFrame, axis: str) -> Figure:
+    """What each run of a study brings across along the axis the study lies on; of several facts, guessing is dotted."""
+    import pandas as pd
+
+    if axis not in AXES:
+        raise ValueError(f"axis: '{axis}' has no figure (there are: {', '.join(AXES)})")
+    x, label = AXES[axis]
+    look = {"bars": True, "log_x": True, "xlabel": label}
+    if axis != "capacity":
+        look |= {"color": "producer", "panel": "producer", "ylabel": "recovered, of told"}
+        title = f"What the bridge recovers, by {label}"
+        return lines(as_points(frame, "recovery"), x, references={"target_told": 1.0}, title=title, **look)
+    frame = as_points(frame, "recovery").rename(
+        columns={"point": "recovery", "low": "recovery_low", "high": "recovery_high"}
+    )
+    parts = []
+    for column, panel in CAPACITY.items():
+        values = {"point": frame[column], "low": frame[f"{column}_low"], "high": frame[f"{column}_high"]}
+        parts.append(frame[[x, "n_facts", "seed", "n", "n_units"]].assign(panel=panel, **values))
+    guess = {(CAPACITY["recovery"], n): 1 / n for n in sorted(frame["n_facts"].unique()) if n > 1}
+    shares = dict.fromkeys([CAPACITY["recovery"], CAPACITY["in_message"]], (-0.02, 1.04))
+    title = "How many facts does a message hold? (colour: facts in it; dotted: guessing among them)"
+    look |= {"references": guess, "sharey": False, "ylim": shares, "width": PAGE}
+    return lines(pd.concat(parts), x, color="n_facts", panel="panel", title=title, **look)
+
+
+@paper_figure
+def plot_shares(frame: pd.DataFrame, y: str, looks: Mapping, xlabel: str, title: str, whole: bool = True) -> Figure:
+    """A bar for each row, divided into counts or shares of the whole; `looks`: {column: (label, colour, hatch)}."""
+    import matplotlib.pyplot as plt
+
+    if missing := [column for column in (y, *looks) if column not in frame]:
+        raise ValueError(f"{title} no column '{missing[0]}' (there are: {', '.join(frame.columns)})")
+    counts = frame[list(looks)].reset_index(drop=True)
+    if counts.empty or not (counts >= 0).all(axis=None) or (counts.sum(axis=1) <= 0).any():
+        raise ValueError(f"{title} a count is negative or missing, or a bar has no problem at all")
+    faces = {
+        name: {"fc": fc, "hatch": hatch, "ec": INK if fc != "#000000" else fc} for name, (_, fc, hatch) in looks.items()
+    }
+    handles = {looks[name][0]: plt.Rectangle((0, 0), 1, 1, lw=0.5, **face) for name, face in faces.items()}
+    fig, axes = open_panels(frame, None, [0.4 * len(frame)], title, handles, COLUMN)
+    ax, sizes = axes[None], counts.sum(axis=1)
+    for at, row in counts.iterrows():
+        left, total = 0.0, sizes[at] if whole else 1
+        for name, face in faces.items():
+            ax.barh(at, row[name] / total, 0.5, left, lw=0.5, gid=f"bar:{name}:{at}", **face)
+            narrow = row[name] / (total if whole else sizes.max()) < 0.026 * len(f"{row[name]:,}")
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0 if narrow else 0.85}
+            middle = left + row[name] / total / 2
+            if row[name]:
+                ax.text(middle, at - 0.39 * narrow, f"{row[name]:,}", ha="center", va="center", bbox=box)
+            left += row[name] / total
+    list_rows(ax, [f"{label}\nn = {n:,}".strip() for label, n in zip(frame[y], sizes, strict=True)], True, True)
+    ax.set(xlim=(0, 1) if whole else None, xlabel=xlabel)
+    return fig
+
+
+def plot_headroom(headroom: dict | pd.DataFrame) -> Figure:
+    """Counts of problems source_only, both, target_only, neither; a bar for each row (optional column label)."""
+    import pandas as pd
+
+    table = pd.DataFrame([headroom]) if isinstance(headroom, dict) else headroom
+    table = table if "label" in table else table.assign(label="")
+    xlabel = "share of problems (in the bar: their number)"
+    return plot_shares(table, "label", HEADROOM, xlabel, "Which model knows the answer?")

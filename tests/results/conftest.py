@@ -1,0 +1,104 @@
+"""Frames such as the statistics give, for the tests of figures and tables."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bridgekit.config import CONDITIONS
+from bridgekit.results.statistics import wilson
+
+SIZES = {"all": (2000, 760), "source_only_seen": (160, 80), "source_only_held_unit": (300, 150)}
+SIZES |= {"source_only_held_value": (120, 60), "target_only": (920, 300), "both": (500, 170)}
+
+
+def interval_row(share, n):
+    low, high = wilson(round(share * n), n)
+    return {"point": round(share * n) / n, "low": low, "high": high}
+
+
+@pytest.fixture
+def conditions():
+    """As `conditions_table`, in an order of rows that must not matter."""
+    rows, generator = [], np.random.default_rng(0)
+    for name in CONDITIONS:
+        for subset, (n, units) in SIZES.items():
+            row = {"condition": name, "subset": subset, "n": n, "n_units": units}
+            rows.append(row | interval_row(generator.uniform(0.02, 0.99), n))
+    return pd.DataFrame(rows).sample(frac=1, random_state=0).rename(columns={"point": "accuracy"})
+
+
+@pytest.fixture
+def evaluation():
+    """600 problems on 200 units, each of one group and novelty; the answers are right at random."""
+    rates = {"source": (0.9, 0.9, 0.05, 0.9), "target": (0.05, 0.05, 0.9, 0.9), "bridged": (0.9, 0.8, 0.9, 0.9)}
+    rates |= {"shuffled": (0.05, 0.05, 0.85, 0.85), "constant": (0.15, 0.06, 0.9, 0.9)}
+    rates |= {"self_bridge": (0.1, 0.1, 0.9, 0.9), "target_told": (0.95, 0.95, 0.95, 0.95)}
+    places = [
+        ("source_only", "seen"),
+        ("source_only", "held_unit"),
+        ("target_only", "held_unit"),
+        ("both", "held_unit"),
+    ]
+
+    def make(seed=5):
+        generator, rows = np.random.default_rng(seed), []
+        for i, place in enumerate(np.repeat(generator.choice(4, 200, p=[0.1, 0.2, 0.4, 0.3]), 3)):
+            group, novelty = places[place]
+            row = {"index": i, "id": f"p{i}", "unit": f"unit{i // 3}", "group": group, "novelty": novelty}
+            rows.append(row | {f"{c}_correct": bool(generator.random() < rates[c][place]) for c in rates})
+        return pd.DataFrame(rows)
+
+    return make
+
+
+@pytest.fixture
+def curve():
+    """`curve(seeds)`: accuracies over steps of two models that stay and a bridge that moves."""
+
+    def make(seeds=(1,)):
+        rows = []
+        for seed in seeds:
+            for step in range(0, 701, 100):
+                bridged = 0.9 - 0.2 * np.exp(-step / 130) + 0.01 * seed
+                for name, share in {"source": 0.49, "target": 0.71, "bridged": bridged}.items():
+                    row = {"step": step, "condition": name, "seed": seed, "n": 256, "n_units": 180}
+                    rows.append(row | interval_row(share, 256))
+        return pd.DataFrame(rows)
+
+    return make
+
+
+@pytest.fixture
+def compared():
+    """As `compare_variants`: two variants and a replicate on two subsets, one difference that holds."""
+    rows = []
+    for name, difference, holds in (("kl", -0.2, True), ("info_nce", 0.01, False), ("b2", 0.0, False)):
+        for subset, scale, n in (("source_only_held_unit", 1.0, 393), ("all", 0.2, 2000)):
+            value = difference * scale
+            row = {"variant": name, "reference": "base", "subset": subset, "difference": value, "low": value - 0.05}
+            row |= {
+                "high": value + 0.05,
+                "n": n,
+                "n_units": n - 100,
+                "n_seeds": 3,
+                "adjusted_p": 0.0004 if holds else 1.0,
+            }
+            row |= {"by_seed": [value - 0.02, value, value + 0.02], "replicates": "base" if name == "b2" else ""}
+            rows.append(row | {"holds": holds, "smallest_effect": 0.08})
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture
+def along():
+    """As `read_axis`: two producers, two numbers of facts, two seeds, of which one has no run with 64 soft tokens."""
+    rows = []
+    for producer in ("resampler", "dit"):
+        for k, facts, seed in ((k, f, s) for k in (1, 4, 16, 64) for f in (1, 16) for s in (1, 2)):
+            if (k, seed) != (64, 2):
+                share = 0.1 * np.log2(2 * k) + seed / 100
+                row = {"seed": seed, "producer": producer, "n_soft_tokens": k, "train_units": 45 * k, "n_facts": facts}
+                row |= {"recovery": share, "low": share - 0.1, "high": share + 0.1, "n": 393, "n_units": 293}
+                for column, value in {"in_message": share + 0.2, "bits_per_token": facts * share / k}.items():
+                    row |= {column: value, f"{column}_low": 0.9 * value, f"{column}_high": 1.1 * value}
+                rows.append(row)
+    return pd.DataFrame(rows)

@@ -1,0 +1,364 @@
+"""What is drawn is what was given, at its true place, with its interval; what cannot be drawn truthfully is refused.
+
+python -m pytest tests/results/test_plots.py
+"""
+
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_hex
+
+from bridgekit.config import CONDITIONS
+from bridgekit.results import plots, verdict
+from bridgekit.results.draw import lines, rows
+from bridgekit.results.statistics import wilson
+from bridgekit.results.style import COLORS, COLUMN, OTHER, PAGE
+
+
+def marks(fig, gid):
+    return fig.findobj(lambda artist: artist.get_gid() == gid)
+
+
+def mark(fig, gid):
+    (only,) = marks(fig, gid)
+    return only
+
+
+def span(artist):
+    """(low, high) of a drawn interval, whichever way it runs."""
+    (segment,) = artist.get_segments()
+    return tuple(segment[:, np.ptp(segment, axis=0).argmax()])
+
+
+def is_open(artist):
+    return to_hex(artist.get_markerfacecolor()) == "#ffffff"
+
+
+def names_of(ax):
+    return [label.get_text() for label in ax.get_yticklabels()]
+
+
+def legend_of(fig):
+    return [text.get_text() for text in fig.legends[0].get_texts()]
+
+
+def title_of(fig):
+    return fig.legends[0].get_title().get_text()
+
+
+FRAME = pd.DataFrame(
+    [("one", "a", 0.5, 0.4, 0.6, 10), ("two", "a", 0.7, 0.6, 0.8, 10), ("one", "b", 0.2, 0.1, 0.3, 10)],
+    columns=["name", "kind", "point", "low", "high", "n"],
+)
+
+
+# The primitives
+
+
+def test_rows_draw_every_point_and_interval_in_the_frame_s_order():
+    fig = rows(FRAME, "name", color="kind", title="Seen")
+    assert names_of(fig.axes[0]) == ["one", "two"] and fig.axes[0].yaxis_inverted()
+    for row in FRAME.itertuples():
+        gid = f"{row.name}:{row.kind}"
+        assert mark(fig, f"point:{gid}").get_xdata()[0] == row.point
+        assert span(mark(fig, f"interval:{gid}")) == (row.low, row.high)
+        assert mark(fig, f"point:{gid}").get_color() == OTHER["ab".index(row.kind)]
+    assert mark(fig, "point:one:a").get_ydata()[0] < 0 < mark(fig, "point:one:b").get_ydata()[0]  # one row, apart
+    assert legend_of(fig) == ["a", "b"] and title_of(fig) == "Seen"
+    assert fig.get_supxlabel() == "(n = 10)" and fig.axes[0].get_xlim() == (-0.02, 1.02)
+    assert [text.get_text() for text in fig.axes[0].texts] == ["0.500", "0.200", "0.700"]
+
+
+def test_conditions_have_their_own_order_and_colours_without_being_asked():
+    frame = FRAME.head(2).assign(name=["bridged", "source"])
+    fig = rows(frame, "name", references={"target": 0.4}, numbers="interval")
+    assert names_of(fig.axes[0]) == ["source alone", "bridged"]
+    assert mark(fig, "point:bridged").get_color() == COLORS["bridged"]
+    assert mark(fig, "reference:target").get_xdata() == [0.4, 0.4] and legend_of(fig) == ["target alone 0.400"]
+    assert "0.500 [0.400, 0.600]" in [text.get_text() for text in fig.axes[0].texts]
+
+
+def test_marks_are_full_or_open_by_what_the_column_says():
+    frame = FRAME.head(2).assign(holds=[True, False])
+    fig = rows(frame, "name", fill=("holds", "holds", "does not"), color="bridged", signed=True)
+    assert not is_open(mark(fig, "point:one:True")) and is_open(mark(fig, "point:two:False"))
+    assert legend_of(fig) == ["holds", "does not"] and fig.axes[0].texts[0].get_text() == "+0.500"
+    assert legend_of(rows(frame.head(1), "name", fill=("holds", "holds", "does not"))) == ["holds"]
+
+
+def test_panels_stand_side_by_side_or_below_each_other_and_say_n_where_it_differs():
+    frame = FRAME.assign(n=[10, 10, 30])
+    fig = rows(frame, "name", panel="kind")
+    assert [ax.get_title("left") for ax in fig.axes] == ["a\nn = 10", "b\nn = 30"] and fig.get_figwidth() == PAGE
+    fig = rows(frame, "name", panel="kind", stack=True)
+    assert [names_of(ax) for ax in fig.axes] == [["one", "two"], ["one"]] and fig.get_figwidth() == COLUMN
+
+
+def test_a_mark_beyond_the_axis_is_an_arrow_at_its_edge():
+    fig = rows(FRAME.head(2), "name", xlim=(-0.6, 0.6))
+    assert mark(fig, "outside:two").get_marker() == ">" and 0.5 < mark(fig, "outside:two").get_xdata()[0] < 0.6
+    assert not marks(fig, "outside:one")
+
+
+def test_lines_are_drawn_at_their_true_x_with_the_seeds_and_their_mean():
+    frame = pd.DataFrame({"x": [1, 2, 1, 2], "seed": [1, 1, 2, 2], "point": [0.1, 0.3, 0.3, 0.5]})
+    frame = pd.concat([frame.assign(kind=k, point=frame["point"] + i / 10) for i, k in enumerate("ab")])
+    frame = frame.assign(low=frame["point"] - 0.1, high=frame["point"] + 0.1)
+    for bars in (False, True):
+        fig = lines(frame, "x", color="kind", bars=bars)
+        for i, kind in enumerate("ab"):
+            line = mark(fig, f"line:{kind}")
+            assert line.get_xdata().tolist() == [1, 2]  # the same places for both: nothing is moved along x
+            assert line.get_ydata() == pytest.approx([0.2 + i / 10, 0.4 + i / 10])
+            assert len(marks(fig, f"seed:{kind}")) == len(marks(fig, f"{'interval' if bars else 'band'}:{kind}")) == 2
+    short = frame[(frame["seed"] == 1) | (frame["x"] == 1)]
+    assert mark(lines(short, "x", color="kind"), "line:a").get_xdata().tolist() == [1]  # no jump where a seed ends
+    fig = lines(short, "x", color="kind", bars=True)
+    assert mark(fig, "fewer:a").get_xdata().tolist() == [2] and "open: not every seed" in legend_of(fig)
+    with pytest.raises(ValueError, match="the seeds of 'a' share no x"):
+        lines(frame[frame["seed"] == frame["x"]], "x", color="kind")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda f: f.head(0), "no rows"),
+        (lambda f: f.drop(columns="point"), "no column 'point'"),
+        (lambda f: f.drop(columns="name"), "no column 'name'"),
+        (lambda f: f.assign(point=[0.5, np.nan, 0.2]), "'two, a': point is not a number"),
+        (lambda f: f.assign(low=[0.4, np.nan, 0.1]), "'two, a': low is not a number"),
+        (lambda f: f.assign(high=[0.6, 0.65, 0.3]), "'two, a': point is outside its interval"),
+        (lambda f: pd.concat([f, f]), "'one, a': two rows of this name"),
+    ],
+)
+def test_what_cannot_be_drawn_truthfully_is_refused_in_one_line(change, message):
+    for draw in (lambda f: rows(f, "name", color="kind"), lambda f: lines(f, "name", color="kind")):
+        with pytest.raises(ValueError) as error:
+            draw(change(FRAME))
+        assert message in str(error.value).replace("a, one", "one, a").replace("a, two", "two, a")
+        assert "\n" not in str(error.value)
+
+
+def test_a_colour_is_a_column_or_a_condition():
+    with pytest.raises(ValueError, match="'kinds' is neither a column nor a condition"):
+        rows(FRAME.head(2), "name", color="kinds")
+
+
+# The figures of a run or a study
+
+
+def test_accuracy_curve_moves_the_bridge_between_level_models(curve):
+    frame = curve()
+    fig, bridged = plots.plot_accuracy_curve(frame), frame[frame["condition"] == "bridged"]
+    np.testing.assert_array_equal(mark(fig, "line:bridged").get_xydata(), bridged[["step", "point"]])
+    band = mark(fig, "band:bridged").get_paths()[0].vertices
+    assert {bridged["low"].iloc[3], bridged["high"].iloc[3]} <= set(band[band[:, 0] == 300, 1])
+    source = frame[frame["condition"] == "source"].iloc[0]
+    assert set(mark(fig, "reference:source").get_ydata()) == {source["point"]}
+    level = mark(fig, "band:source")
+    assert (level.get_y(), level.get_y() + level.get_height()) == pytest.approx((source["low"], source["high"]))
+    assert mark(fig, "label:source").get_text() == "source alone\n0.488"
+    assert "n = 256 on 180 units" in fig.get_supxlabel()
+    first = frame[frame["step"] == 0]
+    assert marks(plots.plot_accuracy_curve(first), "interval:bridged")  # one evaluation has its interval too
+    moved = frame.assign(point=frame["point"].where((frame["condition"] != "target") | (frame["step"] < 700), 0.7))
+    assert mark(plots.plot_accuracy_curve(moved), "line:target").get_ydata()[-1] == 0.7
+    assert len(marks(plots.plot_accuracy_curve(curve((1, 2, 3))), "seed:bridged")) == 3
+    with pytest.raises(ValueError, match="no rows for condition 'bridged'"):
+        plots.plot_accuracy_curve(frame[frame["condition"] != "bridged"])
+
+
+def test_conditions_are_rows_in_the_usual_order(conditions):
+    found = conditions[conditions["subset"] == "target_only"].set_index("condition")
+    fig = plots.plot_conditions(conditions, "target_only")
+    for at, name in enumerate(CONDITIONS):
+        assert mark(fig, f"point:{name}").get_xydata().tolist() == [[found.loc[name, "accuracy"], at]]
+        assert span(mark(fig, f"interval:{name}")) == (found.loc[name, "low"], found.loc[name, "high"])
+    two = pd.concat([conditions.assign(arm="forward"), conditions.assign(arm="swapped")])
+    fig = plots.plot_conditions(two, panel="arm")
+    assert [ax.get_title("left") for ax in fig.axes] == ["forward", "swapped"] and marks(fig, "point:swapped:union")
+    with pytest.raises(ValueError, match="no subset 'sources'"):
+        plots.plot_conditions(conditions, "sources")
+    with pytest.raises(ValueError, match="'bridge' is not a condition"):
+        plots.plot_conditions(conditions.replace({"condition": {"bridged": "bridge"}}))
+
+
+def test_groups_have_a_panel_each_and_refuse_a_condition_that_lacks_one(conditions):
+    fig = plots.plot_groups(conditions)
+    assert len(fig.axes) == len(plots.GROUP_SUBSETS)
+    row = conditions[(conditions["subset"] == "both") & (conditions["condition"] == "bridged")].iloc[0]
+    assert mark(fig, "point:both:bridged").get_xdata()[0] == row["accuracy"]
+    with pytest.raises(ValueError, match="no knowledge group"):
+        plots.plot_groups(conditions[conditions["subset"] == "all"])
+    fewer = conditions[(conditions["condition"] != "shuffled") | (conditions["subset"] != "both")]
+    with pytest.raises(ValueError, match="groups, both: no rows for condition 'shuffled'"):
+        plots.plot_groups(fewer)
+
+
+def test_figures_take_what_the_verdict_gives(evaluation):
+    """No frame made by hand: an evaluation goes through the statistics into every figure of it."""
+    frame, worse = evaluation(), evaluation()
+    worse["bridged_correct"] &= worse["index"] % 9 > 0
+    assert marks(plots.plot_conditions(verdict.conditions_table(frame)), "point:bridged")
+    found = verdict.judge([frame, worse]).differences()
+    fig = plots.plot_differences(found)
+    assert [ax.get_title("left").split("\n")[0] for ax in fig.axes] == ["all held-out problems", "source-only"]
+    assert names_of(fig.axes[0])[0] == "target alone" and names_of(fig.axes[1])[0] == "shuffled source"
+    rows_of = found[(found["b"] == "target") & (found["subset"] == "all")].sort_values("seed")
+    drawn = marks(fig, f"point:all held-out problems:target alone:{rows_of['holds'].iloc[0]}")
+    assert [point.get_xdata()[0] for point in drawn][:1] == rows_of["difference"].tolist()[:1]
+    assert fig.get_supxlabel() == "accuracy of bridged minus that of the control"
+    counts = verdict.headroom(frame).counts
+    width = mark(plots.plot_headroom(counts), "bar:source_only:0").get_width()
+    assert width == counts["source_only"] / sum(counts.values())
+
+
+def test_forest_shows_effect_interval_seeds_and_what_could_not_be_found(compared):
+    fig = plots.plot_forest(compared)
+    for row in compared.itertuples():
+        name = {"kl": "kl", "info_nce": "info nce", "b2": "b2 (again base)"}[row.variant]
+        gid = f"{row.subset}:{name}"
+        assert mark(fig, f"point:{gid}:{row.holds}").get_xdata()[0] == row.difference
+        assert is_open(mark(fig, f"point:{gid}:{row.holds}")) == (not row.holds)
+        assert span(mark(fig, f"interval:{gid}:{row.holds}")) == pytest.approx((row.low, row.high))
+        assert [dot.get_xdata()[0] for dot in marks(fig, f"seed:{gid}:{row.holds}")] == pytest.approx(row.by_seed)
+        band = mark(fig, f"band:{gid}:{row.holds}")
+        assert (band.get_x(), band.get_width()) == pytest.approx((-row.smallest_effect, 2 * row.smallest_effect))
+    assert fig.get_supxlabel() == "accuracy, bridged, minus that of 'base' (3 seeds)"
+    ruined = compared[compared["variant"] == "kl"].assign(variant="ruined")
+    ruined[["difference", "low", "high"]] -= 0.9
+    both = plots.plot_forest(pd.concat([compared, ruined]))
+    assert [ax.get_xlim() for ax in both.axes] == [ax.get_xlim() for ax in fig.axes]  # it does not hide the others
+    assert mark(both, "outside:all:ruined:True").get_marker() == "<"
+    with pytest.raises(ValueError, match="no column 'adjusted_p'"):
+        plots.plot_forest(compared.drop(columns="adjusted_p"))
+
+
+def test_curves_have_a_panel_for_each_variant_and_the_reference_in_all_others():
+    frame = pd.DataFrame(
+        [
+            (v, s, x, top * x / 100 + s / 100)
+            for v, top in (("base", 0.8), ("kl", 0.6))
+            for s in (1, 2)
+            for x in (0, 100)
+        ],
+        columns=["variant", "seed", "step", "accuracy"],
+    )
+    frame = frame.assign(low=frame["accuracy"] - 0.05, high=frame["accuracy"] + 0.05, n=500, n_units=300)
+    fig = plots.plot_curves(frame, "base")
+    assert [ax.get_title("left") for ax in fig.axes] == ["base", "kl"]
+    assert mark(fig, "line:kl:bridged").get_ydata() == pytest.approx([0.015, 0.615])
+    assert mark(fig, "line:kl:mean of 'base'").get_ydata() == pytest.approx([0.015, 0.815])
+    assert not marks(fig, "line:base:mean of 'base'")
+
+
+def test_axes_of_a_study_show_chance_and_which_marks_lack_a_seed(along):
+    single = along[along["n_facts"] == 1]
+    for axis, x in (("compression", "n_soft_tokens"), ("generalisation", "train_units")):
+        fig = plots.plot_axis(single, axis)
+        for producer, part in single.groupby("producer"):
+            mean = part.groupby(x)["recovery"].mean()
+            assert mark(fig, f"line:{producer}").get_xydata() == pytest.approx(np.array(list(mean.items())))
+            assert mark(fig, f"fewer:{producer}").get_xdata().tolist() == [part[x].max()]
+    fig = plots.plot_axis(along[along["producer"] == "resampler"], "capacity")
+    assert set(mark(fig, "reference:16").get_ydata()) == {1 / 16}  # guessing among sixteen facts
+    line = mark(fig, "line:bits per soft token:16").get_ydata()
+    part = along[(along["producer"] == "resampler") & (along["n_facts"] == 16)]
+    assert line == pytest.approx(part.groupby("n_soft_tokens")["bits_per_token"].mean().to_numpy())
+    with pytest.raises(ValueError, match="'speed' has no figure"):
+        plots.plot_axis(single, "speed")
+
+
+def test_headroom_segments_add_up_to_one_and_bad_counts_are_refused():
+    counts = {"source_only": 7, "both": 101, "target_only": 53, "neither": 0}
+    fig, left = plots.plot_headroom(counts), 0.0
+    for name, count in counts.items():
+        bar = mark(fig, f"bar:{name}:0")
+        assert bar.get_x() == pytest.approx(left) and bar.get_width() == pytest.approx(count / 161)
+        left += bar.get_width()
+    assert {t.get_text() for t in fig.axes[0].texts} == {"7", "101", "53"} and names_of(fig.axes[0]) == ["n = 161"]
+    with pytest.raises(ValueError, match="negative"):
+        plots.plot_headroom(counts | {"both": -1})
+    with pytest.raises(ValueError, match="no column 'target_only'"):
+        plots.plot_headroom({"source_only": 1, "both": 3})
+
+
+def every_figure(curve, conditions, compared, along, evaluation):
+    yield plots.plot_accuracy_curve(curve((1, 2)))
+    yield plots.plot_conditions(conditions)
+    yield plots.plot_groups(conditions)
+    yield plots.plot_forest(compared)
+    yield plots.plot_axis(along[along["n_facts"] == 1], "compression")
+    yield plots.plot_axis(along[along["producer"] == "dit"], "capacity")
+    yield plots.plot_differences(verdict.judge([evaluation(), evaluation(6)]).differences())
+    yield plots.plot_headroom({"source_only": 470, "both": 610, "target_only": 900, "neither": 20})
+
+
+def test_no_text_is_small_clipped_or_on_another(monkeypatch, curve, conditions, compared, along, evaluation):
+    draw, boxes = matplotlib.text.Text.draw, {}
+
+    def recording_draw(text, renderer, *args, **kwargs):
+        if text.get_visible() and text.get_text().strip():
+            boxes[text] = matplotlib.text.Text.get_window_extent(text, renderer)
+        return draw(text, renderer, *args, **kwargs)
+
+    for fig in every_figure(curve, conditions, compared, along, evaluation):
+        monkeypatch.setattr(matplotlib.text.Text, "draw", recording_draw)
+        boxes.clear()
+        fig.draw_without_rendering()
+        monkeypatch.setattr(matplotlib.text.Text, "draw", draw)
+        assert len(boxes) >= 8 and title_of(fig) and fig.get_figwidth() in (COLUMN, PAGE)
+        assert min(text.get_fontsize() for text in boxes) >= 7 and matplotlib.pyplot.get_fignums() == []
+        for i, (text, box) in enumerate(boxes.items()):
+            whole = fig.bbox.padded(1)
+            assert whole.contains(*box.min) and whole.contains(*box.max), text
+            for other in list(boxes)[:i]:
+                assert not box.padded(-1.5).overlaps(boxes[other].padded(-1.5)), (text, other)
+
+
+# The curve of a run
+
+
+def metrics():
+    rows_of = [{"step": s, "loss": 1.0 / s} for s in (1, 50)]
+    now = {"source": 0.5, "target": 0.75, "n": 256, "n_units": 64}
+    for step, bridged in ((0, 0.75), (100, 0.8125), (200, 0.875)):
+        rows_of.append({"step": step, "eval": now | {"bridged": bridged, "bridged_source_only": 0.5}})
+    return rows_of
+
+
+def test_curve_has_a_wilson_interval_over_units_or_the_effective_n():
+    found = plots.load_curve(metrics())
+    assert list(found.columns) == ["step", "condition", "point", "low", "high", "n", "n_units"] and len(found) == 9
+    last = found[(found["step"] == 200) & (found["condition"] == "bridged")].iloc[0]
+    assert (last["low"], last["high"]) == pytest.approx(wilson(56, 64)) and last["point"] == 0.875
+    rows_of = metrics()
+    rows_of[2]["eval"]["n_effective"] = 100
+    assert plots.load_curve(rows_of)["low"].iloc[0] == pytest.approx(wilson(50, 100)[0])
+
+
+def test_curve_of_a_file_still_being_written_and_a_resumed_step_counts_once(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    again = {"step": 100, "eval": {"bridged": 0.5, "source": 0.5, "target": 0.75, "n": 256, "n_units": 64}}
+    file.write_text("\n".join(map(json.dumps, [*metrics(), again])) + '\n{"step": 300, "ev')
+    found = plots.load_curve(file)
+    assert found.loc[(found["step"] == 100) & (found["condition"] == "bridged"), "point"].tolist() == [0.5]
+    assert found["step"].is_monotonic_increasing and found["step"].max() == 200
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "no evaluation"),
+        ('{"step": 0, "eval": {"bridged": 0.5}}\n', "step 0 has no n"),
+        ('{"step": 0, "eval": {"bridged": NaN, "n": 4}}\n', "bridged at step 0 is nan"),
+        ('{"step": 0, "ev\n{"step": 1, "loss": 1.0}\n', "metrics.jsonl:1: not JSON"),
+    ],
+)
+def test_metrics_that_give_no_curve_are_refused(tmp_path, text, message):
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        plots.load_curve(tmp_path / "metrics.jsonl")

@@ -1,0 +1,195 @@
+"""Figures look the same everywhere, numbers are rounded in one way, and files are saved to the same bytes every time.
+
+python -m pytest tests/results/test_style.py
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.colors import to_rgb
+
+from bridgekit.config import CONDITIONS
+from bridgekit.results import plots, style
+from bridgekit.results.style import COLORS, HATCHES, MARKERS, ORDERED, OTHER, save_figure
+
+# Machado, Oliveira and Fernandes 2009, severity 1.0; for linear RGB.
+SIGHT = {
+    "all": np.eye(3),
+    "protan": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deutan": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritan": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+
+
+def lab(colour, sight="all"):
+    """CIE L*a*b* of a colour as it is seen."""
+    rgb = np.array(to_rgb(colour))
+    linear = np.array(SIGHT[sight]) @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    parts = np.array(xyz) @ np.clip(linear, 0, 1) / [0.9505, 1, 1.089]
+    x, y, z = (np.cbrt(v) if v > 0.008856 else 7.787 * v + 16 / 116 for v in parts)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def distance(one, other, sight="all"):
+    return np.linalg.norm(lab(one, sight) - lab(other, sight))
+
+
+def test_conditions_are_told_apart_by_colour_and_marker_and_in_grey_by_lightness_or_hatch():
+    for i, one in enumerate(CONDITIONS):
+        for other in CONDITIONS[:i]:
+            assert COLORS[one] != COLORS[other] and MARKERS[one] != MARKERS[other], (one, other)
+            apart = abs(lab(COLORS[one])[0] - lab(COLORS[other])[0])
+            assert apart >= 8 or HATCHES[one] != HATCHES[other], (one, other, apart)
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_the_conditions_of_one_figure_stay_apart_for_colour_blind_readers(sight):
+    for i, one in enumerate(plots.GROUP_CONDITIONS):
+        for other in plots.GROUP_CONDITIONS[:i]:
+            assert distance(COLORS[one], COLORS[other], sight) > 15, (one, other)
+
+
+def test_a_condition_s_colour_means_nothing_else():
+    for colour in (*OTHER, *ORDERED):
+        for name in CONDITIONS:
+            assert distance(colour, COLORS[name]) > 20, (colour, name)
+    looks = style.choose_looks(["bridged", "resampler", "dit"])
+    assert looks["bridged"]["color"] == COLORS["bridged"] and looks["resampler"]["color"] == OTHER[0]
+    assert [look["color"] for look in style.choose_looks([8, 1, 2]).values()] == list(ORDERED[:3])
+    with pytest.raises(ValueError, match="7 values, but at most 6"):
+        style.choose_looks("abcdefg")
+
+
+def test_readers_see_words():
+    assert style.words("dit x prefix+residual, swapped") == "DiT \N{MULTIPLICATION SIGN} prefix + residual, swapped"
+    assert style.words("held_unit") == "held-out units" and style.words("constant") == "constant, bridge's mix"
+    assert style.words("prompt_seeds") == "prompt seeds" and style.words("edit") == "edit"
+
+
+@pytest.mark.parametrize(
+    "value, signed, text",
+    [
+        (5895 / 6000, False, "0.982"),  # 0.9825: f"{:.3f}" says 0.983
+        (np.mean([0.9845, 0.981, 0.982]), False, "0.982"),  # the same share as a mean of seeds
+        (0.9835, False, "0.984"),
+        (-0.0002, True, "0.000"),
+        (0.0002, True, "0.000"),
+        (0.1714, True, "+0.171"),
+        (-0.0165, True, "-0.016"),
+    ],
+)
+def test_one_number_has_one_rounding(value, signed, text):
+    assert style.format_share(value, signed=signed) == text
+
+
+def test_intervals_and_sizes_in_words():
+    assert style.format_interval(0.171, 0.143, 0.2, signed=True) == "+0.171 [+0.143, +0.200]"
+    rows = pd.DataFrame({"n": [2000, 2000], "n_units": [760, 800]})
+    assert style.format_size(rows) == "n = 2,000 on 760\N{EN DASH}800 units"
+    assert style.format_size(rows.assign(n_units=rows["n"])) == "n = 2,000"
+
+
+def test_a_frame_as_markdown_and_as_latex():
+    frame = pd.DataFrame({"variant": ["info_nce", "base"], "all\nproblems": [0.9825, np.nan], "p": ["<0.001*", "1"]})
+    head, _, first, second = style.markdown(frame, strong="base").splitlines()
+    assert head == "| variant | all problems | p |" and first == "| info_nce | 0.982 | <0.001* |"
+    assert second == "| **base** | **\N{EN DASH}** | **1** |"
+    latex = style.latex(frame, strong="base")
+    assert r"info\_nce & 0.982 & $<$0.001* \\" in latex and r"\textbf{base} & \textbf{--} & \textbf{1} \\" in latex
+    assert r"\toprule" in latex and "variant & all problems & p" in latex
+
+
+def test_style_does_not_leak_out_nor_in():
+    before = dict(matplotlib.rcParams)
+    with style.use_style():
+        assert matplotlib.rcParams["font.size"] == 7 and not matplotlib.rcParams["axes.spines.top"]
+    assert dict(matplotlib.rcParams) == before
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "black", "ytick.left": False}):
+        fig = plots.plot_headroom(HEADROOM)
+    assert fig.axes[0].xaxis.label.get_fontsize() == 7 and fig.axes[0].get_facecolor() == (1, 1, 1, 1)
+
+
+def test_importing_the_modules_imports_no_plotting_library():
+    code = "import sys\nimport bridgekit.results.plots, bridgekit.results.tables, bridgekit.inside.plots\n"
+    code += "heavy = {'matplotlib', 'seaborn', 'scipy', 'pandas', 'numpy', 'torch', 'ipywidgets'}\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code + "print(sorted(heavy & set(sys.modules)))"], capture_output=True
+    )
+    assert result.stdout.strip() == b"[]", result
+
+
+# Saving
+
+HEADROOM = pd.DataFrame(
+    [("Mistral to Llama", 7, 101, 53, 39), ("embedded pair", 470, 610, 900, 20)],
+    columns=["label", "source_only", "both", "target_only", "neither"],
+)
+
+
+def test_saving_writes_four_files_and_a_sidecar_that_checks(tmp_path):
+    source = tmp_path / "run" / "metrics.jsonl"
+    source.parent.mkdir()
+    source.write_text("{}\n")
+    data = HEADROOM.assign(share=[1 / 3, 2 / 3])
+    paths = save_figure(plots.plot_headroom(data), tmp_path / "run" / "figures" / "headroom_0.5", data, [source])
+    assert [p.name for p in paths] == [f"headroom_0.5{s}" for s in (".pdf", ".png", ".csv", ".json")]
+    assert sorted(p.name for p in paths[0].parent.iterdir()) == sorted(p.name for p in paths)
+    sidecar = json.loads(paths[3].read_text())
+    digest = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (source, paths[2])}
+    assert sidecar["inputs"] == [{"name": "../metrics.jsonl", "sha256": digest[source]}]
+    assert sidecar["data"] == {"name": "headroom_0.5.csv", "rows": 2, "sha256": digest[paths[2]]}
+    pd.testing.assert_frame_equal(pd.read_csv(paths[2]), data, check_dtype=False)
+    assert paths[0].read_bytes().startswith(b"%PDF") and paths[1].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("plot", [plots.plot_conditions, plots.plot_groups])
+def test_saving_again_gives_the_same_bytes_also_after_the_figure_was_shown(tmp_path, plot, conditions):
+    fig = plot(conditions)
+    first = [p.read_bytes() for p in save_figure(fig, tmp_path / "figure", conditions)]
+    with matplotlib.rc_context({"font.size": 20}):
+        fig.draw_without_rendering()  # as a notebook does, in the notebook's own style
+    again = [p.read_bytes() for p in save_figure(fig, tmp_path / "figure", conditions)]
+    anew = [p.read_bytes() for p in save_figure(plot(conditions), tmp_path / "other" / "figure", conditions)]
+    assert first == again == anew
+    for word in (b"CreationDate", b"ModDate", b"atplotlib"):
+        assert word not in first[0] + first[1]
+
+
+def test_another_process_writes_the_same_bytes(tmp_path):
+    code = "import sys, pandas as pd\nfrom bridgekit.results import plots, style\nframe = pd.read_json(sys.argv[1])\n"
+    code += "style.save_figure(plots.plot_headroom(frame), sys.argv[2], frame)"
+    HEADROOM.to_json(tmp_path / "frame.json")
+    command = [sys.executable, "-c", code, str(tmp_path / "frame.json"), str(tmp_path / "a")]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONHASHSEED": "77", "TZ": "Asia/Tokyo"})
+    save_figure(plots.plot_headroom(HEADROOM), tmp_path / "here" / "a", HEADROOM)
+    for suffix in (".pdf", ".png", ".csv", ".json"):
+        assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / "here" / f"a{suffix}").read_bytes()
+
+
+def test_a_save_that_fails_leaves_the_old_files_and_nothing_else(tmp_path):
+    old = {p.name: p.read_bytes() for p in save_figure(plots.plot_headroom(HEADROOM), tmp_path / "figure", HEADROOM)}
+    other = plots.plot_headroom(HEADROOM.tail(1))
+    other.axes[0].set_ylabel(r"$\frac{1}$")  # refused by matplotlib only when it is drawn
+    with pytest.raises(ValueError):
+        save_figure(other, tmp_path / "figure", HEADROOM)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == old
+
+
+def test_saving_refuses_what_could_not_be_traced(tmp_path):
+    fig = plots.plot_headroom(HEADROOM)
+    for path, frame, inputs, message in (
+        (tmp_path / "a", HEADROOM, [tmp_path / "gone.jsonl"], "gone.jsonl does not exist"),
+        (tmp_path / "a", HEADROOM.head(0), [], "has no rows"),
+        (tmp_path / "a.pdf", HEADROOM, [], "leave '.pdf' off"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            save_figure(fig, path, frame, inputs)
+    assert list(tmp_path.iterdir()) == []
