@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from bridgekit.model.bridge import build_bridge
 from bridgekit.model.generation import (
     CHECK_EVERY,
-    RoomyLayer,
+    PreallocatedLayer,
     assemble,
     compact,
     decode_bridged,
@@ -218,7 +218,7 @@ def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, accelerator, tm
 
 def test_a_cache_with_room_holds_what_a_growing_one_holds():
     torch.manual_seed(0)
-    roomy, plain = RoomyLayer(), DynamicLayer()
+    roomy, plain = PreallocatedLayer(), DynamicLayer()
     pieces = [torch.randn(2, 6, 3, t, 4) for t in (7, *[1] * 40)]  # past the room, twice
     for step, (keys, values) in enumerate(pieces):
         if step in (3, 20):  # rows leave; the same number of rows in another order

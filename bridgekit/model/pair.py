@@ -7,6 +7,7 @@ Shapes: B batch, S source tokens, T target tokens, L captured layers, D hidden s
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +41,20 @@ class LanguageModel:
         return self.model.dtype
 
     @property
+    def decoder(self) -> torch.nn.Module:
+        """The model without its head: embeddings or ids to hidden states."""
+        return self.model.base_model
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """The decoder's layers, for hooks."""
+        try:
+            return self.decoder.layers
+        except AttributeError:
+            kind = self.model.config.model_type
+            raise ConfigError(f"pair: {kind} ('{self.origin}') has no `layers` a bridge could work on") from None
+
+    @property
     def hidden_size(self) -> int:
         return self.model.config.hidden_size
 
@@ -57,8 +72,20 @@ class LanguageModel:
 
     @cached_property
     def eos_ids(self) -> set[int]:
+        """Tokens that end an answer, as generation_config.json names them."""
         ids = self.model.generation_config.eos_token_id
-        return set(ids if isinstance(ids, list) else [ids])
+        return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+    @property
+    def end_id(self) -> int:
+        """The token that a taught answer ends in: the tokenizer's own, which a chat model's turn ends in."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos_ids else min(self.eos_ids)
+
+    @property
+    def decode_key(self) -> str:
+        """What a cached text depends on: the fingerprint, which kept runs are matched by, and the end tokens."""
+        return f"{self.fingerprint}-{'.'.join(map(str, sorted(self.eos_ids)))}"
 
     @cached_property
     def embedding_rms(self) -> float:
@@ -72,10 +99,14 @@ class LanguageModel:
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
+    def offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """Of each text's tokens, without BOS: the first character and the one after the last."""
+        return self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor, mask: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
         """States of right-padded prompts at `layers` (0 is the embeddings). (B, S) -> (B, S, L, D)"""
-        out = self.model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        out = self.decoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return torch.stack([out.hidden_states[i] for i in layers], dim=2)
 
 
@@ -128,22 +159,37 @@ def split_at_soft(lm: LanguageModel, pieces: Pieces, position: str, mode: str) -
     return lm.bos + pieces.prefix + pieces.question, pieces.cue
 
 
-def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
-    """Hidden-state indices from `source_layers`; auto takes three of the upper part: at 0.6, 0.8 and all of the depth.
+def word_tokens(lm: LanguageModel, text: str, word: str) -> list[range]:
+    """For each time the whole word stands in the text: its tokens, counted without BOS, found by their offsets."""
+    (offsets,), found = lm.offsets([text]), []
+    for match in re.finditer(rf"\b{re.escape(word)}\b", text):
+        tokens = [i for i, (start, end) in enumerate(offsets) if start < match.end() and end > match.start()]
+        found.append(range(tokens[0], tokens[-1] + 1))
+    return found
 
-    A linear probe finds a unit's value there, at the word's end (`probe` in pair.json); where exactly it is clearest
-    differs between pairs, and the highest layer alone already leaves the ones digit of unfamiliar values behind.
-    """
-    n = lm.n_layers
+
+def parse_layers(key: str, wanted: str, last: int, auto: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers 0 to `last` from a configuration's text: `auto`, or numbers like `0,2`."""
     if wanted == "auto":
-        return tuple(sorted({max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}))
+        return auto
     try:
         layers = tuple(int(part) for part in wanted.split(","))
     except ValueError:
-        raise ConfigError(f"bridge.source_layers: expected 'auto' or numbers like '2,4,6', got '{wanted}'") from None
-    if not all(0 <= i <= n for i in layers):
-        raise ConfigError(f"bridge.source_layers: the source has hidden states 0 to {n}, got '{wanted}'")
+        raise ConfigError(f"{key}: expected 'auto' or numbers like '0,2', got '{wanted}'") from None
+    if not all(0 <= i <= last for i in layers) or len(set(layers)) < len(layers):
+        raise ConfigError(f"{key}: this model has 0 to {last}, each once, got '{wanted}'")
     return layers
+
+
+def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
+    """Hidden-state indices from `source_layers`; auto takes three of the upper part: at 0.6, 0.8 and all of the depth.
+
+    A linear probe finds a unit's value there, at the word's end (`probe` in pair.json). The best layer differs between
+    pairs; the last layer alone loses the ones digit of unseen values.
+    """
+    n = lm.n_layers
+    auto = tuple(sorted({max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}))
+    return parse_layers("bridge.source_layers", wanted, n, auto)
 
 
 def pick_device(wanted: str, fallback: torch.device | None = None) -> torch.device:
@@ -176,15 +222,20 @@ def fingerprint_folder(folder: Path) -> str:
 
 
 def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A frozen model in eval mode from safetensors, without remote code."""
+    """A frozen model in eval mode from safetensors, without remote code; one with tensors missing is refused."""
     folder = resolve_folder(key, model)
     place = str(folder) if folder else model
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, SafetensorError, json.JSONDecodeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"pair.{key}: cannot load '{model}': {reason}") from None
+    if missing := sorted(info["missing_keys"]):
+        lost = f"{len(missing)} tensors, first '{missing[0]}'"
+        raise ConfigError(f"pair.{key}: '{model}' lacks {lost}: they would be random; restore its safetensors")
     loaded.requires_grad_(False).eval().to(device)
     if folder:
         fingerprint = fingerprint_folder(folder)
