@@ -12,7 +12,6 @@ Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K
 
 import hashlib
 import inspect
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +41,7 @@ class Bridge(nn.Module):
             nn.init.eye_(self.projection.weight)
         for salt, module in enumerate((m for m in self.modules() if isinstance(m, Dropout)), start=1):
             module.salt = salt
+        self.per_source_token = False  # as many message tokens as source tokens: those share their mask
         self.metadata: dict[str, str] = {}  # saved with the weights
 
     def encode(self, states, mask, seeds, *, alignment=None, teacher=None, want_attention: bool = False) -> Message:
@@ -50,22 +50,24 @@ class Bridge(nn.Module):
         `alignment` (B, P, 2) says which source tokens stand for each place of the target's prompt.
         `teacher` (embeds (B, P, D_t), mask) is what a generative producer imitates: given in training only.
         """
-        message = self.produce(states, mask, seeds=seeds, teacher=teacher, want_attention=want_attention)
+        message = self.produce(states, mask, seeds, teacher, want_attention)
         if self.rms is not None:
             size = message.tokens.float().pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
             message.tokens = message.tokens / size * self.rms
         message.alignment, message.seeds = alignment, seeds
         return message
 
-    def produce(self, states, mask, **rest) -> Message:
+    def produce(self, states, mask, seeds, teacher=None, want_attention: bool = False) -> Message:
         """What the producer makes, at its own size; it is given what its `forward` accepts. (B, S, L, D_s), (B, S)"""
+        rest = {"seeds": seeds, "teacher": teacher, "want_attention": want_attention}
         states = states.float().flatten(2) if self.projection is None else self.projection(states.float().flatten(2))
         accepted = inspect.signature(self.producer.forward).parameters.values()
         if not any(p.kind == p.VAR_KEYWORD for p in accepted):
             rest = {k: v for k, v in rest.items() if k in {p.name for p in accepted}}
         message = self.producer(states, mask, **rest)
         if isinstance(message, torch.Tensor) and message.ndim == 3:
-            message = Message(message, mask.new_ones(message.shape[:2]))
+            real = mask[:, : message.shape[1]] if self.per_source_token else mask.new_ones(message.shape[:2])
+            message = Message(message, real)
         return message
 
     @property
@@ -78,10 +80,9 @@ def load_part(config: Config, kind: str, code_dir: Path | None = None) -> tuple[
     known, name = {"producer": PRODUCERS, "injector": INJECTORS}[kind], getattr(config.bridge, kind)
     if name in known:
         return known[name], {}
-    from bridgekit.extend import load_object, parse_options
+    from bridgekit.extend import load_checked
 
-    part = load_object(f"bridge.{kind}", name, code_dir)
-    return part, parse_options(f"bridge.{kind}_options", part, getattr(config.bridge, f"{kind}_options"))
+    return load_checked(config, f"bridge.{kind}", code_dir)
 
 
 def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_dir: Path | None = None) -> Bridge:
@@ -96,6 +97,7 @@ def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_di
     rms = target.embedding_rms if config.bridge.rms_match else None
     projection = config.bridge.source_projection and config.bridge.producer != "constant"
     bridge = Bridge(made, brought, n_layers * source_dim, projection, rms).to(target.device)
+    bridge.per_source_token = config.bridge.n_soft_tokens == -1
     settings = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
     bridge.metadata = {"config": settings, "producer": config.bridge.producer, "injector": config.bridge.injector}
     if producer not in PRODUCERS.values() or injector not in INJECTORS.values():
@@ -106,60 +108,54 @@ def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_di
 # ---- a user's own parts -------------------------------------------------------------------------------------------
 
 
-def place_of(part: type, error: BaseException | None = None) -> str:
-    """`file.py:12 Class`: the line of its file that raised the error, else of its first method."""
-    methods = [f.__code__ for f in vars(part).values() if inspect.isfunction(f)]
-    if not methods:
-        return part.__name__
-    file, line = methods[0].co_filename, methods[0].co_firstlineno
-    raised = [f.lineno for f in traceback.extract_tb(error and error.__traceback__) if f.filename == file]
-    return f"{Path(file).name}:{[line, *raised][-1]} {part.__name__}"
-
-
 @contextmanager
 def blame(kind: str, part: type) -> Iterator[None]:
-    """Any error inside as one line that names the user's file."""
+    """Any error inside as one line: `bridge.producer: file.py:12 MyProducer: ...`."""
     try:
         yield
     except ConfigError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(f"bridge.{kind}: {place_of(part, error)}: {type(error).__name__}: {reason}") from error
+        raise refusal(kind, part, f"{type(error).__name__}: {reason}") from error
+
+
+def refusal(kind: str, part: type, why: str) -> ConfigError:
+    from bridgekit.extend import describe_place
+
+    return ConfigError(f"bridge.{kind}: {describe_place(part)}: {why}")
 
 
 def try_bridge(bridge: Bridge, n_soft_tokens: int, n_layers: int, source_dim: int, target) -> None:
     """Refuse a bridge that cannot be trained, in one line: two questions of 5 and 3 random states go through it."""
-    states = torch.randn(2, 5, n_layers, source_dim, generator=torch.Generator().manual_seed(0)).to(target.device)
-    mask = torch.arange(5, device=target.device) < torch.tensor([[5], [3]], device=target.device)
+    device, (producer, injector) = target.device, (type(bridge.producer), type(bridge.injector))
+    states = torch.randn(2, 5, n_layers, source_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    mask = torch.arange(5, device=device) < torch.tensor([[5], [3]], device=device)
     states, seeds = states * mask[..., None, None], mask.sum(1)
-    spans = torch.stack([torch.arange(5), torch.arange(1, 6)], -1).expand(2, -1, -1).to(target.device)
-    k = n_soft_tokens if n_soft_tokens != -1 else 5
-    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):
-        with blame("producer", type(bridge.producer)), torch.no_grad():
+    wanted = (2, 5 if n_soft_tokens == -1 else n_soft_tokens, target.hidden_size)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with blame("producer", producer), torch.no_grad():
             bridge.eval()
-            message = bridge.produce(states, mask, seeds=seeds)
-            refusal = find_fault(message, (2, k, target.hidden_size))
-            alone = None if refusal else bridge.produce(states[1:, :3], mask[1:, :3], seeds=seeds[1:]).tokens[0]
-            if alone is not None and not torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4):
-                refusal = "its tokens change with the padding of the batch: leave out places where `mask` is False"
-            if refusal:
-                raise ConfigError(f"bridge.producer: {place_of(type(bridge.producer))}: {refusal}")
-        with blame("injector", type(bridge.injector)), torch.enable_grad():
-            message = bridge.train().encode(states, mask, seeds, alignment=spans)
-            soft = bridge.injector.soft(message)
-            embeds = target.embed(torch.arange(5, device=target.device).expand(2, -1))
-            embeds = embeds if soft is None else torch.cat([soft.tokens.to(target.dtype), embeds], 1)
+            message = bridge.produce(states, mask, seeds)
+            if fault := find_fault(message, wanted):
+                raise refusal("producer", producer, fault)
+            alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
+            if not torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4):
+                raise refusal("producer", producer, "its tokens change with padding: leave out places not in `mask`")
+        with blame("injector", injector), torch.enable_grad():
+            spans = torch.arange(5, device=device)[:, None] + torch.tensor([0, 1], device=device)
+            message = bridge.train().encode(states, mask, seeds, alignment=spans.expand(2, -1, -1))
+            soft, embeds = bridge.injector.soft(message), target.embed(spans[:, 0].expand(2, -1))
+            if soft is not None:
+                embeds = torch.cat([soft.tokens.to(target.dtype), embeds], 1)
             with bridge.injector.attach(target, lambda: message):
                 hidden = target.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state.float()
-            hidden.abs().sum().backward()
-    part = "injector" if soft is None else "producer"
-    if not hidden.isfinite().all():
-        refusal = "the target's hidden states are not finite with its message"
-    elif not any(p.grad is not None and p.grad.any() for p in bridge.parameters()):
-        refusal = "no gradient reaches any parameter: make the tokens from `states` through parameters of the module"
-    if refusal:
-        raise ConfigError(f"bridge.{part}: {place_of(type(getattr(bridge, part)))}: {refusal}")
+            if not hidden.isfinite().all():
+                raise refusal("injector", injector, "the target's hidden states are not finite with its message")
+            if hidden.requires_grad:
+                hidden.abs().sum().backward()
+    if not any(p.grad is not None and p.grad.any() for p in bridge.parameters()):
+        raise refusal("producer", producer, "no gradient reaches a parameter: make tokens from `states` by parameters")
     bridge.zero_grad(set_to_none=True)
 
 
