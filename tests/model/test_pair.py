@@ -1,6 +1,6 @@
 """The pair: whole, small, frozen, right about what it knows; prompts cut into pieces, no token changed.
 
-python -m pytest tests/test_pair.py
+python -m pytest tests/model/test_pair.py
 """
 
 import json
@@ -24,6 +24,7 @@ from bridgekit.model.pair import (
     pick_layers,
     split_at_soft,
     split_prompts,
+    word_tokens,
 )
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.answers import extract_answer
@@ -138,6 +139,16 @@ def test_a_fingerprint_changes_with_a_byte(copied):
         assert fingerprint_folder(folder) == before
 
 
+def test_end_tokens_enter_the_key_of_cached_texts_alone(copied):
+    folder, config = copied
+    before = load_pair(config).target
+    path = folder / "target/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [3, *before.eos_ids]}))
+    after = load_pair(config).target
+    assert after.fingerprint == before.fingerprint and after.decode_key != before.decode_key
+    assert after.eos_ids == before.eos_ids | {3} and after.end_id == before.end_id
+
+
 # -- prompts in pieces --------------------------------------------------------------------------------------
 
 
@@ -183,6 +194,20 @@ def test_soft_tokens_stand_where_they_are_asked_to(pair):
         ("end", "soft_only", [bos], [31]),
     ):
         assert split_at_soft(pair.target, pieces, position, mode) == (before, after)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_words_tokens_are_those_that_share_its_characters(pair, val, role):
+    lm = getattr(pair, role)
+    for e in val[:12]:
+        text = literal_prompt(e).text
+        (ids,), found = lm.tokenize([text]), word_tokens(lm, text, e.unit)
+        assert len(found) == text.count(e.unit) > 0
+        for tokens in found:
+            assert e.unit in lm.tokenizer.decode([ids[i] for i in tokens])
+            for fewer in (tokens[1:], tokens[:-1]):  # and none of them is there for nothing
+                assert e.unit not in lm.tokenizer.decode([ids[i] for i in fewer])
+    assert word_tokens(lm, "A sisaken is no sisak.", "sisak") == word_tokens(lm, "A sisaken is no sisak.", "sisak")[:1]
 
 
 def test_source_layers(pair):
@@ -234,6 +259,18 @@ def test_a_corrupted_config_or_tokenizer_is_refused(copied, name):
     folder, config = copied
     (folder / "source" / name).write_text('{"model_type": ')
     refuse(config, "pair.source_model", str(folder / "source"))
+
+
+def test_a_model_with_missing_tensors_is_refused(copied):
+    from safetensors.torch import load_file, save_file
+
+    folder, config = copied
+    path = folder / "target/model.safetensors"
+    tensors = load_file(path)
+    name = next(n for n in tensors if "mlp" in n)
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    refuse(config, "pair.target_model", name, "restore its safetensors")
 
 
 @pytest.mark.parametrize("record", [None, '{"lexicon', "{}"])
