@@ -141,7 +141,11 @@ def try_bridge(bridge: Bridge, n_soft_tokens: int, n_layers: int, source_dim: in
                 raise refusal("producer", producer, fault)
             alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
             if not torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4):
-                raise refusal("producer", producer, "its tokens change with padding: leave out places not in `mask`")
+                raise refusal(
+                    "producer",
+                    producer,
+                    "its tokens change with the batch: leave out padding (`mask`), draw by `seeds`",
+                )
         with blame("injector", injector), torch.enable_grad():
             spans = torch.arange(5, device=device)[:, None] + torch.tensor([0, 1], device=device)
             message = bridge.train().encode(states, mask, seeds, alignment=spans.expand(2, -1, -1))

@@ -3,8 +3,6 @@
 Shapes: B batch, S source tokens, L captured layers, D_s source hidden size.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import torch
 
@@ -44,10 +42,10 @@ def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Ex
     return rows
 
 
-def in_batches(lengths, size: int) -> Iterator[np.ndarray]:
-    """Indices of rows in batches of like length, so that little is padding: the shortest first. -> (at most size,)"""
+def in_batches(lengths, size: int) -> list[np.ndarray]:
+    """Indices of rows in batches of like length, so that little is padding: the shortest first, `size` at most."""
     order = np.argsort(lengths, kind="stable")
-    yield from (order[i : i + size] for i in range(0, len(order), size))
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 class Ragged:

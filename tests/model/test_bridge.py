@@ -160,7 +160,7 @@ def test_a_users_forward_is_given_what_it_accepts(write_part):
         ("(tokens, mask)", "returned tuple"),
         ("tokens.long()", "torch.int64"),
         ("tokens.detach()", "no gradient"),
-        ("self.net(states.mean(1))[:, None].repeat(1, self.k, 1)", "padding"),
+        ("self.net(states.mean(1))[:, None].repeat(1, self.k, 1)", "leave out padding"),
         ("tokens.view(7, 7)", "RuntimeError: shape"),
     ],
 )

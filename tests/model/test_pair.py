@@ -18,7 +18,7 @@ from bridgekit.model.generation import generate_batch, pad_ids
 from bridgekit.model.pair import (
     EMBEDDED,
     Pieces,
-    check_pair,
+    check_models,
     fingerprint_folder,
     load_pair,
     pick_layers,
@@ -235,7 +235,7 @@ def test_swapped_exchanges_the_two_models(pair):
 def test_a_missing_folder_is_refused_before_anything_is_loaded(tmp_path, key):
     config = load_config(**{key: str(tmp_path / "nothing")})
     with pytest.raises(ConfigError, match=rf"^pair.{key}: .*nothing.*config.json not found.*"):
-        check_pair(config)
+        check_models(config)
     refuse(config, f"pair.{key}", "nothing")
 
 
@@ -280,6 +280,17 @@ def test_a_pair_without_a_readable_record_of_its_lexicon_is_refused(copied, reco
     if record is not None:
         (folder / "pair.json").write_text(record)
     refuse(config, "pair.target_model", "pair.json")
+
+
+def test_models_that_were_taught_different_lexicons_are_refused(copied):
+    from bridgekit.tasks import units
+
+    folder, config = copied
+    record = {"lexicon_seed": 9, "lexicon": units.fingerprint_lexicon(units.make_lexicon(9))}
+    (folder / "pair.json").write_text(json.dumps(record))
+    for direction in ("forward", "swapped"):
+        other = replace(config, pair=replace(config.pair, target_model="embedded", direction=direction))
+        refuse(other, "pair.source_model", "source_model lexicon 9", "target_model lexicon 2")
 
 
 def test_a_model_the_hub_cannot_give_is_refused(monkeypatch):

@@ -17,10 +17,10 @@ LAYERS = (1, 2)
 
 def test_batches_hold_rows_of_like_length_and_each_row_once():
     lengths = [5, 1, 9, 5, 2, 2, 7]
-    batches = list(in_batches(lengths, 3))
+    batches = in_batches(lengths, 3)
     assert [len(b) for b in batches] == [3, 3, 1]
     assert np.concatenate(batches).tolist() == [1, 4, 5, 0, 3, 6, 2]  # equal lengths stay in order
-    assert list(in_batches([], 3)) == []
+    assert in_batches([], 3) == []
 
 
 def test_a_ragged_batch_is_trimmed_to_its_longest_row():
