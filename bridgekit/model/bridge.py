@@ -98,14 +98,18 @@ def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_di
     projection = config.bridge.source_projection and config.bridge.producer != "constant"
     bridge = Bridge(made, brought, n_layers * source_dim, projection, rms).to(target.device)
     bridge.per_source_token = config.bridge.n_soft_tokens == -1
-    settings = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
-    bridge.metadata = {"config": settings, "producer": config.bridge.producer, "injector": config.bridge.injector}
+    digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+    bridge.metadata = {"config": digest, "producer": config.bridge.producer, "injector": config.bridge.injector}
     if producer not in PRODUCERS.values() or injector not in INJECTORS.values():
         try_bridge(bridge, config.bridge.n_soft_tokens, n_layers, source_dim, target)
     return bridge
 
 
 # ---- a user's own parts -------------------------------------------------------------------------------------------
+
+
+class Fault(ValueError):
+    """What is wrong with a part, in words."""
 
 
 @contextmanager
@@ -116,64 +120,54 @@ def blame(kind: str, part: type) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise refusal(kind, part, f"{type(error).__name__}: {reason}") from error
+        from bridgekit.extend import describe_place
 
-
-def refusal(kind: str, part: type, why: str) -> ConfigError:
-    from bridgekit.extend import describe_place
-
-    return ConfigError(f"bridge.{kind}: {describe_place(part)}: {why}")
+        why = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"bridge.{kind}: {describe_place(part)}: {' '.join(why.split())[:300]}") from error
 
 
 def try_bridge(bridge: Bridge, n_soft_tokens: int, n_layers: int, source_dim: int, target) -> None:
     """Refuse a bridge that cannot be trained, in one line: two questions of 5 and 3 random states go through it."""
-    device, (producer, injector) = target.device, (type(bridge.producer), type(bridge.injector))
+    device, places = target.device, torch.arange(5, device=target.device)
     states = torch.randn(2, 5, n_layers, source_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    mask = torch.arange(5, device=device) < torch.tensor([[5], [3]], device=device)
-    states, seeds = states * mask[..., None, None], mask.sum(1)
-    wanted = (2, 5 if n_soft_tokens == -1 else n_soft_tokens, target.hidden_size)
+    mask = places < torch.tensor([[5], [3]], device=device)
+    states, seeds, spans = states * mask[..., None, None], mask.sum(1), torch.stack([places, places + 1], -1)
+    k = 5 if n_soft_tokens == -1 else n_soft_tokens
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with blame("producer", producer), torch.no_grad():
-            bridge.eval()
-            message = bridge.produce(states, mask, seeds)
-            if fault := find_fault(message, wanted):
-                raise refusal("producer", producer, fault)
+        with blame("producer", type(bridge.producer)), torch.no_grad():
+            message = bridge.eval().produce(states, mask, seeds)
+            check_message(message, (2, k, target.hidden_size))
             alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
             if not torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4):
-                raise refusal(
-                    "producer",
-                    producer,
-                    "its tokens change with the batch: leave out padding (`mask`), draw by `seeds`",
-                )
-        with blame("injector", injector), torch.enable_grad():
-            spans = torch.arange(5, device=device)[:, None] + torch.tensor([0, 1], device=device)
+                raise Fault("its tokens change with the batch: leave out padding (`mask`), draw by `seeds`")
+        with blame("injector", type(bridge.injector)), torch.enable_grad():
             message = bridge.train().encode(states, mask, seeds, alignment=spans.expand(2, -1, -1))
-            soft, embeds = bridge.injector.soft(message), target.embed(spans[:, 0].expand(2, -1))
-            if soft is not None:
-                embeds = torch.cat([soft.tokens.to(target.dtype), embeds], 1)
+            soft, embeds = bridge.injector.soft(message), target.embed(places.expand(2, -1))
+            embeds = embeds if soft is None else torch.cat([soft.tokens.to(target.dtype), embeds], 1)
             with bridge.injector.attach(target, lambda: message):
                 hidden = target.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state.float()
             if not hidden.isfinite().all():
-                raise refusal("injector", injector, "the target's hidden states are not finite with its message")
+                raise Fault("the target's hidden states are not finite with its message")
             if hidden.requires_grad:
                 hidden.abs().sum().backward()
-    if not any(p.grad is not None and p.grad.any() for p in bridge.parameters()):
-        raise refusal("producer", producer, "no gradient reaches a parameter: make tokens from `states` by parameters")
+    with blame("producer", type(bridge.producer)):
+        if not any(p.grad is not None and p.grad.any() for p in bridge.parameters()):
+            raise Fault("no gradient reaches a parameter: make tokens from `states` by parameters")
     bridge.zero_grad(set_to_none=True)
 
 
-def find_fault(message: Message, wanted: tuple[int, int, int]) -> str:
-    """What is wrong with what a producer returned; empty: nothing."""
+def check_message(message: Message, wanted: tuple[int, int, int]) -> None:
+    """Refuse what is not a message of tokens of the wanted shape (B, K, D_t)."""
     if not isinstance(message, Message):
         found = tuple(message.shape) if isinstance(message, torch.Tensor) else type(message).__name__
-        return f"returned {found}, wanted a Message or tokens {wanted}"
+        raise Fault(f"returned {found}, wanted a Message or tokens {wanted}")
     tokens, mask = message.tokens, message.mask
     if tokens.shape != wanted or not tokens.is_floating_point():
-        return f"returned tokens {tuple(tokens.shape)} of {tokens.dtype}, wanted {wanted} of torch.float32"
+        raise Fault(f"returned tokens {tuple(tokens.shape)} of {tokens.dtype}, wanted {wanted} of torch.float32")
     if mask.shape != wanted[:2] or mask.dtype != torch.bool:
-        return f"returned a mask {tuple(mask.shape)} of {mask.dtype}, wanted {wanted[:2]} of torch.bool"
-    return "" if tokens.isfinite().all() else "returned tokens with NaN or infinite numbers"
+        raise Fault(f"returned a mask {tuple(mask.shape)} of {mask.dtype}, wanted {wanted[:2]} of torch.bool")
+    if not tokens.isfinite().all():
+        raise Fault("returned tokens with NaN or infinite numbers")
 
 
 # ---- on disk ------------------------------------------------------------------------------------------------------
@@ -197,13 +191,12 @@ def load_bridge(bridge: Bridge, folder: Path, name: str) -> dict[str, str]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no checkpoint of '{name}' in this run")
     try:
-        bridge.load_state_dict(safetensors.torch.load_file(path))
         with safetensors.safe_open(path, "pt") as file:
+            bridge.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
             return file.metadata() or {}
     except (RuntimeError, safetensors.SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        way_out = "restore both, or name another run"
-        raise ConfigError(f"{path}: does not fit the run's config.yaml ({reason}): {way_out}") from None
+        reason = f"does not fit the run's config.yaml ({' '.join(str(error).split())[:160]})"
+        raise ConfigError(f"{path}: {reason}: restore both, or name another run") from None
 
 
 def describe_card(bridge: Bridge, config: Config, pair, layers, metadata: dict[str, str], outcome: str = "") -> str:

@@ -90,16 +90,10 @@ def compact(embeds: torch.Tensor, mask: torch.Tensor, side: str) -> tuple[torch.
     return embeds.gather(1, order[:, :, None].expand_as(embeds)), mask.gather(1, order)
 
 
-def assemble(
-    lm: LanguageModel, before: tuple, after: tuple, soft: Soft | None, side: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings, mask and positions of [before | soft | after]; before and after are (ids, mask) pairs."""
-    parts, masks = [lm.embed(before[0])], [before[1]]
-    if soft is not None:
-        parts.append(soft.tokens.to(lm.dtype))
-        masks.append(soft.mask)
-    parts.append(lm.embed(after[0]))
-    masks.append(after[1])
+def assemble(lm: LanguageModel, before: tuple, after: tuple, soft: Soft | None, side: str) -> tuple[torch.Tensor, ...]:
+    """Embeddings (B, T, D), mask (B, T), positions (B, T) of [before | soft | after]; ids and mask before and after."""
+    middle = [] if soft is None else [(soft.tokens.to(lm.dtype), soft.mask)]
+    parts, masks = zip((lm.embed(before[0]), before[1]), *middle, (lm.embed(after[0]), after[1]), strict=True)
     embeds, mask = compact(torch.cat(parts, dim=1), torch.cat(masks, dim=1), side)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     return embeds, mask, positions
@@ -161,10 +155,8 @@ def generate_batch(
             positions = position = position + 1
             step_input = {"input_ids": chosen[:, None]}
     texts = lm.tokenizer.batch_decode([_until_eos(r.ids, lm.eos_ids) for r in rows], skip_special_tokens=True)
-    return [
-        Generated(text, row.logprob / len(row.ids), len(row.ids), tuple(row.ids))
-        for text, row in zip(texts, rows, strict=True)
-    ]
+    ended = zip(texts, rows, strict=True)
+    return [Generated(text, row.logprob / len(row.ids), len(row.ids), tuple(row.ids)) for text, row in ended]
 
 
 def draw(scores: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,7 +198,7 @@ def answer_logits(lm: LanguageModel, before, after, soft, labels, labels_mask) -
     """
     text = (torch.cat([after[0], labels], dim=1), torch.cat([after[1], labels_mask], dim=1))
     embeds, mask, _ = assemble(lm, before, text, soft, "right")
-    # Padding stands at the right end, where causal attention never looks: no mask is needed.
+    # Padding is at the right end, where causal attention never looks: no mask is needed.
     hidden = lm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     first = mask.sum(1) - labels_mask.sum(1) - 1
     places = (first[:, None] + torch.arange(labels.shape[1], device=labels.device)).clamp(max=hidden.shape[1] - 1)

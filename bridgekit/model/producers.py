@@ -72,13 +72,12 @@ class SourceReader(nn.Module):
         return self.project(self.dropout(self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2), seeds))
 
 
-def count_soft_tokens(n_soft_tokens: int, mask: torch.Tensor, cap: int) -> tuple[int, torch.Tensor]:
+def count_soft_tokens(n_soft_tokens: int, mask: torch.Tensor) -> tuple[int, torch.Tensor]:
     """How many soft tokens and which are real; -1 takes as many as the source prompt has. mask (B, S) -> (B, K)"""
     if n_soft_tokens != -1:
         return n_soft_tokens, mask.new_ones(mask.shape[0], n_soft_tokens)
-    real = mask.sum(1).clamp(max=cap)
-    k = min(mask.shape[1], cap)
-    return k, torch.arange(k, device=mask.device)[None, :] < real[:, None]
+    k = min(mask.shape[1], MAX_SOFT_TOKENS)
+    return k, torch.arange(k, device=mask.device)[None, :] < mask.sum(1, keepdim=True)
 
 
 def sinusoids(positions: torch.Tensor, dim: int, base: float = 10_000.0) -> torch.Tensor:
@@ -154,7 +153,7 @@ class Resampler(nn.Module):
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
         """states (B, S, L * D_s), mask (B, S) -> tokens (B, K, D_t)"""
         source = self.read(states, seeds)
-        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask, MAX_SOFT_TOKENS)
+        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask)
         x = self.queries(k, source, mask)
         attention = 0
         for block in self.blocks:
@@ -245,7 +244,7 @@ class DiT(nn.Module):
 
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
         """states (B, S, L * D_s), mask (B, S), seeds (B,) -> tokens (B, K, D_t); `teacher` asks for the flow's error"""
-        k, query_mask = count_soft_tokens(self.config.n_soft_tokens, mask, MAX_SOFT_TOKENS)
+        k, query_mask = count_soft_tokens(self.config.n_soft_tokens, mask)
         source, pooled, attention = self.condition(states, mask, seeds, want_attention)
         context = (source, pooled, mask, query_mask, seeds)
         noise = hashed_normal(seeds, (k, self.target_dim))
@@ -294,7 +293,7 @@ class Constant(nn.Module):
         self.tokens = nn.Parameter(torch.randn(n, target_dim))
 
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
-        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask, MAX_SOFT_TOKENS)
+        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask)
         return Message(self.tokens[None, :k].expand(len(mask), -1, -1), query_mask)
 
 
