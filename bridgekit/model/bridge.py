@@ -1,13 +1,29 @@
-"""A bridge: optional source projection, producer and injector behind one interface, and its weights on disk."""
+"""A bridge: optional source projection, producer and injector behind one interface, and its weights on disk.
 
+    bridge = build_bridge(config, n_layers, source_dim, target)  # parts by name, or a user's: `path/to/file.py:Class`
+    message = bridge.encode(states, mask, seeds)
+    save_bridge(bridge, run, "bridged", {"step": "300"})
+
+A user's producer is `class Mine(nn.Module): def __init__(self, config, n_layers, source_dim, target_dim, **options)`;
+its `forward(self, states, mask)` returns a Message, or only its tokens. It may ask for `seeds`, `teacher` and
+`want_attention` as well. A user's injector is a subclass of `message.Injector`: `__init__(self, config, target)`.
+Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K soft tokens, P target places.
+"""
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import safetensors
 import safetensors.torch
+import torch
 from torch import nn
 
-from bridgekit.config import Config
+from bridgekit.config import Config, ConfigError, dump_config
 from bridgekit.model.injectors import INJECTORS
-from bridgekit.model.message import Injector, Message
+from bridgekit.model.message import Dropout, Injector, Message
 from bridgekit.model.producers import PRODUCERS
 from bridgekit.runs import write_bytes_atomic
 
@@ -23,19 +39,35 @@ class Bridge(nn.Module):
         self.projection = nn.Linear(source_width, source_width, bias=False) if projection else None
         if projection:
             nn.init.eye_(self.projection.weight)
+        for salt, module in enumerate((m for m in self.modules() if isinstance(m, Dropout)), start=1):
+            module.salt = salt
+        self.per_source_token = False  # as many message tokens as source tokens: those share their mask
+        self.metadata: dict[str, str] = {}  # saved with the weights
 
     def encode(self, states, mask, seeds, *, alignment=None, teacher=None, want_attention: bool = False) -> Message:
-        """states (B, S, L, D_s), mask (B, S), seeds (B,) of the sampler's noise -> Message.
+        """states (B, S, L, D_s), mask (B, S), seeds (B,) of all randomness -> Message.
 
         `alignment` (B, P, 2) says which source tokens stand for each place of the target's prompt.
         `teacher` (embeds (B, P, D_t), mask) is what a generative producer imitates: given in training only.
         """
-        states = states.float().flatten(2) if self.projection is None else self.projection(states.float().flatten(2))
-        message = self.producer(states, mask, seeds, teacher, want_attention)
+        message = self.produce(states, mask, seeds, teacher, want_attention)
         if self.rms is not None:
             size = message.tokens.float().pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
             message.tokens = message.tokens / size * self.rms
-        message.alignment = alignment
+        message.alignment, message.seeds = alignment, seeds
+        return message
+
+    def produce(self, states, mask, seeds, teacher=None, want_attention: bool = False) -> Message:
+        """What the producer makes, at its own size; it is given what its `forward` accepts. (B, S, L, D_s), (B, S)"""
+        rest = {"seeds": seeds, "teacher": teacher, "want_attention": want_attention}
+        states = states.float().flatten(2) if self.projection is None else self.projection(states.float().flatten(2))
+        accepted = inspect.signature(self.producer.forward).parameters.values()
+        if not any(p.kind == p.VAR_KEYWORD for p in accepted):
+            rest = {k: v for k, v in rest.items() if k in {p.name for p in accepted}}
+        message = self.producer(states, mask, **rest)
+        if isinstance(message, torch.Tensor) and message.ndim == 3:
+            real = mask[:, : message.shape[1]] if self.per_source_token else mask.new_ones(message.shape[:2])
+            message = Message(message, real)
         return message
 
     @property
@@ -43,13 +75,102 @@ class Bridge(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
 
-def build_bridge(config: Config, n_layers: int, source_dim: int, target) -> Bridge:
-    """A fresh bridge from `n_layers` captured layers of width `source_dim` to a target LanguageModel."""
-    producer = PRODUCERS[config.bridge.producer](config.bridge, n_layers, source_dim, target.hidden_size)
+def load_part(config: Config, kind: str, code_dir: Path | None = None) -> tuple[type, dict]:
+    """The class of the bridge's `producer` or `injector`, and the options it is built with."""
+    known, name = {"producer": PRODUCERS, "injector": INJECTORS}[kind], getattr(config.bridge, kind)
+    if name in known:
+        return known[name], {}
+    from bridgekit.extend import load_checked
+
+    return load_checked(config, f"bridge.{kind}", code_dir)
+
+
+def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_dir: Path | None = None) -> Bridge:
+    """A fresh bridge from `n_layers` captured layers of width `source_dim` to a target LanguageModel, on its device.
+
+    `code_dir` is a finished run's own copy of a user's files. A user's part is tried before it is trained."""
+    (producer, options), (injector, more) = (load_part(config, kind, code_dir) for kind in ("producer", "injector"))
+    with blame("producer", producer):
+        made = producer(config.bridge, n_layers, source_dim, target.hidden_size, **options)
+    with blame("injector", injector):
+        brought = injector(config.bridge, target, **more)
     rms = target.embedding_rms if config.bridge.rms_match else None
     projection = config.bridge.source_projection and config.bridge.producer != "constant"
-    injector = INJECTORS[config.bridge.injector](config.bridge, target)
-    return Bridge(producer, injector, n_layers * source_dim, projection, rms)
+    bridge = Bridge(made, brought, n_layers * source_dim, projection, rms).to(target.device)
+    bridge.per_source_token = config.bridge.n_soft_tokens == -1
+    digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
+    bridge.metadata = {"config": digest, "producer": config.bridge.producer, "injector": config.bridge.injector}
+    if producer not in PRODUCERS.values() or injector not in INJECTORS.values():
+        try_bridge(bridge, config.bridge.n_soft_tokens, n_layers, source_dim, target)
+    return bridge
+
+
+# ---- a user's own parts -------------------------------------------------------------------------------------------
+
+
+class Fault(ValueError):
+    """What is wrong with a part, in words."""
+
+
+@contextmanager
+def blame(kind: str, part: type) -> Iterator[None]:
+    """Any error inside as one line: `bridge.producer: file.py:12 MyProducer: ...`."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        from bridgekit.extend import describe_place
+
+        why = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"bridge.{kind}: {describe_place(part)}: {' '.join(why.split())[:300]}") from error
+
+
+def try_bridge(bridge: Bridge, n_soft_tokens: int, n_layers: int, source_dim: int, target) -> None:
+    """Refuse a bridge that cannot be trained, in one line: two questions of 5 and 3 random states go through it."""
+    device, places = target.device, torch.arange(5, device=target.device)
+    states = torch.randn(2, 5, n_layers, source_dim, generator=torch.Generator().manual_seed(0)).to(device)
+    mask = places < torch.tensor([[5], [3]], device=device)
+    states, seeds, spans = states * mask[..., None, None], mask.sum(1), torch.stack([places, places + 1], -1)
+    k = 5 if n_soft_tokens == -1 else n_soft_tokens
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with blame("producer", type(bridge.producer)), torch.no_grad():
+            message = bridge.eval().produce(states, mask, seeds)
+            check_message(message, (2, k, target.hidden_size))
+            alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
+            if not torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4):
+                raise Fault("its tokens change with the batch: leave out padding (`mask`), draw by `seeds`")
+        with blame("injector", type(bridge.injector)), torch.enable_grad():
+            message = bridge.train().encode(states, mask, seeds, alignment=spans.expand(2, -1, -1))
+            soft, embeds = bridge.injector.soft(message), target.embed(places.expand(2, -1))
+            embeds = embeds if soft is None else torch.cat([soft.tokens.to(target.dtype), embeds], 1)
+            with bridge.injector.attach(target, lambda: message):
+                hidden = target.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state.float()
+            if not hidden.isfinite().all():
+                raise Fault("the target's hidden states are not finite with its message")
+            if hidden.requires_grad:
+                hidden.abs().sum().backward()
+    with blame("producer", type(bridge.producer)):
+        if not any(p.grad is not None and p.grad.any() for p in bridge.parameters()):
+            raise Fault("no gradient reaches a parameter: make tokens from `states` by parameters")
+    bridge.zero_grad(set_to_none=True)
+
+
+def check_message(message: Message, wanted: tuple[int, int, int]) -> None:
+    """Refuse what is not a message of tokens of the wanted shape (B, K, D_t)."""
+    if not isinstance(message, Message):
+        found = tuple(message.shape) if isinstance(message, torch.Tensor) else type(message).__name__
+        raise Fault(f"returned {found}, wanted a Message or tokens {wanted}")
+    tokens, mask = message.tokens, message.mask
+    if tokens.shape != wanted or not tokens.is_floating_point():
+        raise Fault(f"returned tokens {tuple(tokens.shape)} of {tokens.dtype}, wanted {wanted} of torch.float32")
+    if mask.shape != wanted[:2] or mask.dtype != torch.bool:
+        raise Fault(f"returned a mask {tuple(mask.shape)} of {mask.dtype}, wanted {wanted[:2]} of torch.bool")
+    if not tokens.isfinite().all():
+        raise Fault("returned tokens with NaN or infinite numbers")
+
+
+# ---- on disk ------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_path(folder: Path, name: str) -> Path:
@@ -57,14 +178,41 @@ def checkpoint_path(folder: Path, name: str) -> Path:
 
 
 def save_bridge(bridge: Bridge, folder: Path, name: str, metadata: dict[str, str]) -> None:
+    """Weights and metadata (of the bridge: its parts, a hash of its configuration) as one safetensors file."""
     path = checkpoint_path(folder, name)
     path.parent.mkdir(exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in bridge.state_dict().items()}
-    write_bytes_atomic(path, safetensors.torch.save(state, metadata))
+    write_bytes_atomic(path, safetensors.torch.save(state, bridge.metadata | metadata))
 
 
-def load_bridge(bridge: Bridge, folder: Path, name: str) -> None:
+def load_bridge(bridge: Bridge, folder: Path, name: str) -> dict[str, str]:
+    """Weights from a run into a bridge of the same shape; returns their metadata."""
     path = checkpoint_path(folder, name)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no checkpoint of '{name}' in this run")
-    bridge.load_state_dict(safetensors.torch.load_file(path))
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            bridge.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+            return file.metadata() or {}
+    except (RuntimeError, safetensors.SafetensorError, OSError) as error:
+        reason = f"does not fit the run's config.yaml ({' '.join(str(error).split())[:160]})"
+        raise ConfigError(f"{path}: {reason}: restore both, or name another run") from None
+
+
+def describe_card(bridge: Bridge, config: Config, pair, layers, metadata: dict[str, str], outcome: str = "") -> str:
+    """The model card of a trained bridge as Markdown; `outcome` is its verdict's line, if there is one."""
+    task, settings = config.task, config.bridge
+    taught = "" if pair.lexicon_seed is None else f", lexicon seed {pair.lexicon_seed}"
+    k = "one per source token" if settings.n_soft_tokens == -1 else settings.n_soft_tokens
+    return f"""# Bridge {config.run.name}: {settings.producer} x {settings.injector}
+
+- reads hidden states {", ".join(map(str, layers))} of {pair.source.origin} (`{pair.source.fingerprint}`)
+- writes into {pair.target.origin} (`{pair.target.fingerprint}`); message tokens: {k}
+- trained on task {task.task} ({task.variant}{taught}), {task.n_train:,} problems, seed {config.run.seed}
+- weights of step {metadata.get("step", "unknown")} of {config.train.steps}; {bridge.n_parameters:,} parameters
+- configuration {metadata.get("config", "unknown")}
+
+It fits these two models alone; with others of the same shape it would run, and mean nothing.
+
+What it may claim: {outcome or "nothing, there is no verdict on it yet"}.
+"""

@@ -1,9 +1,14 @@
 """One decode path for every condition: batched greedy decoding with a KV cache, from text and soft tokens alike.
 
+    texts = generate_batch(lm, before, after)                          # a model alone: rows of token ids
+    texts = decode_bridged(target, bridge, message, before, after, 96)  # with what the bridge brings
+    logits = bridged_logits(target, bridge, message, before, after, labels, mask)  # of given answers, with a gradient
+
 Shapes: B batch, T tokens, K soft tokens, D hidden size, V vocabulary.
 """
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +21,9 @@ from bridgekit.model.pair import LanguageModel
 from bridgekit.tasks.answers import answer_is_complete
 
 CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
-
-
-ROOM = 32  # places for which a cache is made larger at once
+GROWTH = 32  # cache slots allocated at a time
+READ_EVERY = 8  # steps between reading tokens back from a GPU
+SHRINK_AT = 0.75  # a batch shrinks when no larger share of its rows goes on
 
 
 @dataclass(frozen=True)
@@ -36,35 +41,36 @@ class _Row:
     ended: bool = False
 
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer that grows by ROOM places: concatenation copies all that is cached for every token decoded, which
-    was two fifths of the time on a CPU."""
+class PreallocatedLayer(DynamicLayer):
+    """A cache layer that grows by GROWTH slots at a time.
 
-    keys = values = None  # the part of `room` that is filled
-    room: tuple[torch.Tensor, torch.Tensor] | None = None
+    Concatenation would copy the whole cache for every token: two fifths of the time on a CPU."""
+
+    keys = values = None  # the filled part of `slots`
+    slots: tuple[torch.Tensor, torch.Tensor] | None = None
     filled: torch.Tensor | None = None
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **options):
         old = self.get_seq_length()
         new = old + key_states.shape[-2]
-        # Whoever replaced the keys meanwhile (rows were taken out) left the room behind.
-        if self.room is None or self.keys is not self.filled or new > self.room[0].shape[-2]:
+        # Where rows were taken out meanwhile, the keys are other tensors than the slots' filled part.
+        if self.slots is None or self.keys is not self.filled or new > self.slots[0].shape[-2]:
             self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            shape = (*key_states.shape[:2], new + ROOM)
-            self.room = tuple(s.new_empty(*shape, s.shape[-1]) for s in (key_states, value_states))
-            for room, part in zip(self.room, (self.keys, self.values), strict=True):
+            shape = (*key_states.shape[:2], new + GROWTH)
+            self.slots = tuple(s.new_empty(*shape, s.shape[-1]) for s in (key_states, value_states))
+            for slots, cached in zip(self.slots, (self.keys, self.values), strict=True):
                 if old:
-                    room[:, :, :old] = part
-        for room, part in zip(self.room, (key_states, value_states), strict=True):
-            room[:, :, old:new] = part
-        self.keys, self.values = (room[:, :, :new] for room in self.room)
+                    slots[:, :, :old] = cached
+        for slots, fresh in zip(self.slots, (key_states, value_states), strict=True):
+            slots[:, :, old:new] = fresh
+        self.keys, self.values = (slots[:, :, :new] for slots in self.slots)
         self.filled = self.keys
         return self.keys, self.values
 
 
 def new_cache(lm: LanguageModel) -> DynamicCache:
     cache = DynamicCache(config=lm.model.config)
-    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
 
 
@@ -84,16 +90,10 @@ def compact(embeds: torch.Tensor, mask: torch.Tensor, side: str) -> tuple[torch.
     return embeds.gather(1, order[:, :, None].expand_as(embeds)), mask.gather(1, order)
 
 
-def assemble(
-    lm: LanguageModel, before: tuple, after: tuple, soft: Soft | None, side: str
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Embeddings, mask and positions of [before | soft | after]; before and after are (ids, mask) pairs."""
-    parts, masks = [lm.embed(before[0])], [before[1]]
-    if soft is not None:
-        parts.append(soft.tokens.to(lm.dtype))
-        masks.append(soft.mask)
-    parts.append(lm.embed(after[0]))
-    masks.append(after[1])
+def assemble(lm: LanguageModel, before: tuple, after: tuple, soft: Soft | None, side: str) -> tuple[torch.Tensor, ...]:
+    """Embeddings (B, T, D), mask (B, T), positions (B, T) of [before | soft | after]; ids and mask before and after."""
+    middle = [] if soft is None else [(soft.tokens.to(lm.dtype), soft.mask)]
+    parts, masks = zip((lm.embed(before[0]), before[1]), *middle, (lm.embed(after[0]), after[1]), strict=True)
     embeds, mask = compact(torch.cat(parts, dim=1), torch.cat(masks, dim=1), side)
     positions = (mask.long().cumsum(1) - 1).clamp(min=0)
     return embeds, mask, positions
@@ -110,10 +110,13 @@ def generate_batch(
     select=None,
     max_new_tokens: int = 96,
     sample_seeds: torch.Tensor | None = None,
+    is_complete: Callable[[str], bool] = answer_is_complete,
 ) -> list[Generated]:
-    """Greedy continuation of each row; finished rows leave the batch. `attach` is what a non-prefix injector does to
-    the target while it decodes, and `select(rows)` tells it which rows are left. With `sample_seeds` (B,) the tokens
-    are drawn instead, each row's by its own seed."""
+    """Greedy continuation of each row; finished rows leave the batch.
+
+    `attach` is what a non-prefix injector does to the target while it decodes, and `select(rows)` tells it which rows
+    are left. With `sample_seeds` (B,) the tokens are drawn instead, each row's by its own seed. A text that a task
+    calls complete (`is_complete`) ends its row, whether or not the model ended it."""
     n = len(before)
     device = lm.device
     rows = [_Row() for _ in range(n)]
@@ -134,12 +137,13 @@ def generate_batch(
             pending.append((chosen, score))
             last = step == max_new_tokens - 1
             # Reading back is a sync on a GPU: do it every few steps there, at each step on CPU where it is free.
-            if last or device.type == "cpu" or len(pending) == 8:
-                keep = _read_back(lm, pending, alive, rows, check=step % CHECK_EVERY == CHECK_EVERY - 1)
+            if last or device.type == "cpu" or len(pending) == READ_EVERY:
+                check = is_complete if step % CHECK_EVERY == CHECK_EVERY - 1 else None
+                keep = _read_back(lm, pending, alive, rows, check)
                 pending = []
                 if last or not keep:
                     break
-                if len(keep) <= 0.75 * len(alive):
+                if len(keep) <= SHRINK_AT * len(alive):
                     left = torch.tensor(keep, device=device)
                     cache.batch_select_indices(left)
                     chosen, mask, position = chosen[left], mask[left], position[left]
@@ -151,10 +155,8 @@ def generate_batch(
             positions = position = position + 1
             step_input = {"input_ids": chosen[:, None]}
     texts = lm.tokenizer.batch_decode([_until_eos(r.ids, lm.eos_ids) for r in rows], skip_special_tokens=True)
-    return [
-        Generated(text, row.logprob / len(row.ids), len(row.ids), tuple(row.ids))
-        for text, row in zip(texts, rows, strict=True)
-    ]
+    ended = zip(texts, rows, strict=True)
+    return [Generated(text, row.logprob / len(row.ids), len(row.ids), tuple(row.ids)) for text, row in ended]
 
 
 def draw(scores: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +170,7 @@ def _until_eos(ids: list[int], eos_ids: set[int]) -> list[int]:
     return ids[:-1] if ids and ids[-1] in eos_ids else ids
 
 
-def _read_back(lm, pending, alive, rows: list[_Row], check: bool) -> list[int]:
+def _read_back(lm, pending, alive, rows: list[_Row], is_complete: Callable[[str], bool] | None) -> list[int]:
     """Move chosen tokens to the rows they belong to; returns the batch rows that are not finished."""
     chosen = torch.stack([c for c, _ in pending], dim=1).tolist()
     scores = torch.stack([s for _, s in pending], dim=1).tolist()
@@ -180,9 +182,9 @@ def _read_back(lm, pending, alive, rows: list[_Row], check: bool) -> list[int]:
                 row.ids.append(token)
                 row.logprob += score
                 row.ended = token in lm.eos_ids
-        # A row's own length decides when its text is looked at, so what it says cannot depend on its neighbours.
-        if check and not row.ended:
-            row.ended = answer_is_complete(lm.tokenizer.decode(row.ids, skip_special_tokens=True))
+        # A row's own length decides when its text is looked at, so its text cannot depend on its neighbours.
+        if is_complete is not None and not row.ended:
+            row.ended = is_complete(lm.tokenizer.decode(row.ids, skip_special_tokens=True))
         if not row.ended:
             keep.append(i)
     return keep
@@ -196,8 +198,8 @@ def answer_logits(lm: LanguageModel, before, after, soft, labels, labels_mask) -
     """
     text = (torch.cat([after[0], labels], dim=1), torch.cat([after[1], labels_mask], dim=1))
     embeds, mask, _ = assemble(lm, before, text, soft, "right")
-    # Padding stands at the right end, where causal attention never looks: no mask is needed.
-    hidden = lm.model.model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    # Padding is at the right end, where causal attention never looks: no mask is needed.
+    hidden = lm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     first = mask.sum(1) - labels_mask.sum(1) - 1
     places = (first[:, None] + torch.arange(labels.shape[1], device=labels.device)).clamp(max=hidden.shape[1] - 1)
     hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
@@ -212,19 +214,31 @@ def bridged_logits(target: LanguageModel, bridge: Bridge, message: Message, befo
 
 def decode_bridged(
     target: LanguageModel, bridge: Bridge, message: Message, before: list, after: list, max_new_tokens: int,
-    sample_seeds: torch.Tensor | None = None,
+    sample_seeds: torch.Tensor | None = None, is_complete: Callable[[str], bool] = answer_is_complete,
 ) -> list[Generated]:  # fmt: skip
-    """The one place where a message meets the target's decode loop, whichever bridge it came from."""
+    """The one place where a message meets the target's decode loop, whichever bridge it came from.
+
+    Decoding is evaluation: the injector has no dropout here, also in the middle of training."""
     current = [message]
 
     def select(rows: torch.Tensor) -> None:
         current[0] = current[0].select(rows)
 
-    return generate_batch(
-        target, before, after, soft=bridge.injector.soft(message),
-        attach=bridge.injector.attach(target, lambda: current[0]), select=select, max_new_tokens=max_new_tokens,
-        sample_seeds=sample_seeds,
-    )  # fmt: skip
+    with evaluating(bridge.injector) as injector:
+        return generate_batch(
+            target, before, after, soft=injector.soft(message), attach=injector.attach(target, lambda: current[0]),
+            select=select, max_new_tokens=max_new_tokens, sample_seeds=sample_seeds, is_complete=is_complete,
+        )  # fmt: skip
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The module in evaluation mode, for as long as the context is open."""
+    was_training = module.training
+    try:
+        yield module.eval()
+    finally:
+        module.train(was_training)
 
 
 def unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from bridgekit.config import ConfigError
 from bridgekit.model.message import Injector, Message, Soft
+from bridgekit.model.pair import parse_layers
 from bridgekit.model.producers import Attention
 
 GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
@@ -29,6 +30,8 @@ class Prefix(Injector):
 
 
 class Gate(nn.Module):
+    """A learned factor, -1 to 1, that starts at zero."""
+
     def __init__(self):
         super().__init__()
         self.opening = nn.Parameter(torch.zeros(()))
@@ -49,7 +52,8 @@ class Reading(nn.Module):
 
     def forward(self, hidden, message: Message):
         """(B, T, D_t) -> what is added to it, (B, T, D_t)"""
-        update, _ = self.attend(self.norm_hidden(hidden.float()), self.norm_message(message.tokens), message.mask)
+        own, tokens = self.norm_hidden(hidden.float()), self.norm_message(message.tokens)
+        update, _ = self.attend(own, tokens, message.mask, seeds=message.seeds)
         return (self.gate() * update).to(hidden.dtype)
 
 
@@ -69,7 +73,7 @@ class Residual(Injector):
                 def add(module, inputs, hidden, reading=reading):
                     return hidden + reading(hidden, current())
 
-                hooks.callback(target.model.model.layers[index].register_forward_hook(add).remove)
+                hooks.callback(target.layers[index].register_forward_hook(add).remove)
             yield
 
     def gates(self) -> dict[str, float]:
@@ -112,6 +116,9 @@ class CacheFusion(Injector):
     def __init__(self, config, target):
         super().__init__()
         self.layers = pick_inject_layers(config.inject_layers, target.n_layers)
+        if not all(hasattr(getattr(target.layers[i], "self_attn", None), "k_proj") for i in self.layers):
+            kind = target.model.config.model_type
+            raise ConfigError(f"bridge.injector: kv needs layers with self_attn.k_proj, {kind} has none: use residual")
         shape = target.model.config
         head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
         width = head * shape.num_key_value_heads
@@ -120,34 +127,31 @@ class CacheFusion(Injector):
 
     @contextmanager
     def attach(self, target, current: Callable[[], Message]) -> Iterator[None]:
-        state: dict[str, torch.Tensor | None] = {}
+        placed: dict[str, torch.Tensor] = {}  # in the prompt's pass: each place's message token, and whether it has one
 
         def look(module, inputs, options):
             """Before each pass: which message token belongs to each place; nothing while decoding."""
             cache = options.get("past_key_values")
             if cache is not None and cache.get_seq_length() > 0:
-                state.clear()
+                placed.clear()
                 return
             embeds, places = options["inputs_embeds"], options.get("position_ids")
             if places is None:  # right-padded: a place is its index
                 places = torch.arange(embeds.shape[1], device=embeds.device)[None].expand(len(embeds), -1)
-            state["tokens"], state["here"] = align_message(current(), places)
-
-        def fuse(module, inputs, own, fuser):
-            if not state:
-                return own
-            return own + fuser(own, state["tokens"]) * state["here"][..., None].to(own.dtype)
+            placed["tokens"], placed["found"] = align_message(current(), places)
 
         with ExitStack() as hooks:
-            hooks.callback(target.model.model.register_forward_pre_hook(look, with_kwargs=True).remove)
+            hooks.callback(target.decoder.register_forward_pre_hook(look, with_kwargs=True).remove)
             for index, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-                attention = target.model.model.layers[index].self_attn
+                attention = target.layers[index].self_attn
                 for module, fuser in ((attention.k_proj, keys), (attention.v_proj, values)):
 
-                    def hook(module, inputs, own, fuser=fuser):
-                        return fuse(module, inputs, own, fuser)
+                    def fuse(module, inputs, own, fuser=fuser):
+                        if not placed:
+                            return own
+                        return own + fuser(own, placed["tokens"]) * placed["found"][..., None].to(own.dtype)
 
-                    hooks.callback(module.register_forward_hook(hook).remove)
+                    hooks.callback(module.register_forward_hook(fuse).remove)
             yield
 
     def gates(self) -> dict[str, float]:
@@ -163,28 +167,21 @@ def align_message(message: Message, places: torch.Tensor) -> tuple[torch.Tensor,
         raise ValueError("this injector needs a token alignment between the source's and the target's prompts")
     spans, n_places = message.alignment, message.alignment.shape[1]
     start, end = spans.gather(1, places.clamp(max=n_places - 1)[..., None].expand(-1, -1, 2)).unbind(-1)
-    here = (places < n_places) & (end > start)
+    found = (places < n_places) & (end > start)
     tokens = message.tokens.float() * message.mask[..., None]
     total = torch.cat([torch.zeros_like(tokens[:, :1]), tokens.cumsum(1)], 1)  # sums of the first k tokens
 
     def upto(index):
         return total.gather(1, index[..., None].expand(-1, -1, total.shape[-1]))
 
-    return (upto(end) - upto(start)) / (end - start).clamp(min=1)[..., None], here
+    return (upto(end) - upto(start)) / (end - start).clamp(min=1)[..., None], found
 
 
 def pick_inject_layers(wanted: str, n_layers: int) -> tuple[int, ...]:
     """Target layers from `inject_layers`: all of a small model, eight spread over a large one."""
-    if wanted == "auto":
-        n = min(n_layers, MAX_AUTO_LAYERS)
-        return tuple(sorted({round(i * (n_layers - 1) / max(1, n - 1)) for i in range(n)}))
-    try:
-        layers = tuple(int(part) for part in wanted.split(","))
-    except ValueError:
-        raise ConfigError(f"bridge.inject_layers: expected 'auto' or numbers like '0,2', got '{wanted}'") from None
-    if not all(0 <= i < n_layers for i in layers) or len(set(layers)) < len(layers):
-        raise ConfigError(f"bridge.inject_layers: the target has layers 0 to {n_layers - 1}, got '{wanted}'")
-    return layers
+    n = min(n_layers, MAX_AUTO_LAYERS)
+    auto = tuple(sorted({round(i * (n_layers - 1) / max(1, n - 1)) for i in range(n)}))
+    return parse_layers("bridge.inject_layers", wanted, n_layers - 1, auto)
 
 
 INJECTORS = {"prefix": Prefix, "residual": Residual, "prefix+residual": PrefixAndResidual, "kv": CacheFusion}

@@ -4,6 +4,8 @@ Shapes: B batch, A answer tokens, V vocabulary, K soft tokens, P teacher tokens,
 `logits[:, j]` predicts `labels[:, j]`; padding is where the mask is False.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional as F
 
@@ -26,16 +28,22 @@ def kl_slice(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, f
 
 
 def prompt_alignment(
-    tokens: torch.Tensor, mask: torch.Tensor, embeds: torch.Tensor, embeds_mask: torch.Tensor
+    tokens: torch.Tensor,
+    mask: torch.Tensor,
+    embeds: torch.Tensor,
+    embeds_mask: torch.Tensor,
+    reduce: Callable[[Total], Total] = lambda total: total,
 ) -> Total:
     """Squared distance of soft tokens from the teacher's embeddings at the same place, in units of their size.
 
-    The shorter of the two is padded, and only places real in both count. (B, K, D), (B, K), (B, P, D), (B, P)
+    The shorter of the two is padded, and only places real in both count. (B, K, D), (B, K), (B, P, D), (B, P).
+    The size is that of the global batch: `reduce` adds a (sum, count) over all processes.
     """
     n = min(tokens.shape[1], embeds.shape[1])
     both = mask[:, :n] & embeds_mask[:, :n]
     embeds = embeds[:, :n].float()
-    size = (embeds.pow(2).mean(-1) * both).sum() / both.sum().clamp(min=1)
+    total, count = reduce(((embeds.pow(2).mean(-1) * both).sum(), both.sum()))
+    size = total / count.clamp(min=1)
     distance = (tokens[:, :n].float() - embeds).pow(2).mean(-1) / size.clamp(min=1e-8)
     return (distance * both).sum(), both.sum()
 

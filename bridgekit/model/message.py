@@ -4,14 +4,14 @@
     soft = bridge.injector.soft(message)                 # soft tokens to put into the prompt, or None
     with bridge.injector.attach(target, current): ...    # what else it does to the target, at every step
 
-`current()` gives the message of the rows that are in the batch now: decoding drops rows that have ended.
-
-Training, generation and evaluation use only these three lines, so any producer works with any injector.
-Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K soft tokens.
+`current()` gives the message of the rows that are in the batch now: decoding drops rows that have ended. Training,
+generation and evaluation use only these three lines, so any producer works with any injector. All randomness of a
+bridge (noise, dropout) is a function of each example's seed, so that batches, processes and devices change nothing.
+Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K soft tokens, P target places.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -38,10 +38,12 @@ class Message:
     alignment: torch.Tensor | None = None  # (B, P, 2): the message tokens, from and to, that stand for a target place
     attention: torch.Tensor | None = None  # (B, K, S), rows sum to one
     flow_error: torch.Tensor | None = None  # (B,)
+    seeds: torch.Tensor | None = None  # (B,) of the examples, for an injector's dropout
 
     def select(self, rows: torch.Tensor) -> "Message":
-        alignment = None if self.alignment is None else self.alignment[rows]
-        return Message(self.tokens[rows], self.mask[rows], alignment)
+        """The message of these rows alone, without what is only reported."""
+        alignment, seeds = (None if x is None else x[rows] for x in (self.alignment, self.seeds))
+        return Message(self.tokens[rows], self.mask[rows], alignment, seeds=seeds)
 
 
 class Injector(nn.Module):
@@ -50,9 +52,11 @@ class Injector(nn.Module):
     aligned = False  # does it need to know which source token stands for which target token?
 
     def soft(self, message: Message) -> Soft | None:
+        """Soft tokens for the target's prompt; None: there are none."""
         return None
 
     def attach(self, target, current: Callable[[], Message]) -> AbstractContextManager:
+        """What is done to the target for as long as the context is open."""
         return nullcontext()
 
     def gates(self) -> dict[str, float]:
@@ -60,26 +64,76 @@ class Injector(nn.Module):
         return {}
 
 
-def hashed_uniform(seeds: torch.Tensor, n: int) -> torch.Tensor:
+# ---- randomness by seed -------------------------------------------------------------------------------------------
+
+CPU_CHUNK, GPU_CHUNK = 1 << 17, 1 << 24  # hashes computed at a time; the numbers do not depend on it
+
+
+def hashed_uniform(seeds: torch.Tensor, n: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Uniform numbers in (0, 1) that depend on each example's seed alone. (B,) -> (B, n), the first n of a stream
 
     A counter-based generator: the same in any batch, process or device, which torch's own generators are not.
     """
-    counter = torch.arange(n, device=seeds.device)
-    bits = _mix(_mix(seeds[:, None] * 0x9E3779B + 0x7F4A7C15) + counter[None, :] * 0x2545F491)
-    return ((bits & 0xFFFFFF).double() + 0.5) / 0x1000000
+    out = torch.empty(len(seeds), n, dtype=dtype, device=seeds.device)
+    for start, end, bits in _hashes(seeds, n):
+        out[:, start:end] = _uniform(bits)
+    return out
 
 
-def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Standard normal noise by each example's seed. (B,) -> (B, *shape); a longer shape begins with a shorter one's"""
-    uniform = hashed_uniform(seeds, 2 * math.prod(shape)).unflatten(1, (-1, 2))
-    noise = (-2 * uniform[..., 0].log()).sqrt() * (2 * torch.pi * uniform[..., 1]).cos()
-    return noise.float().view(-1, *shape)
+    n = math.prod(shape)
+    out = torch.empty(len(seeds), n, dtype=dtype, device=seeds.device)
+    for start, end, bits in _hashes(seeds, 2 * n):
+        uniform = _uniform(bits).unflatten(1, (-1, 2))
+        out[:, start // 2 : end // 2] = (-2 * uniform[..., 0].log()).sqrt() * (2 * torch.pi * uniform[..., 1]).cos()
+    return out.view(-1, *shape)
+
+
+class Dropout(nn.Module):
+    """Dropout whose mask depends on the example's seed and the element's place alone, not on the batch or its padding.
+
+    Places are counted along the flattened example, so what is padded must be its first dimension, on the right.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p, self.salt = p, 0  # the bridge numbers its dropouts, so that no two have the same mask
+
+    def forward(self, x: torch.Tensor, seeds: torch.Tensor | None) -> torch.Tensor:
+        """(B, ...), (B,) -> (B, ...)"""
+        if not self.training or self.p == 0:
+            return x
+        if seeds is None:
+            raise ValueError("dropout needs each example's seed: pass the producer's `seeds`, or Message(seeds=...)")
+        return x * self.mask(x, seeds)
+
+    def mask(self, x: torch.Tensor, seeds: torch.Tensor) -> torch.Tensor:
+        """0, or 1 / (1 - p), for each element of x (B, ...), in its dtype. Each hash decides two of them."""
+        n, threshold = x[0].numel(), round(self.p * 0x10000)
+        mask = x.new_empty(len(x), n + n % 2)
+        for start, end, bits in _hashes(seeds, (n + 1) // 2, self.salt):
+            mask[:, 2 * start : 2 * end] = bits.view(torch.int16) >= threshold - 0x8000
+        return mask[:, :n].mul_(0x10000 / (0x10000 - threshold)).reshape(x.shape)
+
+
+def _hashes(seeds: torch.Tensor, n: int, salt: int = 0) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The first n of each seed's stream of 32-bit hashes, a bounded piece at a time: (start, end, (B, end - start))."""
+    keys = _mix((seeds * 0x9E3779B + 0x7F4A7C15).int())
+    if salt:
+        keys = _mix(keys + (salt * 0x1B873593 & 0x7FFFFFFF))
+    piece = max(2, (CPU_CHUNK if seeds.device.type == "cpu" else GPU_CHUNK) // max(1, len(seeds)) // 2 * 2)
+    for start in range(0, n, piece):
+        counter = torch.arange(start, min(start + piece, n), dtype=torch.int32, device=seeds.device)
+        yield start, start + len(counter), _mix(keys[:, None] + counter * 0x2545F491)
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """Scramble 32-bit counters held in int64; multiplications stay below 2**63."""
+    """Scramble 32-bit numbers in place. int32 wraps around, as unsigned numbers do; only its shift keeps the sign."""
     for shift, factor in ((16, 0x45D9F3B), (15, 0x2C1B3C6D), (16, 0x297A2D39)):
-        x = x & 0xFFFFFFFF
-        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
-    return x ^ (x >> 16)
+        x = x.bitwise_xor_((x >> shift).bitwise_and_((1 << 32 - shift) - 1)).mul_(factor)
+    return x.bitwise_xor_((x >> 16).bitwise_and_(0xFFFF))
+
+
+def _uniform(bits: torch.Tensor) -> torch.Tensor:
+    return ((bits & 0xFFFFFF).double() + 0.5) / 0x1000000

@@ -7,6 +7,7 @@ Shapes: B batch, S source tokens, T target tokens, L captured layers, D hidden s
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +19,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bridgekit.config import Config, ConfigError
 from bridgekit.tasks import units
 from bridgekit.tasks.base import Prompt
-
-EMBEDDED = Path(__file__).parent / "embedded_pair"
 
 
 @dataclass
@@ -40,6 +39,20 @@ class LanguageModel:
         return self.model.dtype
 
     @property
+    def decoder(self) -> torch.nn.Module:
+        """The model without its head: embeddings or ids to hidden states."""
+        return self.model.base_model
+
+    @property
+    def layers(self) -> torch.nn.ModuleList:
+        """The decoder's layers, for hooks."""
+        try:
+            return self.decoder.layers
+        except AttributeError:
+            kind = self.model.config.model_type
+            raise ConfigError(f"pair: {kind} ('{self.origin}') has no `layers` a bridge could work on") from None
+
+    @property
     def hidden_size(self) -> int:
         return self.model.config.hidden_size
 
@@ -57,8 +70,20 @@ class LanguageModel:
 
     @cached_property
     def eos_ids(self) -> set[int]:
+        """Tokens that end an answer, as generation_config.json names them."""
         ids = self.model.generation_config.eos_token_id
-        return set(ids if isinstance(ids, list) else [ids])
+        return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
+
+    @property
+    def end_id(self) -> int:
+        """The token that a taught answer ends in: the tokenizer's own, which a chat model's turn ends in."""
+        own = self.tokenizer.eos_token_id
+        return own if own in self.eos_ids else min(self.eos_ids)
+
+    @property
+    def decode_key(self) -> str:
+        """What a cached text depends on: the fingerprint, which kept runs are matched by, and the end tokens."""
+        return f"{self.fingerprint}-{'.'.join(map(str, sorted(self.eos_ids)))}"
 
     @cached_property
     def embedding_rms(self) -> float:
@@ -72,10 +97,14 @@ class LanguageModel:
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
+    def offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """Of each text's tokens, without BOS: the first character and the one after the last."""
+        return self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor, mask: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
         """States of right-padded prompts at `layers` (0 is the embeddings). (B, S) -> (B, S, L, D)"""
-        out = self.model.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        out = self.decoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return torch.stack([out.hidden_states[i] for i in layers], dim=2)
 
 
@@ -110,9 +139,8 @@ def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
     encoded = lm.tokenizer([p.text for p in prompts], add_special_tokens=False, return_offsets_mapping=True)
     pieces = []
     for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        starts = [start for start, _ in offsets]
-        first = sum(s < len(prompt.prefix) for s in starts)
-        second = sum(s < len(prompt.prefix) + len(prompt.question) for s in starts)
+        first = sum(start < len(prompt.prefix) for start, _ in offsets)
+        second = sum(start < len(prompt.prefix + prompt.question) for start, _ in offsets)
         pieces.append(Pieces(ids[:first], ids[first:second], ids[second:]))
     return pieces
 
@@ -128,43 +156,41 @@ def split_at_soft(lm: LanguageModel, pieces: Pieces, position: str, mode: str) -
     return lm.bos + pieces.prefix + pieces.question, pieces.cue
 
 
-def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
-    """Hidden-state indices from `source_layers`; auto takes three of the upper part: at 0.6, 0.8 and all of the depth.
+def word_tokens(lm: LanguageModel, text: str, word: str) -> list[range]:
+    """For each time the whole word stands in the text: its tokens, counted without BOS, found by their offsets."""
+    (offsets,), found = lm.offsets([text]), []
+    for match in re.finditer(rf"\b{re.escape(word)}\b", text):
+        tokens = [i for i, (start, end) in enumerate(offsets) if start < match.end() and end > match.start()]
+        found.append(range(tokens[0], tokens[-1] + 1))
+    return found
 
-    A linear probe finds a unit's value there, at the word's end (`probe` in pair.json); where exactly it is clearest
-    differs between pairs, and the highest layer alone already leaves the ones digit of unfamiliar values behind.
-    """
-    n = lm.n_layers
+
+def parse_layers(key: str, wanted: str, last: int, auto: tuple[int, ...]) -> tuple[int, ...]:
+    """Layers 0 to `last` from a configuration's text: `auto`, or numbers like `0,2`."""
     if wanted == "auto":
-        return tuple(sorted({max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}))
+        return auto
     try:
         layers = tuple(int(part) for part in wanted.split(","))
     except ValueError:
-        raise ConfigError(f"bridge.source_layers: expected 'auto' or numbers like '2,4,6', got '{wanted}'") from None
-    if not all(0 <= i <= n for i in layers):
-        raise ConfigError(f"bridge.source_layers: the source has hidden states 0 to {n}, got '{wanted}'")
+        raise ConfigError(f"{key}: expected 'auto' or numbers like '0,2', got '{wanted}'") from None
+    if not all(0 <= i <= last for i in layers) or len(set(layers)) < len(layers):
+        raise ConfigError(f"{key}: this model has 0 to {last}, each once, got '{wanted}'")
     return layers
 
 
-def pick_device(wanted: str, fallback: torch.device | None = None) -> torch.device:
-    if wanted != "auto":
-        return torch.device(wanted)
-    return fallback or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
+    """Hidden-state indices from `source_layers`; auto takes three of the upper part: at 0.6, 0.8 and all of the depth.
 
-
-def resolve_folder(key: str, model: str) -> Path | None:
-    """The local folder of a model, or None for a hub id; a folder that is not there is refused."""
-    if model == "embedded":
-        return EMBEDDED / key.split("_")[0]
-    path = Path(model)
-    looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_local and not (path / "config.json").is_file():
-        raise ConfigError(f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
-    return path if looks_local else None
+    A linear probe finds a unit's value there, at the word's end (`probe` in pair.json). The best layer differs between
+    pairs; the last layer alone loses the ones digit of unseen values.
+    """
+    n = lm.n_layers
+    auto = tuple(sorted({max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}))
+    return parse_layers("bridge.source_layers", wanted, n, auto)
 
 
 def fingerprint_folder(folder: Path) -> str:
-    """Hash of weights and tokenizer: what a cached baseline depends on."""
+    """Hash of weights and tokenizer: which model this is. Kept runs are matched by it, so it may not change."""
     digest = hashlib.sha256()
     files = [p for pattern in ("*.safetensors", "tokenizer*", "config.json") for p in sorted(folder.glob(pattern))]
     for path in files:
@@ -176,65 +202,87 @@ def fingerprint_folder(folder: Path) -> str:
 
 
 def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A frozen model in eval mode from safetensors, without remote code."""
-    folder = resolve_folder(key, model)
+    """A frozen model in eval mode from safetensors, without remote code; one with tensors missing is refused."""
+    folder = resolve_model_folder(key, model)
     place = str(folder) if folder else model
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, SafetensorError, json.JSONDecodeError, ValueError) as error:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except (OSError, SafetensorError, json.JSONDecodeError, ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"pair.{key}: cannot load '{model}': {reason}") from None
+    if missing := sorted(info["missing_keys"]):
+        lost = f"{len(missing)} tensors, first '{missing[0]}'"
+        raise ConfigError(f"pair.{key}: '{model}' lacks {lost}: they would be random; restore its safetensors")
+    hub = f"{model}@{getattr(loaded.config, '_commit_hash', None)}"
     loaded.requires_grad_(False).eval().to(device)
-    if folder:
-        fingerprint = fingerprint_folder(folder)
-    else:
-        fingerprint = f"{model}@{getattr(loaded.config, '_commit_hash', None)}"
-    return LanguageModel(loaded, tokenizer, model, fingerprint)
+    return LanguageModel(loaded, tokenizer, model, fingerprint_folder(folder) if folder else hub)
 
 
-def check_pair(config: Config) -> None:
+def load_pair(config: Config, device: torch.device | None = None) -> Pair:
+    """Both models, already exchanged when the direction is swapped; `device` is where `auto` puts them."""
+    check_models(config)
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keys = ("source_model", "target_model") if config.pair.direction == "forward" else ("target_model", "source_model")
+    loaded = []
+    for key, wanted in zip(keys, (config.pair.source_device, config.pair.target_device), strict=True):
+        place = device if wanted == "auto" else torch.device(wanted)
+        dtype = {"auto": "bfloat16" if place.type == "cuda" else "float32"}.get(config.pair.dtype, config.pair.dtype)
+        loaded.append(load_model(key, getattr(config.pair, key), place, getattr(torch, dtype)))
+    seed = load_lexicon_seed(config)
+    if config.task.task == "units" and seed is None:
+        raise ConfigError("pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
+    return Pair(*loaded, lexicon_seed=seed)
+
+
+def load_lexicon_seed(config: Config) -> int | None:
+    """The lexicon both models were taught, from their pairs' own records; another generator's or pair's is refused."""
+    seeds = {}
+    for key in ("target_model", "source_model"):
+        folder = resolve_model_folder(key, getattr(config.pair, key))
+        record = folder.parent / "pair.json" if folder else None
+        if record is None or not record.is_file():
+            continue
+        try:
+            known = json.loads(record.read_text())
+            seeds[key], lexicon = known["lexicon_seed"], known["lexicon"]
+        except (ValueError, KeyError, TypeError):
+            way_out = "restore it, or make the pair again"
+            raise ConfigError(f"pair.{key}: {record} does not name its lexicon: {way_out}") from None
+        made = units.fingerprint_lexicon(units.make_lexicon(seeds[key]))
+        if lexicon != made:
+            reason = f"{record} records lexicon {lexicon}, seed {seeds[key]} gives {made} now"
+            raise ConfigError(f"pair.{key}: {reason}: make the pair again with `bridgekit pair`")
+    if len(set(seeds.values())) > 1:
+        taught = " and ".join(f"{key} lexicon {seed}" for key, seed in seeds.items())
+        raise ConfigError(f"pair.source_model: the models were taught different facts ({taught}): name one pair's two")
+    return seeds.get("target_model")
+
+
+# ---- where a model lies (no torch) ----------------------------------------------------------------------------------
+
+EMBEDDED = Path(__file__).parent / "embedded_pair"
+
+
+def resolve_model_folder(key: str, model: str) -> Path | None:
+    """The local folder of a model, or None for a hub id; a folder that is not there is refused."""
+    if model == "embedded":
+        return EMBEDDED / key.split("_")[0]
+    path = Path(model)
+    looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_local and not (path / "config.json").is_file():
+        raise ConfigError(f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
+    return path if looks_local else None
+
+
+def check_models(config: Config) -> None:
     """Refuse a missing pair before any run folder is made or GPU taken."""
     for key in ("source_model", "target_model"):
-        folder = resolve_folder(key, getattr(config.pair, key))
+        folder = resolve_model_folder(key, getattr(config.pair, key))
         if folder is not None and not any(folder.glob("*.safetensors")):
             raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`")
 
 
-def read_lexicon_seed(config: Config) -> int | None:
-    """The lexicon both models were taught, from the pair's own record; another generator's is refused."""
-    folder = resolve_folder("target_model", config.pair.target_model)
-    record = folder.parent / "pair.json" if folder else None
-    if record is None or not record.is_file():
-        return None
-    try:
-        known = json.loads(record.read_text())
-        seed, lexicon = known["lexicon_seed"], known["lexicon"]
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"pair.target_model: {record} does not name its lexicon: restore it, or make the pair again"
-        ) from None
-    here = units.fingerprint_lexicon(units.make_lexicon(seed))
-    if lexicon != here:
-        raise ConfigError(
-            f"pair.target_model: {record} records lexicon {lexicon}, seed {seed} gives {here} "
-            "now: make the pair again with `bridgekit pair`"
-        )
-    return seed
-
-
-def load_pair(config: Config, device: torch.device | None = None) -> Pair:
-    """Both models, already exchanged when the direction is swapped."""
-    check_pair(config)
-    keys = ["source", "target"] if config.pair.direction == "forward" else ["target", "source"]
-    loaded = []
-    for key, wanted in zip(keys, (config.pair.source_device, config.pair.target_device), strict=True):
-        place = pick_device(wanted, device)
-        dtype = config.pair.dtype
-        if dtype == "auto":
-            dtype = "bfloat16" if place.type == "cuda" else "float32"
-        loaded.append(load_model(f"{key}_model", getattr(config.pair, f"{key}_model"), place, getattr(torch, dtype)))
-    seed = read_lexicon_seed(config)
-    if config.task.task == "units" and seed is None:
-        raise ConfigError("pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
-    return Pair(*loaded, lexicon_seed=seed)
+resolve_folder = resolve_model_folder

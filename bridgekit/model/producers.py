@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bridgekit.model.message import MAX_SOFT_TOKENS, Message, hashed_normal, hashed_uniform
+from bridgekit.model.message import MAX_SOFT_TOKENS, Dropout, Message, hashed_normal, hashed_uniform
 
 
 class Attention(nn.Module):
@@ -25,13 +25,13 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float = 0.0, width: int = 0, context_width: int = 0):
         """`width` of the queries and of what comes out, and `context_width`, where they are not `dim`."""
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.dropout = heads, Dropout(dropout)
         self.query = nn.Linear(width or dim, dim, bias=False)
         self.key_value = nn.Linear(context_width or dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, width or dim, bias=False)
 
-    def forward(self, x, context, mask=None, want_weights: bool = False):
-        """x (B, Q, D), context (B, N, D), mask (B, N) -> (B, Q, D), weights (B, Q, N) or None"""
+    def forward(self, x, context, mask=None, want_weights: bool = False, seeds=None):
+        """x (B, Q, D), context (B, N, D), mask (B, N), seeds (B,) -> (B, Q, D), weights (B, Q, N) or None"""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
         bias = None if mask is None else mask[:, None, None, :]
@@ -41,13 +41,20 @@ class Attention(nn.Module):
             if bias is not None:
                 scores = scores.masked_fill(~bias, -torch.inf)
             weights = scores.softmax(-1).mean(1)
-        out = F.scaled_dot_product_attention(q, k, v, bias, self.dropout if self.training else 0.0)
-        return self.out(out.transpose(1, 2).flatten(2)), weights
+        out = F.scaled_dot_product_attention(q, k, v, bias)
+        # Dropout on the output, not on the weights: those have as many places as the batch is padded to.
+        return self.dropout(self.out(out.transpose(1, 2).flatten(2)), seeds), weights
 
 
 class FeedForward(nn.Sequential):
+    """Two layers with dropout between them. (B, K, D), seeds (B,) -> (B, K, D)"""
+
     def __init__(self, dim: int, dropout: float = 0.0):
-        super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * dim, dim))
+        super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), Dropout(dropout), nn.Linear(4 * dim, dim))
+
+    def forward(self, x, seeds=None):
+        widen, activate, dropout, narrow = self
+        return narrow(dropout(activate(widen(x)), seeds))
 
 
 class SourceReader(nn.Module):
@@ -56,22 +63,21 @@ class SourceReader(nn.Module):
     def __init__(self, n_layers: int, source_dim: int, dim: int, dropout: float):
         super().__init__()
         self.n_layers = n_layers
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.norm = nn.LayerNorm(source_dim, elementwise_affine=False)
         self.project = nn.Linear(n_layers * source_dim, dim)
 
-    def forward(self, states):
-        """(B, S, L * D_s) -> (B, S, dim)"""
-        return self.project(self.dropout(self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2)))
+    def forward(self, states, seeds):
+        """(B, S, L * D_s), (B,) -> (B, S, dim)"""
+        return self.project(self.dropout(self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2), seeds))
 
 
-def count_soft_tokens(n_soft_tokens: int, mask: torch.Tensor, cap: int) -> tuple[int, torch.Tensor]:
+def count_soft_tokens(n_soft_tokens: int, mask: torch.Tensor) -> tuple[int, torch.Tensor]:
     """How many soft tokens and which are real; -1 takes as many as the source prompt has. mask (B, S) -> (B, K)"""
     if n_soft_tokens != -1:
         return n_soft_tokens, mask.new_ones(mask.shape[0], n_soft_tokens)
-    real = mask.sum(1).clamp(max=cap)
-    k = min(mask.shape[1], cap)
-    return k, torch.arange(k, device=mask.device)[None, :] < real[:, None]
+    k = min(mask.shape[1], MAX_SOFT_TOKENS)
+    return k, torch.arange(k, device=mask.device)[None, :] < mask.sum(1, keepdim=True)
 
 
 def sinusoids(positions: torch.Tensor, dim: int, base: float = 10_000.0) -> torch.Tensor:
@@ -114,6 +120,8 @@ class Queries(nn.Module):
 
 
 class ResamplerBlock(nn.Module):
+    """Cross-attention to the source, self-attention among the queries, feed-forward."""
+
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
@@ -121,15 +129,18 @@ class ResamplerBlock(nn.Module):
         self.self = Attention(dim, heads, dropout)
         self.feed = FeedForward(dim, dropout)
 
-    def forward(self, x, source, mask, query_mask, want_weights):
-        update, weights = self.cross(self.norms[0](x), source, mask, want_weights)
+    def forward(self, x, source, mask, query_mask, seeds, want_weights):
+        """x (B, K, dim), source (B, S, dim) -> x, weights (B, K, S) or None"""
+        update, weights = self.cross(self.norms[0](x), source, mask, want_weights, seeds)
         x = x + update
         y = self.norms[1](x)
-        x = x + self.self(y, y, query_mask)[0]
-        return x + self.feed(self.norms[2](x)), weights
+        x = x + self.self(y, y, query_mask, seeds=seeds)[0]
+        return x + self.feed(self.norms[2](x), seeds), weights
 
 
 class Resampler(nn.Module):
+    """Queries that read the source through cross-attention, block by block."""
+
     def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
         super().__init__()
         dim = config.bridge_dim
@@ -141,12 +152,12 @@ class Resampler(nn.Module):
 
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
         """states (B, S, L * D_s), mask (B, S) -> tokens (B, K, D_t)"""
-        source = self.read(states)
-        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask, MAX_SOFT_TOKENS)
+        source = self.read(states, seeds)
+        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask)
         x = self.queries(k, source, mask)
         attention = 0
         for block in self.blocks:
-            x, weights = block(x, source, mask, query_mask, want_attention)
+            x, weights = block(x, source, mask, query_mask, seeds, want_attention)
             attention = attention + weights / len(self.blocks) if want_attention else None
         return Message(self.out(x), query_mask, attention=attention)
 
@@ -155,6 +166,7 @@ NEAR_END = 0.05  # 1 - t below which a predicted token's velocity is not divided
 
 
 def modulate(x, shift, scale):
+    """x (B, K, dim), shift and scale (B, dim) -> (B, K, dim)"""
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -171,19 +183,22 @@ class DiTBlock(nn.Module):
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
-    def forward(self, x, time, source, mask, query_mask, want_weights):
+    def forward(self, x, time, source, mask, query_mask, seeds, want_weights):
+        """x (B, K, dim), time (B, dim), source (B, S, dim) -> x, weights (B, K, S) or None"""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(time).chunk(6, -1)
         y = modulate(self.norms[0](x), shift_1, scale_1)
-        x = x + (1 + gate_1[:, None]) * self.self(y, y, query_mask)[0]
+        x = x + (1 + gate_1[:, None]) * self.self(y, y, query_mask, seeds=seeds)[0]
         weights = None
         if self.cross is not None:
-            update, weights = self.cross(self.norms[1](x), source, mask, want_weights)
+            update, weights = self.cross(self.norms[1](x), source, mask, want_weights, seeds)
             x = x + update
         y = modulate(self.norms[2](x), shift_2, scale_2)
-        return x + (1 + gate_2[:, None]) * self.feed(y), weights
+        return x + (1 + gate_2[:, None]) * self.feed(y, seeds), weights
 
 
 class DiT(nn.Module):
+    """Rectified flow from noise to tokens, conditioned on the source; all steps of a message share its dropout."""
+
     def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
         super().__init__()
         dim = config.bridge_dim
@@ -199,9 +214,9 @@ class DiT(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.leave = nn.Linear(dim, target_dim)
 
-    def condition(self, states, mask, want_weights=False):
+    def condition(self, states, mask, seeds, want_weights=False):
         """The source for cross-attention (B, S, dim), its pooled vector (B, dim) or None, pooling weights."""
-        source = self.read(states)
+        source = self.read(states, seeds)
         if self.config.dit_condition == "mean":
             weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
             return source, (source * weights[..., None]).sum(1), weights[:, None] if want_weights else None
@@ -210,15 +225,16 @@ class DiT(nn.Module):
             return source, pooled[:, 0], weights
         return source, None, None
 
-    def velocity(self, x, t, source, pooled, mask, query_mask, want_weights=False):
+    def velocity(self, x, t, context, want_weights=False):
         """x (B, K, D_t) at time t (B,) -> velocity (B, K, D_t), cross-attention weights (B, K, S) or None"""
+        source, pooled, mask, query_mask, seeds = context
         time = self.time(sinusoids(t * 1000, self.config.bridge_dim))
         if pooled is not None:
             time = time + pooled
         h = self.enter(x) + self.queries(x.shape[1], source if pooled is None else torch.zeros_like(source), mask)
         attention = None
         for block in self.blocks:
-            h, weights = block(h, time, source, mask, query_mask, want_weights)
+            h, weights = block(h, time, source, mask, query_mask, seeds, want_weights)
             if weights is not None:
                 attention = weights / len(self.blocks) + (0 if attention is None else attention)
         out = self.leave(self.norm(h))
@@ -227,46 +243,49 @@ class DiT(nn.Module):
         return out, attention
 
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
-        k, query_mask = count_soft_tokens(self.config.n_soft_tokens, mask, MAX_SOFT_TOKENS)
-        source, pooled, attention = self.condition(states, mask, want_attention)
+        """states (B, S, L * D_s), mask (B, S), seeds (B,) -> tokens (B, K, D_t); `teacher` asks for the flow's error"""
+        k, query_mask = count_soft_tokens(self.config.n_soft_tokens, mask)
+        source, pooled, attention = self.condition(states, mask, seeds, want_attention)
+        context = (source, pooled, mask, query_mask, seeds)
         noise = hashed_normal(seeds, (k, self.target_dim))
-        flow_error = estimate = None
+        flow_error = None
         if teacher is not None:
-            flow_error, estimate = self.flow(teacher, noise, seeds, source, pooled, mask, query_mask)
-        if self.training and self.config.dit_tokens == "teacher":
-            return Message(estimate, query_mask, flow_error=flow_error)
+            flow_error, estimate = self.flow(teacher, noise, context)
+            if self.training and self.config.dit_tokens == "teacher":
+                return Message(estimate, query_mask, flow_error=flow_error)
         steps = self.config.dit_steps_train if self.training else self.config.dit_steps_eval
         x = noise
         for i in range(steps):
             t = torch.full((len(x),), i / steps, device=x.device)
-            v, weights = self.velocity(x, t, source, pooled, mask, query_mask, want_attention and i == steps - 1)
+            v, weights = self.velocity(x, t, context, want_attention and i == steps - 1)
             x = x + v / steps
             attention = weights if weights is not None else attention
         if want_attention and attention is not None and attention.shape[1] == 1:
             attention = attention.expand(-1, k, -1)
         return Message(x, query_mask, attention=attention, flow_error=flow_error)
 
-    def flow(self, teacher, noise, seeds, source, pooled, mask, query_mask):
+    def flow(self, teacher, noise, context):
         """Rectified flow towards the teacher's embeddings (unit size, cut or zero-padded to K).
 
         -> mean squared error of the velocity (B,), one-step estimate of the tokens (B, K, D_t)"""
         embeds, real = teacher
-        k = noise.shape[1]
+        *_, query_mask, seeds = context
         goal = torch.zeros_like(noise)
-        n = min(k, embeds.shape[1])
+        n = min(noise.shape[1], embeds.shape[1])
         goal[:, :n] = (embeds * real[..., None])[:, :n].float()
-        goal = (
-            goal / goal.pow(2).sum((1, 2), keepdim=True).div(goal.ne(0).sum((1, 2), keepdim=True).clamp(min=1)).sqrt()
-        )
-        t = hashed_uniform(seeds + 1, 1)[:, 0].float()
+        size = goal.pow(2).sum((1, 2), keepdim=True) / goal.ne(0).sum((1, 2), keepdim=True).clamp(min=1)
+        goal = goal / size.sqrt()
+        t = hashed_uniform(seeds + 1, 1, noise.dtype)[:, 0]
         x = (1 - t)[:, None, None] * noise + t[:, None, None] * goal
-        v, _ = self.velocity(x, t, source, pooled, mask, query_mask)
+        v, _ = self.velocity(x, t, context)
         error = (v - (goal - noise)).pow(2).mean(-1)  # (B, K)
         real_k = query_mask.float()
         return (error * real_k).sum(1) / real_k.sum(1), x + (1 - t)[:, None, None] * v
 
 
 class Constant(nn.Module):
+    """Learned tokens, the same for every question: what a prefix achieves without a source."""
+
     def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
         super().__init__()
         self.n_soft_tokens = config.n_soft_tokens
@@ -274,7 +293,7 @@ class Constant(nn.Module):
         self.tokens = nn.Parameter(torch.randn(n, target_dim))
 
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
-        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask, MAX_SOFT_TOKENS)
+        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask)
         return Message(self.tokens[None, :k].expand(len(mask), -1, -1), query_mask)
 
 

@@ -18,8 +18,8 @@ def read_source(lm: LanguageModel, examples: list[Example], view: str, solutions
         return [lm.bos + ids for ids in lm.tokenize([p.prefix for p in prompts])]
     rows = [lm.bos + p.all for p in split_prompts(lm, prompts)]
     if view == "solution":
-        said = lm.tokenize([solutions[e.id] for e in examples])
-        rows = [row + more for row, more in zip(rows, said, strict=True)]
+        worked = lm.tokenize([solutions[e.id] for e in examples])
+        rows = [row + answer for row, answer in zip(rows, worked, strict=True)]
     return rows
 
 
@@ -28,21 +28,24 @@ def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Ex
 
     -> rows of from, to, from, to, ... ; both tokenizers cut the same text at other places, and the source's prompt may
     have facts in front. BOS stands for BOS."""
-    rows = []
-    read = [source_prompt(e) for e in examples]
-    asked = [literal_prompt(e) for e in examples]
-    theirs = source.tokenizer([p.text for p in read], add_special_tokens=False, return_offsets_mapping=True)
-    ours = target.tokenizer([p.text for p in asked], add_special_tokens=False, return_offsets_mapping=True)
-    first = len(source.bos)
-    for p, q, mine, other in zip(read, asked, ours["offset_mapping"], theirs["offset_mapping"], strict=True):
-        shift = len(p.prefix) - len(q.prefix)
-        starts, ends = np.array(other).T
+    rows, first = [], len(source.bos)
+    theirs = source.offsets([source_prompt(e).text for e in examples])
+    ours = target.offsets([literal_prompt(e).text for e in examples])
+    for e, source_offsets, target_offsets in zip(examples, theirs, ours, strict=True):
+        shift = len(source_prompt(e).prefix) - len(literal_prompt(e).prefix)
+        starts, ends = np.array(source_offsets).T
         row = [0, first] * len(target.bos)
-        for a, b in mine:
+        for a, b in target_offsets:
             start = int(np.searchsorted(ends, a + shift, "right"))  # the first token that ends after our first letter
             row += [first + start, first + int(np.searchsorted(starts, b + shift, "left"))]
         rows.append(row)
     return rows
+
+
+def in_batches(lengths, size: int) -> list[np.ndarray]:
+    """Indices of rows in batches of like length, so that little is padding: the shortest first, `size` at most."""
+    order = np.argsort(lengths, kind="stable")
+    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 class Ragged:
@@ -62,12 +65,9 @@ class Ragged:
 class SourceStates:
     """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked.
 
-    `spans` are the alignments of `align_tokens`, for an injector that needs them."""
+    `spans` are the rows of `align_tokens`, for an injector that needs them."""
 
-    def __init__(
-        self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float,
-        spans: list[list[int]] | None = None,
-    ):  # fmt: skip
+    def __init__(self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float, spans=None):
         self.lm, self.rows, self.layers = lm, rows, layers
         self.spans = None if spans is None else Ragged(spans, lm.device)
         self.lengths = np.array([len(r) for r in rows])
@@ -76,17 +76,10 @@ class SourceStates:
         self.flat = self._compute_all() if size <= budget_gb * 1e9 else None
 
     def _compute_all(self) -> torch.Tensor:
-        """(tokens of all prompts, L, D_s); prompts of like length go together, so little is padding"""
-        flat = torch.empty(
-            int(self.lengths.sum()),
-            len(self.layers),
-            self.lm.hidden_size,
-            dtype=self.lm.dtype,
-            device=self.lm.device,
-        )
-        order = np.argsort(self.lengths, kind="stable")
-        for i in range(0, len(order), 256):
-            chunk = order[i : i + 256]
+        """(tokens of all prompts, L, D_s)"""
+        shape = (int(self.lengths.sum()), len(self.layers), self.lm.hidden_size)
+        flat = torch.empty(shape, dtype=self.lm.dtype, device=self.lm.device)
+        for chunk in in_batches(self.lengths, 256):
             states, mask = self._compute(chunk)
             places = np.concatenate([np.arange(self.starts[j], self.starts[j] + self.lengths[j]) for j in chunk])
             flat[torch.from_numpy(places).to(flat.device)] = states[mask]

@@ -1,27 +1,21 @@
 """Every producer with every injector: one contract, nothing read from padding, noise that is the example's.
 
-python -m pytest tests/test_bridges.py
+python -m pytest tests/model/test_producers.py
 """
 
 import itertools
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 
-from bridgekit.config import INJECTORS as INJECTOR_NAMES
-from bridgekit.config import PRODUCERS as PRODUCER_NAMES
-from bridgekit.model.bridge import build_bridge
 from bridgekit.model.injectors import INJECTORS
-from bridgekit.model.message import hashed_normal, hashed_uniform
+from bridgekit.model.message import hashed_normal
 from bridgekit.model.producers import PRODUCERS
 
 COMBINATIONS = [  # kv pairs each message token with a source token, and refuses other counts (test_injectors.py)
     (*pair, k) for pair in itertools.product(PRODUCERS, INJECTORS) for k in (1, 4, -1) if pair[1] != "kv" or k == -1
 ]
-B, S, L, D = 3, 7, 2, 10  # examples, source tokens, captured layers, source width
-LENGTHS = (7, 3, 5)
+B, S, L, LENGTHS = 3, 7, 2, (7, 3, 5)  # of conftest's `source`: examples, source tokens, captured layers
 SEEDS = torch.tensor([5, 6, 2**31 - 1])
 READERS = [
     ("resampler", {}),
@@ -29,33 +23,6 @@ READERS = [
     ("dit", {"queries": "local"}),
     *(("dit", {"dit_condition": c}) for c in ("cross", "mean", "attention")),
 ]
-
-
-@pytest.fixture
-def build(tiny, pair):
-    """`build(producer=..., ...)`: a bridge, its weights drawn from one seed.
-
-    Gates that start at zero would hide what stands behind them: they are opened, as a first step does.
-    """
-
-    def make(training: bool = False, **changes):
-        torch.manual_seed(0)
-        bridge = build_bridge(tiny(**changes), L, D, pair.target).train(training)
-        torch.manual_seed(1)
-        for p in bridge.parameters():
-            if not p.any():
-                torch.nn.init.normal_(p, std=0.1)
-        return bridge
-
-    return make
-
-
-def source(width: int = S, filler: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
-    """States (B, width, L, D) of ragged prompts, and their mask; padding holds `filler`."""
-    states = torch.randn(B, S, L, D, generator=torch.Generator().manual_seed(1)) * 3 + 1
-    states = torch.cat([states, torch.zeros(B, width - S, L, D)], dim=1)
-    mask = torch.arange(width)[None, :] < torch.tensor(LENGTHS)[:, None]
-    return states.masked_fill(~mask[..., None, None], filler), mask
 
 
 def real(message) -> list[torch.Tensor]:
@@ -69,12 +36,8 @@ def same(one, other, atol: float = 1e-5) -> bool:
     )
 
 
-def test_the_configuration_names_what_there_is():
-    assert (tuple(sorted(PRODUCERS)), tuple(INJECTORS)) == (tuple(sorted(PRODUCER_NAMES)), INJECTOR_NAMES)
-
-
 @pytest.mark.parametrize("producer, injector, k", COMBINATIONS)
-def test_shape_and_size_of_a_message(build, pair, producer, injector, k):
+def test_shape_and_size_of_a_message(build, source, pair, producer, injector, k):
     bridge = build(producer=producer, injector=injector, n_soft_tokens=k)
     message = bridge.encode(*source(), SEEDS)
     assert message.tokens.shape == (B, S if k == -1 else k, pair.target.hidden_size)
@@ -86,7 +49,7 @@ def test_shape_and_size_of_a_message(build, pair, producer, injector, k):
 
 
 @pytest.mark.parametrize("producer", PRODUCERS)
-def test_without_rms_matching_the_size_is_free(build, pair, producer):
+def test_without_rms_matching_the_size_is_free(build, source, pair, producer):
     message = build(producer=producer, rms_match=False).encode(*source(), SEEDS)
     size = message.tokens.pow(2).mean(-1).sqrt()
     assert (size / pair.target.embedding_rms - 1).abs().min() > 0.1
@@ -94,7 +57,7 @@ def test_without_rms_matching_the_size_is_free(build, pair, producer):
 
 @pytest.mark.parametrize("k", [4, -1])
 @pytest.mark.parametrize("producer, changes", [*READERS, ("constant", {})])
-def test_padding_and_neighbours_change_nothing(build, producer, changes, k):
+def test_padding_and_neighbours_change_nothing(build, source, producer, changes, k):
     bridge = build(producer=producer, n_soft_tokens=k, **changes)
     message = bridge.encode(*source(), SEEDS)
     assert same(bridge.encode(*source(width=S + 4, filler=77.0), SEEDS), message)
@@ -105,7 +68,7 @@ def test_padding_and_neighbours_change_nothing(build, producer, changes, k):
 
 
 @pytest.mark.parametrize("producer, changes", READERS)
-def test_a_reader_reads_every_state(build, producer, changes):
+def test_a_reader_reads_every_state(build, source, producer, changes):
     """A change in any layer at any place of the prompt changes the message; a constant is deaf to it."""
     states, mask = source()
     bridge, deaf = build(producer=producer, **changes), build(producer="constant")
@@ -117,22 +80,8 @@ def test_a_reader_reads_every_state(build, producer, changes):
         assert same(deaf.encode(changed, mask, SEEDS), always, atol=0)
 
 
-@pytest.mark.parametrize("producer", PRODUCERS)
-def test_a_projection_starts_as_the_identity_and_is_gone_when_off(build, producer):
-    off, on = build(producer=producer), build(producer=producer, source_projection=True)
-    assert off.projection is None and not any("projection" in name for name in off.state_dict())
-    states, mask = source()
-    assert torch.equal(on.encode(states, mask, SEEDS).tokens, off.encode(states, mask, SEEDS).tokens)
-    if producer == "constant":  # nothing to project: the count stays
-        assert on.n_parameters == off.n_parameters
-    else:
-        assert on.n_parameters == off.n_parameters + (L * D) ** 2
-        torch.nn.init.zeros_(on.projection.weight)
-        assert not same(on.encode(states, mask, SEEDS), off.encode(states, mask, SEEDS))
-
-
 @pytest.mark.parametrize("producer, changes", READERS)
-def test_attention_is_a_share_of_real_source_tokens(build, producer, changes):
+def test_attention_is_a_share_of_real_source_tokens(build, source, producer, changes):
     states, mask = source(width=S + 2)
     bridge = build(producer=producer, **changes, depth=2)
     message = bridge.encode(states, mask, SEEDS, want_attention=True)
@@ -143,46 +92,11 @@ def test_attention_is_a_share_of_real_source_tokens(build, producer, changes):
     assert bridge.encode(states, mask, SEEDS).attention is None
 
 
-def test_a_constant_attends_to_nothing(build):
+def test_a_constant_attends_to_nothing(build, source):
     assert build(producer="constant").encode(*source(), SEEDS, want_attention=True).attention is None
 
 
-def test_rows_of_a_message_can_be_selected(build):
-    message = build(n_soft_tokens=-1).encode(*source(), SEEDS)
-    left = message.select(torch.tensor([2, 0]))
-    assert [t.shape[0] for t in real(left)] == [LENGTHS[2], LENGTHS[0]]
-    assert torch.equal(left.tokens, message.tokens[[2, 0]])
-
-
-# -- noise --------------------------------------------------------------------------------------------------
-
-
-def test_hashed_noise_is_standard_normal_and_independent():
-    noise = hashed_normal(torch.arange(200), (50, 20)).numpy()
-    assert abs(noise.mean()) < 5 / np.sqrt(noise.size) and abs(noise.var() - 1) < 5 * np.sqrt(2 / noise.size)
-    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-4
-    flat = noise.reshape(200, -1)
-    for table in (flat, flat.T):  # rows are examples, columns are places: neither may know of its neighbours
-        between = np.corrcoef(table)[np.triu_indices(len(table), 1)]
-        assert abs(between).max() < 6.5 / np.sqrt(table.shape[1])
-    uniform = hashed_uniform(torch.arange(200), 1000).numpy()
-    assert 0 < uniform.min() < 1e-4 and 1 - 1e-4 < uniform.max() < 1
-    assert scipy.stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-4
-
-
-def test_a_longer_noise_begins_with_the_shorter():
-    assert torch.equal(hashed_normal(SEEDS, (9, D))[:, :4], hashed_normal(SEEDS, (4, D)))
-
-
-def test_noise_belongs_to_the_example_not_to_its_place():
-    order = torch.tensor([2, 0, 1])
-    assert torch.equal(hashed_normal(SEEDS[order], (4, D)), hashed_normal(SEEDS, (4, D))[order])
-    assert not torch.allclose(*hashed_normal(torch.tensor([8, 9]), (4, D)))
-    torch.manual_seed(3)  # whatever torch's own generator has been doing
-    assert torch.equal(hashed_normal(SEEDS, (2,)), hashed_normal(SEEDS, (2,)))
-
-
-def test_only_dit_draws_noise_and_by_seed(build):
+def test_only_dit_draws_noise_and_by_seed(build, source):
     for producer, draws in (("dit", True), ("resampler", False), ("constant", False)):
         bridge = build(producer=producer)
         message = bridge.encode(*source(), SEEDS)
@@ -200,7 +114,7 @@ def teacher(pair) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("prediction", ["tokens", "velocity"])
-def test_training_samples_as_evaluation_does(build, prediction):
+def test_training_samples_as_evaluation_does(build, source, prediction):
     trained = build(training=True, producer="dit", dit_prediction=prediction).encode(*source(), SEEDS)
     evaluated = build(producer="dit", dit_prediction=prediction).encode(*source(), SEEDS)
     assert same(trained, evaluated)
@@ -208,7 +122,7 @@ def test_training_samples_as_evaluation_does(build, prediction):
     assert not same(other, evaluated, atol=1e-4)
 
 
-def test_teacher_tokens_are_for_training_alone(build, pair):
+def test_teacher_tokens_are_for_training_alone(build, source, pair):
     message = {}
     for training, wanted in itertools.product((True, False), ("teacher", "sampled")):
         bridge = build(training=training, producer="dit", dit_tokens=wanted)
@@ -220,7 +134,7 @@ def test_teacher_tokens_are_for_training_alone(build, pair):
 
 
 @pytest.mark.parametrize("k", [4, 8])
-def test_flow_error_as_computed_by_hand(build, pair, k):
+def test_flow_error_as_computed_by_hand(build, source, pair, k):
     """With the last layer at zero the predicted velocity is zero, and the error is that of the goal alone."""
     bridge = build(producer="dit", n_soft_tokens=k, dit_prediction="velocity")
     torch.nn.init.zeros_(bridge.producer.leave.weight)
@@ -236,7 +150,7 @@ def test_flow_error_as_computed_by_hand(build, pair, k):
 
 
 @pytest.mark.parametrize("condition", ["cross", "mean", "attention"])
-def test_flow_error_has_a_gradient_for_every_parameter(build, pair, condition):
+def test_flow_error_has_a_gradient_for_every_parameter(build, source, pair, condition):
     bridge = build(training=True, producer="dit", dit_condition=condition, source_projection=True)
     bridge.encode(*source(), SEEDS, teacher=teacher(pair)).flow_error.sum().backward()
     idle = [name for name, p in bridge.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]

@@ -1,6 +1,6 @@
 """One decode path: the model's own greedy text, whatever stands beside a row or in place of its tokens.
 
-python -m pytest tests/test_generation.py
+python -m pytest tests/model/test_generation.py
 """
 
 from contextlib import contextmanager
@@ -14,19 +14,23 @@ from transformers.cache_utils import DynamicLayer
 from bridgekit.model.bridge import build_bridge
 from bridgekit.model.generation import (
     CHECK_EVERY,
-    RoomyLayer,
+    PreallocatedLayer,
+    answer_logits,
     assemble,
+    bridged_logits,
     compact,
     decode_bridged,
+    draw,
     generate_batch,
     pad_ids,
+    unpad,
 )
 from bridgekit.model.injectors import Prefix
-from bridgekit.model.message import Message, Soft
+from bridgekit.model.message import Message, Soft, hashed_normal
 from bridgekit.model.pair import split_prompts
+from bridgekit.model.states import SourceStates, in_batches, read_source
 from bridgekit.tasks.answers import answer_is_complete
 from bridgekit.tasks.base import literal_prompt, told_prompt
-from bridgekit.train.evaluator import Evaluator
 
 N_NEW = 48
 
@@ -35,8 +39,8 @@ N_NEW = 48
 def prompts(pair, val) -> list[list[int]]:
     """Token ids of prompts of several lengths whose answers have several lengths; some end at once."""
     lm = pair.target
-    some = [literal_prompt(e) for e in val[:6]] + [told_prompt(e) for e in val[6:8]]
-    rows = [lm.bos + p.all for p in split_prompts(lm, some)]
+    texts = [literal_prompt(e) for e in val[:6]] + [told_prompt(e) for e in val[6:8]]
+    rows = [lm.bos + p.all for p in split_prompts(lm, texts)]
     almost = lm.bos + lm.tokenize([literal_prompt(val[8]).text + val[8].solution])[0]  # nothing left but the end
     return [almost, *rows]
 
@@ -100,11 +104,15 @@ def test_decoding_stops_when_the_answer_is_complete(pair, val):
     hook = lm.model.lm_head.register_forward_hook(go_on)
     try:
         going_on = generate(lm, rows, max_new_tokens=CHECK_EVERY * 12)
+        never = generate(lm, rows, max_new_tokens=CHECK_EVERY * 12, is_complete=lambda text: False)
+        at_once = generate(lm, rows, max_new_tokens=CHECK_EVERY * 12, is_complete=lambda text: True)
     finally:
         hook.remove()
     for said, ended in zip(going_on, generate(lm, rows, max_new_tokens=CHECK_EVERY * 12), strict=True):
         assert said.text.startswith(ended.text + "\n") and answer_is_complete(said.text)
         assert said.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY  # looked at every so many steps
+    assert {g.n_tokens for g in never} == {CHECK_EVERY * 12}  # what is complete is the task's to say
+    assert {g.n_tokens for g in at_once} == {CHECK_EVERY}
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -192,41 +200,107 @@ def test_an_injector_sees_the_message_of_the_rows_that_are_left(pair, prompts):
     assert not lm.model._forward_pre_hooks  # and the target is left as it was
 
 
-# -- through the evaluator ----------------------------------------------------------------------------------
-
-
-def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, accelerator, tmp_path):
-    """Alone, in batches of 7 and all at once: every condition says the same, whatever its soft tokens are."""
-    conditions = ("source", "target", "bridged", "zero", "noise")
-    said = {}
-    for size in (1, 7, 64):
-        changes = dict(eval_batch_size=size, cache_dir=str(tmp_path / f"cache_{size}"), max_new_tokens=20)
-        config = tiny(producer="dit", n_soft_tokens=-1, source_layers="2,4", **changes)
-        torch.manual_seed(0)
-        bridges = {"bridged": build_bridge(config, 2, pair.source.hidden_size, pair.target)}
-        bridges["constant"] = build_bridge(config.with_(producer="constant"), 2, pair.source.hidden_size, pair.target)
-        folder = tmp_path / str(size)
-        folder.mkdir()
-        evaluator = Evaluator(config, pair, accelerator, folder)
-        said[size] = evaluator.evaluate(val[:12], bridges, "0", conditions)
-    for condition in conditions:
-        texts = {size: [row[f"{condition}_full"] for row in rows] for size, rows in said.items()}
-        assert texts[1] == texts[7] == texts[64], condition
-        for one, other in zip(said[1], said[64], strict=True):
-            assert one[f"{condition}_logprob"] == pytest.approx(other[f"{condition}_logprob"], abs=1e-4)
-
-
-def test_a_cache_with_room_holds_what_a_growing_one_holds():
+@pytest.mark.parametrize("condition", ["bridged", "zero", "noise", "constant"])
+def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, condition):
+    """Alone, in batches of 7 and all at once: a condition's texts are the same, whatever its soft tokens are."""
+    producer = "constant" if condition == "constant" else "dit"
+    config = tiny(producer=producer, n_soft_tokens=-1, state_dropout=0.2)
     torch.manual_seed(0)
-    roomy, plain = RoomyLayer(), DynamicLayer()
-    pieces = [torch.randn(2, 6, 3, t, 4) for t in (7, *[1] * 40)]  # past the room, twice
+    bridge = build_bridge(config, 2, pair.source.hidden_size, pair.target).eval()
+    states = SourceStates(pair.source, read_source(pair.source, val[:12], "prompt", {}), (2, 4), 1.0)
+    pieces = [p.all for p in split_prompts(pair.target, [literal_prompt(e) for e in val[:12]])]
+    results = {}
+    for size in (1, 7, 64):
+        results[size] = [None] * 12
+        for chunk in in_batches([len(p) for p in pieces], size):
+            hidden, mask = states.batch(chunk, pair.target.device)
+            seeds = torch.from_numpy(chunk) + 100
+            noise = hashed_normal(seeds, hidden.shape[1:])
+            hidden = {"zero": hidden * 0, "noise": noise * mask[..., None, None]}.get(condition, hidden)
+            message = bridge.encode(hidden, mask, seeds)
+            after = [pieces[i] for i in chunk]
+            found = decode_bridged(pair.target, bridge, message, [pair.target.bos] * len(chunk), after, 20)
+            for i, generated in zip(chunk, found, strict=True):
+                results[size][i] = generated
+    for size in (7, 64):
+        assert [g.text for g in results[size]] == [g.text for g in results[1]]
+        logprobs = [g.logprob for g in results[1]]
+        assert [g.logprob for g in results[size]] == pytest.approx(logprobs, abs=1e-4)
+
+
+def test_decoding_in_the_middle_of_training_has_no_dropout(one_batch, pair):
+    changes = dict(injector="prefix+residual", dropout=0.5, heads=2)
+    _, bridge, batch, message = one_batch(True, **changes)
+    texts = [unpad(*part) for part in (batch.before, batch.after)]
+    wanted = decode_bridged(pair.target, bridge, message, *texts, 12)
+    bridge.train()
+    assert decode_bridged(pair.target, bridge, message, *texts, 12) == wanted
+    assert all(module.training for module in bridge.modules())  # and training goes on
+
+
+# -- drawn tokens -------------------------------------------------------------------------------------------
+
+
+def test_drawn_tokens_follow_the_models_probabilities_and_their_own_seeds():
+    scores = torch.tensor([0.6, 0.3, 0.1]).log().expand(20_000, -1)
+    seeds = torch.arange(20_000) * 13 + 5
+    score, chosen = draw(scores, seeds)
+    shares = torch.bincount(chosen, minlength=3) / len(chosen)
+    assert torch.allclose(shares.float(), torch.tensor([0.6, 0.3, 0.1]), atol=0.015)
+    assert torch.equal(score, scores.gather(1, chosen[:, None])[:, 0])
+    assert torch.equal(draw(scores[:7], seeds[:7])[1], chosen[:7])  # whatever stands beside a row
+    assert not torch.equal(draw(scores, seeds + 7919)[1], chosen)
+
+
+def test_sampled_text_does_not_depend_on_the_batch(one_batch, pair):
+    _, bridge, batch, message = one_batch()
+    texts = [unpad(*part) for part in (batch.before, batch.after)]
+    together = decode_bridged(pair.target, bridge, message, *texts, 20, batch.seeds)
+    for i, one in enumerate(together):
+        row = message.select(torch.tensor([i]))
+        (alone,) = decode_bridged(pair.target, bridge, row, *([t[i]] for t in texts), 20, batch.seeds[i : i + 1])
+        assert alone.ids == one.ids
+    assert len({g.text for g in together}) > 1
+
+
+# -- logits of given answers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", ["start", "question", "end"])
+@pytest.mark.parametrize("mode", ["soft_plus_text", "soft_only"])
+@pytest.mark.parametrize("k", [0, 3, -1])
+def test_answer_logits_are_those_of_the_plain_forward(one_batch, pair, position, mode, k):
+    """Ragged prompts, answers and soft tokens against one example at a time; k = 0: no soft tokens."""
+    lm, settings = pair.target, dict(soft_position=position, prompt_mode=mode, n_soft_tokens=k or 1)
+    _, bridge, batch, message = one_batch(indices=(4, 0, 9), **settings)
+    labels = batch.labels, batch.labels_mask
+    with torch.no_grad():
+        if k:
+            found = bridged_logits(lm, bridge, message, batch.before, batch.after, *labels)
+        else:
+            found = answer_logits(lm, batch.before, batch.after, None, *labels)
+        rows = zip(*(unpad(*part) for part in (batch.before, batch.after, labels)), strict=True)
+        for i, (before, after, answer) in enumerate(rows):
+            soft = message.tokens[i][message.mask[i]][: None if k else 0]
+            text = [lm.embed(torch.tensor(ids, dtype=torch.long)) for ids in (before, after + answer)]
+            wanted = lm.model(inputs_embeds=torch.cat([text[0], soft, text[1]])[None]).logits[0]
+            assert torch.allclose(found[i, : len(answer)], wanted[-len(answer) - 1 : -1], atol=1e-5, rtol=1e-5)
+
+
+# -- the cache ----------------------------------------------------------------------------------------------
+
+
+def test_a_preallocated_cache_holds_what_a_growing_one_holds():
+    torch.manual_seed(0)
+    slotted, plain = PreallocatedLayer(), DynamicLayer()
+    pieces = [torch.randn(2, 6, 3, t, 4) for t in (7, *[1] * 40)]  # past the slots, twice
     for step, (keys, values) in enumerate(pieces):
         if step in (3, 20):  # rows leave; the same number of rows in another order
             rows = torch.tensor([4, 0, 1, 5]) if step == 3 else torch.tensor([2, 3, 0, 1])
-            roomy.batch_select_indices(rows), plain.batch_select_indices(rows)
+            slotted.batch_select_indices(rows), plain.batch_select_indices(rows)
         if step == 10:
-            roomy.crop(-2), plain.crop(-2)
+            slotted.crop(-2), plain.crop(-2)
         n = 6 if step < 3 else 4
-        for one, other in zip(roomy.update(keys[:n], values[:n]), plain.update(keys[:n], values[:n]), strict=True):
+        for one, other in zip(slotted.update(keys[:n], values[:n]), plain.update(keys[:n], values[:n]), strict=True):
             assert torch.equal(one, other)
-        assert roomy.get_seq_length() == plain.get_seq_length()
+        assert slotted.get_seq_length() == plain.get_seq_length()

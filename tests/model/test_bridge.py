@@ -1,0 +1,215 @@
+"""A bridge from parts: named ones or a user's own, tried before training; its weights on disk.
+
+python -m pytest tests/model/test_bridge.py
+"""
+
+import itertools
+import textwrap
+
+import pytest
+import torch
+
+from bridgekit.config import INJECTORS as INJECTOR_NAMES
+from bridgekit.config import PRODUCERS as PRODUCER_NAMES
+from bridgekit.config import ConfigError
+from bridgekit.model import losses
+from bridgekit.model.bridge import build_bridge, describe_card, load_bridge, save_bridge
+from bridgekit.model.generation import bridged_logits
+from bridgekit.model.injectors import INJECTORS
+from bridgekit.model.message import Dropout
+from bridgekit.model.producers import PRODUCERS
+
+SEEDS = torch.tensor([5, 6, 2**31 - 1])
+RANDOM = dict(dropout=0.2, state_dropout=0.2)
+
+
+def real(message) -> list[torch.Tensor]:
+    return [tokens[mask] for tokens, mask in zip(message.tokens, message.mask, strict=True)]
+
+
+def test_the_configuration_names_what_there_is():
+    assert set(PRODUCERS) <= set(PRODUCER_NAMES) and set(INJECTORS) <= set(INJECTOR_NAMES)
+
+
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_a_projection_starts_as_the_identity_and_is_gone_when_off(build, source, producer):
+    off, on = build(producer=producer), build(producer=producer, source_projection=True)
+    assert off.projection is None and not any("projection" in name for name in off.state_dict())
+    before = off.encode(*source(), SEEDS).tokens
+    assert torch.equal(on.encode(*source(), SEEDS).tokens, before)
+    if producer == "constant":  # nothing to project: the count stays
+        assert on.n_parameters == off.n_parameters
+    else:
+        torch.nn.init.zeros_(on.projection.weight)
+        assert on.n_parameters > off.n_parameters
+        assert not torch.allclose(on.encode(*source(), SEEDS).tokens, before)
+
+
+@pytest.mark.parametrize("producer, k", [("resampler", 4), ("resampler", -1), ("dit", 4), ("dit", -1)])
+def test_dropout_of_a_bridge_does_not_depend_on_the_batch(build, source, producer, k):
+    bridge = build(training=True, producer=producer, n_soft_tokens=k, **RANDOM)
+    states, mask = source()
+    message = bridge.encode(states, mask, SEEDS)
+    assert torch.equal(bridge.encode(states, mask, SEEDS).tokens, message.tokens)
+    wide = bridge.encode(*source(width=11, filler=7.0), SEEDS)
+    for i, n in enumerate(mask.sum(1).tolist()):
+        alone = bridge.encode(states[i : i + 1, :n], mask[i : i + 1, :n], SEEDS[i : i + 1])
+        assert torch.allclose(real(alone)[0], real(message)[i], atol=1e-5)
+        assert torch.allclose(real(wide)[i], real(message)[i], atol=1e-5)
+    assert not torch.allclose(bridge.eval().encode(states, mask, SEEDS).tokens, message.tokens, atol=1e-3)
+    salts = [m.salt for m in bridge.modules() if isinstance(m, Dropout)]
+    assert salts == list(range(1, len(salts) + 1)) and len(salts) > 3  # no two modules drop the same places
+
+
+@pytest.mark.parametrize("injector, k", [("residual", 4), ("prefix+residual", -1)])
+def test_dropout_of_an_injector_does_not_depend_on_the_batch(one_batch, pair, injector, k):
+    _, bridge, batch, message = one_batch(True, injector=injector, n_soft_tokens=k, **RANDOM)
+
+    def logits(message, rows):
+        before, after, labels = (
+            (ids[rows], mask[rows]) for ids, mask in (batch.before, batch.after, (batch.labels, batch.labels_mask))
+        )
+        return bridged_logits(pair.target, bridge, message, before, after, *labels)
+
+    without = logits(message, slice(0, 6))
+    bridge.train()
+    together = logits(message, slice(0, 6))
+    assert not torch.allclose(together, without, atol=1e-3)
+    for i in (0, 4):
+        alone = logits(message.select(torch.tensor([i])), slice(i, i + 1))
+        real_places = batch.labels_mask[i]
+        assert torch.allclose(alone[0][real_places], together[i][real_places], atol=1e-4)
+
+
+# -- a user's own parts -------------------------------------------------------------------------------------
+
+MINE = """
+    import torch
+    from torch import nn
+
+    class Mine(nn.Module):
+        def __init__(self, config, n_layers, source_dim, target_dim, width=8):
+            super().__init__()
+            self.k = config.n_soft_tokens
+            self.net = nn.Sequential(nn.Linear(n_layers * source_dim, width), nn.GELU(), nn.Linear(width, target_dim))
+
+        def forward(self, states, mask{arguments}):
+            {body}
+"""
+MEAN = """mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        tokens = self.net(mean)[:, None].repeat(1, self.k, 1)
+        return {result}"""
+
+
+@pytest.fixture
+def write_part(tmp_path, monkeypatch, tiny, pair):
+    """`write_part(result, ...)`: a configuration whose producer is a user's file, and the bridge that it makes."""
+    pytest.importorskip("bridgekit.extend")
+    monkeypatch.chdir(tmp_path)  # a user's file is named from the project's root
+    number = itertools.count()
+
+    def make(result: str = "tokens", arguments: str = "", body: str = MEAN, **changes):
+        path = f"mine_{next(number)}.py"
+        (tmp_path / path).write_text(textwrap.dedent(MINE).format(arguments=arguments, body=body.format(result=result)))
+        config = tiny(**({"producer": f"{path}:Mine"} | changes))
+        return config, build_bridge(config, 2, pair.source.hidden_size, pair.target)
+
+    return make
+
+
+@pytest.mark.parametrize("injector, k", [("prefix", 4), ("residual", 4), ("kv", -1)])
+def test_a_users_producer_trains_in_a_bridge(write_part, pair, val, training_set, injector, k):
+    changes = dict(injector=injector, n_soft_tokens=k, producer_options=["width=12"])
+    config, bridge = write_part(body=MEAN if k == 4 else "return self.net(states)", **changes)
+    assert bridge.producer.net[0].out_features == 12 and bridge.metadata["producer"].endswith(":Mine")
+    batch = training_set(config, val).batch(*2 * (torch.arange(6).numpy(),))
+    optimizer, found = torch.optim.AdamW(bridge.parameters(), lr=3e-3), []
+    for _ in range(12):
+        message = bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment)
+        assert message.mask.sum(1).tolist() == ([4] * 6 if k == 4 else batch.mask.sum(1).tolist())
+        logits = bridged_logits(
+            pair.target, bridge, message, batch.before, batch.after, batch.labels, batch.labels_mask
+        )
+        total, count = losses.answer_nll(logits, batch.labels, batch.labels_mask)
+        (total / count).backward()
+        optimizer.step(), optimizer.zero_grad()
+        found.append((total / count).item())
+    assert found[-1] < found[0] - 0.02
+
+
+def test_a_users_forward_is_given_what_it_accepts(write_part):
+    body = "self.seen = {names}; " + MEAN
+    for arguments, names in ((", seeds", "[seeds]"), (", *, want_attention, teacher", "[want_attention, teacher]")):
+        _, bridge = write_part(arguments=arguments, body=body.replace("{names}", names))
+        bridge.encode(torch.randn(2, 3, 2, bridge.producer.net[0].in_features // 2), torch.ones(2, 3).bool(), SEEDS[:2])
+        assert [type(x).__name__ for x in bridge.producer.seen] == (
+            ["Tensor"] if "seeds" in names else ["bool", "NoneType"]
+        )
+    _, bridge = write_part(arguments=", **rest", body=body.replace("{names}", "sorted(rest)"))
+    bridge.encode(torch.randn(2, 3, 2, bridge.producer.net[0].in_features // 2), torch.ones(2, 3).bool(), SEEDS[:2])
+    assert bridge.producer.seen == ["seeds", "teacher", "want_attention"]
+
+
+@pytest.mark.parametrize(
+    "result, reason",
+    [
+        ("tokens * float('nan')", "NaN"),
+        ("tokens[:, :2]", r"returned tokens \(2, 2, \d+\) of torch.float32, wanted \(2, 4, \d+\)"),
+        ("tokens[..., :5]", r"returned tokens \(2, 4, 5\)"),
+        ("tokens[:, 0]", r"returned \(2, \d+\), wanted a Message or tokens"),
+        ("(tokens, mask)", "returned tuple"),
+        ("tokens.long()", "torch.int64"),
+        ("tokens.detach()", "no gradient"),
+        ("self.net(states.mean(1))[:, None].repeat(1, self.k, 1)", "leave out padding"),
+        ("tokens.view(7, 7)", "RuntimeError: shape"),
+    ],
+)
+def test_a_users_producer_that_cannot_work_is_refused_in_one_line(write_part, result, reason):
+    with pytest.raises(ConfigError, match=rf"^bridge.producer: .*mine_\d.py:\d+ Mine: .*{reason}.*") as caught:
+        write_part(result)
+    assert "\n" not in str(caught.value)
+
+
+def test_trying_a_users_part_leaves_no_trace(write_part):
+    torch.manual_seed(3)
+    _, bridge = write_part()
+    drawn = torch.rand(1)
+    torch.manual_seed(3)
+    for p in bridge.producer.net:  # as many draws as building takes
+        if isinstance(p, torch.nn.Linear):
+            p.reset_parameters()
+    assert torch.equal(torch.rand(1), drawn) and all(p.grad is None for p in bridge.parameters())
+
+
+# -- on disk ------------------------------------------------------------------------------------------------
+
+
+def test_weights_come_back_with_what_is_known_of_them(build, source, tmp_path):
+    bridge, other = build(), build()
+    torch.nn.init.normal_(bridge.producer.queries.points)
+    save_bridge(bridge, tmp_path, "bridged", {"step": "300"})
+    metadata = load_bridge(other, tmp_path, "bridged")
+    assert torch.equal(other.encode(*source(), SEEDS).tokens, bridge.encode(*source(), SEEDS).tokens)
+    assert metadata == bridge.metadata | {"step": "300"} and metadata["producer"] == "resampler"
+
+
+def test_weights_of_another_shape_or_a_broken_file_are_refused(build, tmp_path):
+    save_bridge(build(), tmp_path, "bridged", {})
+    path = tmp_path / "checkpoint/bridged.safetensors"
+    for damage in (None, path.read_bytes()[:100]):
+        if damage:
+            path.write_bytes(damage)
+        with pytest.raises(
+            ConfigError, match=r"bridged.safetensors: does not fit the run's config.yaml \(.*"
+        ) as caught:
+            load_bridge(build(bridge_dim=8), tmp_path, "bridged")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of 'constant'"):
+        load_bridge(build(), tmp_path, "constant")
+
+
+def test_a_card_says_what_was_trained_on_what(build, tiny, pair):
+    text = describe_card(build(), tiny(), pair, (2, 4), {"step": "3"})
+    for part in (pair.source.fingerprint, pair.target.fingerprint, "lexicon seed 2", "2, 4", "step 3 of 4", "nothing"):
+        assert part in text
+    assert "transfers in all seeds" in describe_card(build(), tiny(), pair, (2, 4), {}, "transfers in all seeds")

@@ -1,0 +1,115 @@
+"""Randomness by seed: noise and dropout are the example's own, whatever stands beside it.
+
+python -m pytest tests/model/test_message.py
+"""
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+from bridgekit.model import message as message_module
+from bridgekit.model.message import Dropout, Message, hashed_normal, hashed_uniform
+
+SEEDS = torch.tensor([5, 6, 2**31 - 1])
+
+
+def dropout(p: float = 0.3, salt: int = 1) -> Dropout:
+    made = Dropout(p)
+    made.salt = salt
+    return made
+
+
+# -- noise --------------------------------------------------------------------------------------------------
+
+
+def test_first_values_are_those_of_every_kept_run():
+    seeds = torch.tensor([0, 1, 7])
+    assert hashed_uniform(seeds, 1)[:, 0].tolist() == pytest.approx([0.868200928, 0.9346350729, 0.4536016881], rel=1e-9)
+    first = [[-0.3771913946, -0.6916077733], [0.1819950491, 0.4311666787], [-1.209540725, -0.1278402358]]
+    assert hashed_normal(seeds, (2,)).tolist() == [pytest.approx(row, rel=1e-6) for row in first]
+
+
+def test_noise_is_standard_normal_and_independent():
+    noise = hashed_normal(torch.arange(200), (50, 20)).numpy()
+    assert abs(noise.mean()) < 5 / np.sqrt(noise.size) and abs(noise.var() - 1) < 5 * np.sqrt(2 / noise.size)
+    assert scipy.stats.kstest(noise.ravel(), "norm").pvalue > 1e-4
+    flat = noise.reshape(200, -1)
+    for table in (flat, flat.T):  # rows are examples, columns are places: neither may know of its neighbours
+        between = np.corrcoef(table)[np.triu_indices(len(table), 1)]
+        assert abs(between).max() < 6.5 / np.sqrt(table.shape[1])
+    uniform = hashed_uniform(torch.arange(200), 1000).numpy()
+    assert 0 < uniform.min() < 1e-4 and 1 - 1e-4 < uniform.max() < 1
+    assert scipy.stats.kstest(uniform.ravel(), "uniform").pvalue > 1e-4
+
+
+def test_noise_belongs_to_the_example_not_to_its_place():
+    order = torch.tensor([2, 0, 1])
+    assert torch.equal(hashed_normal(SEEDS[order], (4, 10)), hashed_normal(SEEDS, (4, 10))[order])
+    assert torch.equal(hashed_normal(SEEDS, (9, 10))[:, :4], hashed_normal(SEEDS, (4, 10)))
+    assert not torch.allclose(*hashed_normal(torch.tensor([8, 9]), (4, 10)))
+    torch.manual_seed(3)  # whatever torch's own generator has been doing
+    assert torch.equal(hashed_normal(SEEDS, (2,)), hashed_normal(SEEDS, (2,)))
+
+
+@pytest.mark.parametrize("piece", [3, 100, 4096])
+def test_computing_piece_by_piece_changes_no_bit(monkeypatch, piece):
+    x = torch.ones(3, 7, 33)
+    whole = hashed_uniform(SEEDS, 777), hashed_normal(SEEDS, (7, 33)), dropout().mask(x, SEEDS)
+    monkeypatch.setattr(message_module, "CPU_CHUNK", piece)
+    pieces = hashed_uniform(SEEDS, 777), hashed_normal(SEEDS, (7, 33)), dropout().mask(x, SEEDS)
+    assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
+    assert torch.equal(hashed_normal(SEEDS, (7, 33), torch.bfloat16), whole[1].bfloat16())
+
+
+# -- dropout ------------------------------------------------------------------------------------------------
+
+
+def test_dropout_is_the_same_in_any_batch_width_and_order():
+    x, made = torch.randn(3, 9, 11), dropout()
+    together = made(x, SEEDS)
+    order = torch.tensor([1, 2, 0])
+    assert torch.equal(made(x[order], SEEDS[order]), together[order])
+    for width in (1, 4, 9):
+        assert torch.equal(made(x[:, :width], SEEDS), together[:, :width])
+    for i in range(3):
+        assert torch.equal(made(x[i : i + 1], SEEDS[i : i + 1])[0], together[i])
+    torch.manual_seed(9)
+    assert torch.equal(made(x, SEEDS), together)  # torch's own generator has no part in it
+    half = made(x.bfloat16(), SEEDS)
+    assert half.dtype == torch.bfloat16 and torch.equal(half != 0, together != 0)
+
+
+def test_dropout_changes_with_the_seed_and_with_the_module():
+    x = torch.ones(3, 40, 11)
+    one = dropout()(x, SEEDS)
+    assert not torch.equal(one[0], one[1])
+    for other in (dropout()(x, SEEDS + 1), dropout(salt=2)(x, SEEDS)):
+        agree = ((one == 0) == (other == 0)).float().mean().item()
+        assert agree == pytest.approx(0.7**2 + 0.3**2, abs=0.05)  # no more than by chance
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(p):
+    mask = dropout(p).mask(torch.ones(200, 500), torch.arange(200)).numpy()
+    assert set(np.unique(mask)) == {0.0, mask.max()} and mask.max() == pytest.approx(1 / (1 - p), rel=1e-3)
+    left_out = mask == 0
+    assert abs(left_out.mean() - p) < 5 * np.sqrt(p * (1 - p) / left_out.size)
+    for table in (left_out, left_out.T):  # neither places nor examples know of each other
+        between = np.corrcoef(table)[np.triu_indices(len(table), 1)]
+        assert np.square(between).mean() == pytest.approx(1 / (table.shape[1] - 1), rel=0.05)
+
+
+def test_dropout_is_for_training_alone_and_needs_seeds():
+    x, made = torch.ones(2, 5), dropout()
+    with pytest.raises(ValueError, match="seed"):
+        made(x, None)
+    assert made.eval()(x, None) is x and Dropout(0.0)(x, None) is x
+
+
+def test_selected_rows_keep_their_seeds_and_alignment():
+    tokens = torch.arange(12.0).view(3, 2, 2)
+    whole = Message(tokens, tokens[..., 0] > 0, tokens.long(), seeds=SEEDS)
+    left = whole.select(torch.tensor([2, 0]))
+    for name in ("tokens", "mask", "alignment", "seeds"):
+        assert torch.equal(getattr(left, name), getattr(whole, name)[[2, 0]])
