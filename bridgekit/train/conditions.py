@@ -198,7 +198,9 @@ def decode_messages(
             keep_attention(attention, message, chunk, [examples[i] for i in chunk], states)
         texts = [before[i] for i in chunk], [after[i] for i in chunk]
         ends = experiment.baselines.ends
-        for i, g in zip(chunk, decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, **ends), strict=True):
+        for i, g in zip(
+            chunk, decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, **ends), strict=True
+        ):
             results[i] = g
     return results
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bridgekit.config import Config
-from bridgekit.model.pair import LanguageModel, Pieces, split_at_soft, split_prompts
+from bridgekit.config import SOFT_INJECTORS, Config, ConfigError
+from bridgekit.model.pair import LanguageModel, Pair, Pieces, split_at_soft, split_prompts
 from bridgekit.model.states import Ragged, SourceStates
-from bridgekit.tasks.base import Example, literal_prompt
+from bridgekit.tasks.base import Example, literal_prompt, source_prompt
 
 
 def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -111,3 +111,17 @@ def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list
         answers.append([*ids, end])
         markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])
     return answers, markers
+
+
+def check_fit(config: Config, pair: Pair, examples: list[Example]) -> None:
+    """Refuse more soft tokens, text and answer than the target has positions."""
+    longest = max(len(p.all) for p in split_prompts(pair.target, [literal_prompt(e) for e in examples]))
+    soft = config.bridge.n_soft_tokens if config.bridge.injector in SOFT_INJECTORS else 0
+    if soft == -1:
+        soft = min(2048, max(len(p.all) + 1 for p in split_prompts(pair.source, [source_prompt(e) for e in examples])))
+    needed = 1 + soft + longest + config.eval.max_new_tokens
+    if needed > pair.target.max_positions:
+        raise ConfigError(
+            f"bridge.n_soft_tokens: {soft} soft tokens, {longest} prompt tokens and {config.eval.max_new_tokens} new "
+            f"ones need {needed} positions; the target has {pair.target.max_positions}: use fewer soft tokens"
+        )

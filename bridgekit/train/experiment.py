@@ -195,7 +195,9 @@ class Experiment:
         """The examples of a training step, as tensors."""
         return step_batch(self.config, self._data, step, self.processes.rank, self.processes.world)
 
-    def step_losses(self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged") -> dict[str, torch.Tensor]:
+    def step_losses(
+        self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged"
+    ) -> dict[str, torch.Tensor]:
         """The mean of each loss that has a weight, and their weighted sum as `loss`, which has the gradient."""
         totals = trainer.step_losses(self, bridge, batch, step, name)
         means = trainer.mean_losses(totals, self.processes)
@@ -221,7 +223,9 @@ class Experiment:
         if isinstance(row, Choice) and self.router_threshold is None:
             file = self.folder / "headroom.jsonl" if self.folder else None
             known = list(read_jsonl(file)) if file and file.exists() else None
-            self.router_threshold = tune_router(known or self.evaluate(self.examples("val"), {}, None, ("source", "target")))
+            self.router_threshold = tune_router(
+                known or self.evaluate(self.examples("val"), {}, None, ("source", "target"))
+            )
         if isinstance(row, Bridged) and row.bridge not in bridges and self.folder:
             bridges = {row.bridge: self._load_bridge(row.bridge)}
         donors = [e for split in {e.split for e in examples} & {"val", "test"} for e in self.examples(split)]

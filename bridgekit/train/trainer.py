@@ -390,5 +390,7 @@ def average(window: list[dict[str, torch.Tensor]], processes: Processes) -> dict
     names = list(dict.fromkeys(k for row in window for k in row))
     columns = {k: [row[k] for row in window if k in row] for k in names}
     values = torch.stack([sum(columns[k]).float() for k in names])
-    summed = torch.where(torch.tensor([k == "grad_norm" for k in names], device=values.device), values, processes.sum(values))
+    summed = torch.where(
+        torch.tensor([k == "grad_norm" for k in names], device=values.device), values, processes.sum(values)
+    )
     return {k: total / len(columns[k]) for k, total in zip(names, summed.tolist(), strict=True)}

@@ -30,6 +30,7 @@ from bridgekit.runs import (
 )  # fmt: skip
 from bridgekit.tasks import Example
 from bridgekit.train.conditions import count_flips, tune_router
+from bridgekit.train.data import check_fit
 from bridgekit.train.experiment import Experiment
 from bridgekit.train.trainer import check_losses, train_bridge
 
@@ -49,6 +50,7 @@ def open_run(folder: Path, stage: str = "train") -> Experiment:
     experiment = Experiment(config, folder, accelerator)
     if "shuffled" in config.eval.conditions and any(e.donor_id is None for e in experiment.examples("test")):
         raise ConfigError("task.n_test: too few problems for each to have a donor: more, or no `shuffled` condition")
+    check_fit(config, experiment.pair, experiment.examples("val") + choose_test(experiment))
     if experiment.processes.is_first:
         record_provenance(experiment, stage)
     return experiment
@@ -63,14 +65,14 @@ def choose_test(experiment: Experiment) -> list[Example]:
 
 
 def record_provenance(experiment: Experiment, stage: str) -> None:
-    """Every stage says where its numbers come from, if that has changed since the stage before."""
+    """Where this stage's numbers come from; one on other code or elsewhere is added, the earlier ones stay."""
     path, record = experiment.folder / "provenance.json", experiment.provenance() | {"stage": stage}
-    first = json.loads(path.read_text()) if path.exists() else record
-    later = first.get("later", [])
-    latest = (later or [first])[-1]
-    if any(record[k] != latest.get(k) for k in ("commit", "dirty", "versions", "processes", "gpus")):
-        first["later"] = [*later, record]
-    write_text_atomic(path, json.dumps(first, indent=1) + "\n")
+    if path.is_file():
+        old = json.loads(path.read_text())
+        if all(old.get(key) == record[key] for key in record.keys() - {"command", "started", "stage"}):
+            return
+        record["earlier"] = [*old.pop("earlier", []), old]
+    write_text_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def run_baselines(experiment: Experiment) -> None:
