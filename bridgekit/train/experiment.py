@@ -84,7 +84,7 @@ class Experiment:
     # ---- the questions ----------------------------------------------------------------------------------------------
 
     def examples(self, split: str, share: float | None = None) -> list[Example]:
-        """Problems of `train`, `val` or `test`; `share` of source-only ones in the training mix, if not the config's."""
+        """Problems of `train`, `val` or `test`; `share`: of source-only ones in training, where not the config's."""
         if (split, share) not in self._examples:
             made = self.task.examples(self.config, self.pair.lexicon_seed, split, share)
             self._examples[split, share] = made

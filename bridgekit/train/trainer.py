@@ -1,6 +1,6 @@
 """Train one bridge or one trained control: the loop, a step's losses, validation and the best weights.
 
-    bridges = train_bridge(experiment, "bridged")     # {"bridged": best weights}, also in checkpoint/bridged.safetensors
+    bridges = train_bridge(experiment, "bridged")  # {"bridged": the best}, also in checkpoint/bridged.safetensors
 
 The examples of a step are a function of (seed, step, slot), and every loss is a mean over the step's global batch, so
 the number of processes changes neither what is read nor what is learned.
@@ -89,6 +89,7 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
 def control_config(config: Config, name: str) -> Config:
     """The configuration of a control: the bridge's own, but for what makes it a control."""
     plain = dict(flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", dit_tokens="sampled")
+    plain |= {"producer_options": ()} if hasattr(config.bridge, "producer_options") else {}
     if name in ("constant", "constant_natural"):
         natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
         config = config.with_(**plain, **natural)
@@ -142,7 +143,7 @@ def write_progress(experiment, name, metrics: Path, step: int, values: dict, beg
     )  # fmt: skip
 
 
-# ---- validation, and which weights are the best -----------------------------------------------------------------------
+# ---- validation, and which weights are the best ---------------------------------------------------------------------
 
 
 def validate(experiment: Experiment, name: str, bridge: Bridge, step: int, metrics: Path) -> dict[str, float]:
@@ -226,7 +227,7 @@ class BestWeights:
         return bridges
 
 
-# ---- the losses of one step -------------------------------------------------------------------------------------------
+# ---- the losses of one step -----------------------------------------------------------------------------------------
 
 
 def step_losses(
@@ -325,7 +326,7 @@ def own_steps(target: LanguageModel, generated: Generated) -> list[int]:
     return ids[: next((n for n, piece in enumerate(pieces) if "#" in piece), len(ids))]
 
 
-# ---- what crosses processes -------------------------------------------------------------------------------------------
+# ---- what crosses processes -----------------------------------------------------------------------------------------
 
 
 class Processes:
@@ -390,7 +391,6 @@ def average(window: list[dict[str, torch.Tensor]], processes: Processes) -> dict
     names = list(dict.fromkeys(k for row in window for k in row))
     columns = {k: [row[k] for row in window if k in row] for k in names}
     values = torch.stack([sum(columns[k]).float() for k in names])
-    summed = torch.where(
-        torch.tensor([k == "grad_norm" for k in names], device=values.device), values, processes.sum(values)
-    )
+    same_on_all = torch.tensor([k == "grad_norm" for k in names], device=values.device)
+    summed = torch.where(same_on_all, values, processes.sum(values))
     return {k: total / len(columns[k]) for k, total in zip(names, summed.tolist(), strict=True)}

@@ -56,7 +56,7 @@ def test_a_notebook_sees_a_question_states_a_message_a_loss_and_a_loop(experimen
     tokens, real = experiment.encode([example])
     assert tokens.shape == (1, 4, experiment.pair.target.hidden_size) and real.all()
     optimizer, found = torch.optim.AdamW(bridge.parameters(), lr=5e-3), []
-    for step in range(8):
+    for _ in range(8):
         losses = experiment.step_losses(bridge.train(), experiment.batch(0))
         losses["loss"].backward()
         optimizer.step()
@@ -81,7 +81,7 @@ def test_a_question_of_one_s_own_is_answered_side_by_side(experiment):
     assert list(frame) == ["condition", "answer", "extracted"] and list(frame["condition"]) == ["source", "target"]
     frame = experiment.ask(question, experiment.build_bridge())
     assert list(frame["condition"]) == ["source", "target", "bridged"]
-    assert all(experiment.task.extract(text) == found for text, found in zip(frame["answer"], frame["extracted"]))
+    assert list(frame["extracted"]) == [experiment.task.extract(text) for text in frame["answer"]]
     example = experiment.examples("test")[0]  # any field of an Example may be given
     frame = experiment.ask(example.question, names=("target_told",), told=example.told)
     assert list(frame["extracted"]) == [example.gold]
