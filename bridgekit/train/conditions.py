@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import io
 import json
 import typing
@@ -31,10 +30,10 @@ from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import Generated, decode_bridged, generate_batch
 from bridgekit.model.message import Message, hashed_normal
 from bridgekit.model.pair import LanguageModel, split_prompts
-from bridgekit.model.states import SourceStates
+from bridgekit.model.states import SourceStates, in_batches
 from bridgekit.runs import write_bytes_atomic, write_jsonl
+from bridgekit.tasks import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.tasks.answers import INVALID
-from bridgekit.tasks.base import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.train.data import split_rows
 
 if typing.TYPE_CHECKING:
@@ -192,17 +191,11 @@ def decode_messages(
         )  # fmt: skip
         if attention is not None:
             keep_attention(attention, message, chunk, [examples[i] for i in chunk], states)
-        texts = [before[i] for i in chunk], [after[i] for i in chunk], config.eval.max_new_tokens
-        decoded = decode_bridged(target, bridge, message, *texts, **experiment.baselines.ends)
+        texts, ends = ([before[i] for i in chunk], [after[i] for i in chunk]), experiment.task.is_complete
+        decoded = decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, is_complete=ends)
         for i, generated in zip(chunk, decoded, strict=True):
             results[i] = generated
     return results
-
-
-def in_batches(lengths: list[int], size: int) -> list[np.ndarray]:
-    """Indices in batches of like length, so that little is padding."""
-    order = np.argsort(lengths, kind="stable")
-    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 class Baselines:
@@ -211,9 +204,8 @@ class Baselines:
     With a `path` they are shared: every process of every run appends what it has made, under a lock."""
 
     def __init__(self, max_new_tokens: int, batch_size: int, is_complete: Callable, path: Path | None = None):
-        self.max_new_tokens, self.batch_size, self.path = max_new_tokens, batch_size, path
-        known = inspect.signature(generate_batch).parameters
-        self.ends = {"is_complete": is_complete} if "is_complete" in known else {}
+        self.max_new_tokens, self.batch_size, self.is_complete = max_new_tokens, batch_size, is_complete
+        self.path = path
         self.known: dict[str, Generated] = self._load() if path else {}
 
     def answer(self, lm: LanguageModel, prompts: list[Prompt]) -> list[Generated]:
@@ -222,15 +214,15 @@ class Baselines:
         rows = [lm.bos + p.all for p in split_prompts(lm, [prompts[i] for i in missing])]
         for chunk in in_batches([len(r) for r in rows], self.batch_size):
             texts = [rows[i] for i in chunk]
-            made = generate_batch(lm, texts, [[] for _ in texts], max_new_tokens=self.max_new_tokens, **self.ends)
+            options = dict(max_new_tokens=self.max_new_tokens, is_complete=self.is_complete)
+            made = generate_batch(lm, texts, [[] for _ in texts], **options)
             self.known |= {keys[missing[i]]: g for i, g in zip(chunk, made, strict=True)}
         if missing and self.path:
             self._append({keys[i]: self.known[keys[i]] for i in missing})
         return [self.known[k] for k in keys]
 
     def key(self, lm: LanguageModel, prompt: Prompt) -> str:
-        parts = [lm.fingerprint, str(lm.dtype), lm.device.type, self.max_new_tokens, "greedy 1", prompt.text]
-        parts += [lm.decode_key] if hasattr(lm, "decode_key") else []
+        parts = [lm.decode_key, str(lm.dtype), lm.device.type, self.max_new_tokens, "greedy 1", prompt.text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     @contextlib.contextmanager

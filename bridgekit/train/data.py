@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bridgekit.config import SOFT_INJECTORS, Config, ConfigError
-from bridgekit.model.pair import LanguageModel, Pair, Pieces, split_at_soft, split_prompts
+from bridgekit.config import Config
+from bridgekit.model.pair import LanguageModel, Pieces, split_at_soft, split_prompts
 from bridgekit.model.states import Ragged, SourceStates
-from bridgekit.tasks.base import Example, literal_prompt, source_prompt
+from bridgekit.tasks import Example, literal_prompt
 
 
 def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -104,24 +104,9 @@ def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str
 def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """Answer ids ending in the end token, and for each token whether it belongs to the `####` marker."""
     encoded = lm.tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
-    end = getattr(lm, "end_id", min(lm.eos_ids))
     answers, markers = [], []
     for text, ids, offsets in zip(solutions, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         start = text.rfind("####")
-        answers.append([*ids, end])
+        answers.append([*ids, lm.end_id])
         markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])
     return answers, markers
-
-
-def check_fit(config: Config, pair: Pair, examples: list[Example]) -> None:
-    """Refuse more soft tokens, text and answer than the target has positions."""
-    longest = max(len(p.all) for p in split_prompts(pair.target, [literal_prompt(e) for e in examples]))
-    soft = config.bridge.n_soft_tokens if config.bridge.injector in SOFT_INJECTORS else 0
-    if soft == -1:
-        soft = min(2048, max(len(p.all) + 1 for p in split_prompts(pair.source, [source_prompt(e) for e in examples])))
-    needed = 1 + soft + longest + config.eval.max_new_tokens
-    if needed > pair.target.max_positions:
-        raise ConfigError(
-            f"bridge.n_soft_tokens: {soft} soft tokens, {longest} prompt tokens and {config.eval.max_new_tokens} new "
-            f"ones need {needed} positions; the target has {pair.target.max_positions}: use fewer soft tokens"
-        )

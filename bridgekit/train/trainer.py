@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from bridgekit.config import Config, ConfigError
+from bridgekit.config import Config
 from bridgekit.model import losses
 from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
 from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, pad_ids, unpad
@@ -63,15 +63,14 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
             group["lr"] = settings.lr * learning_rate(config, step)
         batch = step_batch(config, data, step, processes.rank, processes.world)
         means = experiment.step_losses(bridge, batch, step, name)
-        if means:  # in a step without any loss that is due, nothing moves
-            means["loss"].backward()
-            sum_gradients(bridge, processes)
-            norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), settings.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            window.append({k: v.detach() for k, v in {**means, "grad_norm": norm}.items()})
+        means["loss"].backward()
+        sum_gradients(bridge, processes)
+        norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window.append({k: v.detach() for k, v in {**means, "grad_norm": norm}.items()})
         done = step + 1
-        if window and (done % log_every == 0 or done == settings.steps):
+        if done % log_every == 0 or done == settings.steps:
             values = average(window, processes)
             check_finite(name, done, window, values)
             window = []
@@ -88,23 +87,14 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
 
 def control_config(config: Config, name: str) -> Config:
     """The configuration of a control: the bridge's own, but for what makes it a control."""
-    plain = dict(flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", dit_tokens="sampled")
-    plain |= {"producer_options": ()} if hasattr(config.bridge, "producer_options") else {}
+    plain = dict(
+        flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", producer_options=(),
+        dit_tokens="sampled",
+    )  # fmt: skip
     if name in ("constant", "constant_natural"):
         natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
         config = config.with_(**plain, **natural)
     return config
-
-
-def check_losses(config: Config) -> None:
-    """Refuse a training that has nothing to learn from."""
-    weights = [f"{k}_weight" for k in ("nll", "kl", "format", "prompt", "info_nce", "flow", "decode", "extra")]
-    for name in ("bridged", *config.train.controls):
-        if not any(getattr(control_config(config, name).loss, w, 0) for w in weights):
-            raise ConfigError(
-                f"loss.nll_weight: '{name}' has no loss with a weight above 0 (a constant has none of those that speak "
-                "of the source): set loss.nll_weight, or leave it out of train.controls"
-            )
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -363,8 +353,6 @@ class Processes:
 
 def mean_losses(totals: dict[str, losses.Total], processes: Processes) -> dict[str, torch.Tensor]:
     """This process's part of each loss's mean over the global batch."""
-    if not totals:
-        return {}
     counts = processes.sum(torch.stack([count.float() for _, count in totals.values()])).clamp(min=1)
     return {k: total / count for (k, (total, _)), count in zip(totals.items(), counts, strict=True)}
 

@@ -18,10 +18,9 @@ from bridgekit.config import CONDITIONS
 from bridgekit.model.generation import Generated, decode_bridged
 from bridgekit.model.pair import Pair, Prompt, split_prompts
 from bridgekit.model.states import SourceStates, read_source
-from bridgekit.runs import find_eval, load_eval, read_jsonl
-from bridgekit.tasks import load_examples
+from bridgekit.runs import find_eval, load_eval, load_jsonl
+from bridgekit.tasks import literal_prompt, load_examples
 from bridgekit.tasks.answers import INVALID, extract_answer
-from bridgekit.tasks.base import literal_prompt
 from bridgekit.train.conditions import (
     TABLE,
     Baselines,
@@ -52,7 +51,7 @@ def test_every_condition_is_in_every_row(tiny, val, make_experiment, build_bridg
     experiment.router_threshold = 0.0
     rows = experiment.evaluate(val, build_bridges(experiment), "final", CONDITIONS, want_attention=True)
     path = find_eval(experiment.folder)
-    assert list(read_jsonl(path)) == rows and len(rows) == len(val)
+    assert list(load_jsonl(path)) == rows and len(rows) == len(val)
     parts = ("full", "extracted", "logprob", "correct")
     for i, (row, e) in enumerate(zip(rows, val, strict=True)):
         assert set(row) == KEYS | {f"{c}_{part}" for c in CONDITIONS if c != "union" for part in parts}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.tasks.base import CUE, literal_prompt
+from bridgekit.tasks import CUE, literal_prompt
 from bridgekit.train.data import indices_at, noise_seeds, step_batch, tokenize_answers
 
 

@@ -6,16 +6,14 @@ python -m pytest tests/train/test_experiment.py
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import bridgekit
 from bridgekit.config import ConfigError
 from bridgekit.model.bridge import checkpoint_path, save_bridge
 from bridgekit.runs import write_status
-from bridgekit.tasks.base import told_prompt
+from bridgekit.tasks import told_prompt
 from bridgekit.train import experiment as experiment_module
 from bridgekit.train.conditions import Text
 from bridgekit.train.experiment import Experiment
@@ -140,19 +138,15 @@ def test_a_bridge_trained_in_a_notebook_can_be_exported(experiment, tmp_path):
 
 def test_code_of_a_user_s_own_is_not_run_unless_trusted(copy, pair, monkeypatch):
     (copy / "code").mkdir()
+    (copy / "code/code.json").write_text("{}")
     build, code_dirs = experiment_module.build_bridge, []
 
-    def check_trust(folder, trust_code):
-        if not trust_code:
-            raise ConfigError(f"{folder}: holds code")
-
-    def watch(*arguments, code_dir):
-        code_dirs.append(code_dir)
+    def watch(*arguments):
+        code_dirs.append(arguments[-1])
         return build(*arguments)
 
-    monkeypatch.setattr(bridgekit, "extend", SimpleNamespace(check_trust=check_trust), raising=False)
     monkeypatch.setattr(experiment_module, "build_bridge", watch)
-    assert "holds code" in refused(copy, pair) and not code_dirs
+    assert "code of its own" in refused(copy, pair) and not code_dirs
     Experiment.load(copy, pair=pair, trust_code=True)
     assert set(code_dirs) == {copy / "code"}
 

@@ -12,11 +12,11 @@ import pytest
 import safetensors
 import torch
 
-from bridgekit.config import CONTROLS, ConfigError, to_flat
+from bridgekit.config import CONTROLS, to_flat
 from bridgekit.model import losses
 from bridgekit.model.bridge import checkpoint_path
 from bridgekit.model.generation import Generated, decode_bridged, unpad
-from bridgekit.runs import read_jsonl
+from bridgekit.runs import load_jsonl
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.answers import extract_answer
 from bridgekit.train import trainer
@@ -30,7 +30,7 @@ def one_step(tiny, make_experiment, training_set, val):
     """A configuration's experiment with a bridge, three examples of unequal lengths, and the losses of one step."""
 
     def make(indices=(4, 0, 9), **changes):
-        experiment = make_experiment(tiny(**(dict(nll_weight=0.0, source_layers="1,2") | changes)))
+        experiment = make_experiment(tiny(source_layers="1,2", **changes))
         bridge = experiment.build_bridge().eval()
         batch = training_set(experiment.config, val).batch(np.array(indices), np.arange(1, len(indices) + 1))
         return experiment, bridge, batch, step_losses(experiment, bridge, batch)
@@ -45,7 +45,7 @@ def one_step(tiny, make_experiment, training_set, val):
     "name, producer", [*((n, p) for n in NAMES[:-1] for p in ("resampler", "dit", "constant")), ("flow", "dit")]
 )
 def test_each_loss_alone_has_a_gradient_to_the_bridge(one_step, pair, name, producer):
-    _, bridge, _, found = one_step(producer=producer, **{f"{name}_weight": 1.0})
+    _, bridge, _, found = one_step(producer=producer, **{"nll_weight": 0.0, f"{name}_weight": 1.0})
     assert list(found) == [name]
     total, count = found[name]
     (total / count).backward()
@@ -57,7 +57,7 @@ def test_each_loss_alone_has_a_gradient_to_the_bridge(one_step, pair, name, prod
 
 
 def test_a_loss_without_weight_is_not_computed(one_step):
-    assert list(one_step(nll_weight=1.0)[3]) == ["nll"] and one_step()[3] == {}
+    assert list(one_step()[3]) == ["nll"] and list(one_step(nll_weight=0.0, kl_weight=0.1)[3]) == ["kl"]
 
 
 def plain_answer_logits(lm, parts: list[torch.Tensor], labels) -> torch.Tensor:
@@ -104,7 +104,7 @@ def test_a_step_s_losses_are_those_of_its_examples_one_by_one(one_step, pair):
 def test_moving_labels_moves_every_answer_loss_and_padding_none(one_step):
     experiment, bridge, batch, found = one_step(nll_weight=1.0, kl_weight=1.0, format_weight=1.0)
     moved = step_losses(experiment, bridge, replace(batch, labels=batch.labels.roll(1, dims=1)))
-    assert all(not math.isclose(moved[k][0], found[k][0], rel_tol=1e-2) for k in found)
+    assert all(moved[k][0].item() != pytest.approx(found[k][0].item(), rel=1e-2) for k in found)
     longer = {k: torch.nn.functional.pad(getattr(batch, k), (0, 2)) for k in ("labels", "labels_mask", "marker")}
     for name, (total, count) in step_losses(experiment, bridge, replace(batch, **longer)).items():
         assert count == found[name][1] and total.item() == pytest.approx(found[name][0].item(), rel=1e-5), name
@@ -301,7 +301,7 @@ def test_patience_stops_a_bridge_at_once_and_a_control_after_half_of_its_steps(t
     steps = {}
     for name, file in (("bridged", "metrics.jsonl"), ("constant", "metrics_constant.jsonl")):
         trainer.train_bridge(experiment, name)
-        steps[name] = [m["step"] for m in read_jsonl(experiment.folder / file) if "eval" in m]
+        steps[name] = [m["step"] for m in load_jsonl(experiment.folder / file) if "eval" in m]
     assert steps == {"bridged": [0, 1, 2], "constant": list(range(9))}
 
 
@@ -333,21 +333,6 @@ def test_the_mix_of_the_training_data_is_the_one_asked_for(tiny, make_experiment
         wanted[mix] = {f"Question: {e.question}\nAnswer:\n" for e in examples}
         assert sum(e.group == "source_only" for e in examples) == (60 if mix == 0.75 else round(0.23 * 80))
     assert asked == {"bridged": wanted[share], "constant": wanted[share], "constant_natural": wanted[-1.0]}
-
-
-def test_a_training_without_any_loss_is_refused(tiny):
-    trainer.check_losses(tiny(controls=["constant", "self_bridge"]))
-    for changes in (dict(nll_weight=0.0), dict(nll_weight=0.0, prompt_weight=1.0, controls=["constant"])):
-        with pytest.raises(ConfigError, match=r"^loss.nll_weight: .*no loss.*$"):
-            trainer.check_losses(tiny(**changes))
-
-
-def test_a_step_in_which_no_loss_is_due_moves_nothing(tiny, make_experiment):
-    changes = dict(nll_weight=0.0, decode_weight=1.0, decode_every=3, decode_batch=2, decode_tokens=8, steps=4)
-    experiment = make_experiment(tiny(**changes, eval_every=4, val_samples=4, max_new_tokens=4))
-    trainer.train_bridge(experiment, "bridged")
-    rows = [m for m in read_jsonl(experiment.folder / "metrics.jsonl") if "loss" in m]
-    assert [m["step"] for m in rows] == [3] and set(rows[0]["losses"]) == {"decode"}
 
 
 def test_numbers_that_are_none_are_named_with_their_step_and_loss():

@@ -10,7 +10,7 @@ import pytest
 import safetensors
 
 from bridgekit.model.bridge import checkpoint_path
-from bridgekit.runs import create_run, find_eval, load_eval, read_jsonl, read_status
+from bridgekit.runs import create_run, find_eval, load_eval, load_jsonl, load_status
 from bridgekit.train import trainer, worker
 
 
@@ -24,18 +24,18 @@ def past_the_best(tiny, make_experiment):
     experiment = make_experiment(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "learning_rate", lambda config, step: 1.0 if step < 4 else -1.0)
-        worker.record_provenance(experiment, "train")
+        worker.record_provenance(experiment)
         worker.run_training(experiment)
     return experiment
 
 
 def evaluations(experiment) -> dict[int, float]:
     """Validation accuracy of the bridge by step."""
-    return {m["step"]: m["eval"]["bridged"] for m in read_jsonl(experiment.folder / "metrics.jsonl") if "eval" in m}
+    return {m["step"]: m["eval"]["bridged"] for m in load_jsonl(experiment.folder / "metrics.jsonl") if "eval" in m}
 
 
 def texts(path) -> list[str]:
-    return [row["bridged_full"] for row in read_jsonl(path)]
+    return [row["bridged_full"] for row in load_jsonl(path)]
 
 
 def test_the_best_weights_are_the_ones_evaluated(past_the_best):
@@ -43,7 +43,7 @@ def test_the_best_weights_are_the_ones_evaluated(past_the_best):
     best = max(step for step in found if found[step] == max(found.values()))
     assert found[16] < found[best] and best < 16  # training did go on past the best
     with safetensors.safe_open(checkpoint_path(experiment.folder, "bridged"), "pt") as file:
-        assert file.metadata() == {"step": str(best), "val_accuracy": f"{found[best]:.5f}"}
+        assert file.metadata().items() >= {"step": str(best), "val_accuracy": f"{found[best]:.5f}"}.items()
     bridges = {"bridged": experiment._load_bridge("bridged")}
     again = experiment.evaluate(experiment.examples("val")[:20], bridges, None, ("bridged",))
     kept = texts(experiment.folder / f"eval_samples_step_{best}.jsonl")
@@ -59,14 +59,14 @@ def test_a_run_folder_is_whole(past_the_best):
         "eval_samples_step_final.jsonl", *(f"eval_samples_step_{step}.jsonl" for step in (0, 4, 8, 12, 16)),
         "attention.npz", "checkpoint", "verdict.json", "summary.log", "timing.json", "status.json",
     }  # fmt: skip
-    status = read_status(folder)
+    status = load_status(folder)
     assert set(status) >= {"state", "stage", "elapsed", "parameters"} and status["state"] == "finished"
     assert status["parameters"] == past_the_best.build_bridge().n_parameters
     frame = load_eval(find_eval(folder))
     assert set(frame["split"]) == {"test"} and Counter(frame["novelty"])["seen"] == 8
     for step in (0, 4, 8, 12, 16):  # selection looks at validation alone
-        assert {row["split"] for row in read_jsonl(folder / f"eval_samples_step_{step}.jsonl")} == {"val"}
-    losses = [m for m in read_jsonl(folder / "metrics.jsonl") if "loss" in m]
+        assert {row["split"] for row in load_jsonl(folder / f"eval_samples_step_{step}.jsonl")} == {"val"}
+    losses = [m for m in load_jsonl(folder / "metrics.jsonl") if "loss" in m]
     assert [m["step"] for m in losses] == list(range(1, 17))
     for m in losses:
         assert {"loss", "lr", "grad_norm", "losses", "seconds"} <= set(m) and set(m["losses"]) == {"nll"}
@@ -80,7 +80,7 @@ def test_each_selection_of_a_control_stands_in_the_final_evaluation(past_the_bes
     folder = past_the_best.folder
     steps = json.loads((folder / "controls.json").read_text())["constant"]
     assert set(steps) == {"mix", "source_only", "last"} and min(steps.values()) >= 8 and steps["last"] == 16
-    (row, *_) = read_jsonl(find_eval(folder))
+    (row, *_) = load_jsonl(find_eval(folder))
     names = {k.removesuffix("_full") for k in row if k.startswith("constant") and k.endswith("_full")}
     beside = {f"constant.{key}" for key, step in steps.items() if step != steps["mix"]}
     assert names == {"constant"} | beside
@@ -108,7 +108,7 @@ def test_a_loss_that_is_no_number_ends_the_run(tiny, capsys):
     folder = create_run(tiny(lr=1e30, steps=3, max_new_tokens=4, val_samples=4))
     message = fail(capsys, folder, RuntimeError)
     assert "nll is nan at step 2" in message and "train.lr" in message
-    status = read_status(folder)
+    status = load_status(folder)
     assert status["state"] == "failed" and status["error"] == message.removeprefix("error: ")
 
 
@@ -127,12 +127,11 @@ def test_a_full_disk_is_said_in_one_line(tiny, capsys, monkeypatch):
     (dict(n_soft_tokens=2000), "bridge.n_soft_tokens"),
     (dict(n_test=2, conditions=["source", "target", "bridged", "shuffled"]), "task.n_test"),
     (dict(num_processes=2), "train.num_processes: 2 asked for, 1 started"),
-    (dict(nll_weight=0.0, kl_weight=0.0), "loss.nll_weight"),
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_training(tiny, capsys, changes, key):
     folder = create_run(tiny(**changes))
     assert key in fail(capsys, folder, 2)
-    assert read_status(folder)["state"] == "failed" and not (folder / "headroom.jsonl").exists()
+    assert load_status(folder)["state"] == "failed" and not (folder / "headroom.jsonl").exists()
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
@@ -159,12 +158,12 @@ def test_fewer_test_problems_keep_all_donors(tiny, make_experiment):
 def test_every_stage_says_where_its_numbers_come_from(tiny, make_experiment, monkeypatch):
     experiment = make_experiment(tiny())
     path = experiment.folder / "provenance.json"
-    worker.record_provenance(experiment, "baselines")
+    worker.record_provenance(experiment)
     first = json.loads(path.read_text())
     assert first["target"] == experiment.pair.target.fingerprint
-    worker.record_provenance(experiment, "train")
+    worker.record_provenance(experiment)
     assert json.loads(path.read_text()) == first  # nothing has changed
     monkeypatch.setattr(experiment, "provenance", lambda: first | {"commit": "another"})
-    worker.record_provenance(experiment, "train")
+    worker.record_provenance(experiment)
     now = json.loads(path.read_text())
     assert now["commit"] == "another" and [r["commit"] for r in now["earlier"]] == [first["commit"]]
