@@ -3,6 +3,9 @@
 Nothing here imports torch before a test asks for it, so that the tests of facts and tables stay quick.
 """
 
+import itertools
+from pathlib import Path
+
 import pytest
 
 from bridgekit.config import load_config
@@ -67,14 +70,20 @@ def training_set(pair):
 
 
 @pytest.fixture(scope="session")
-def make_job(pair, accelerator):
-    """`make_job(config)`: a run folder and the job in it, without loading the pair again."""
+def make_experiment(pair, accelerator):
+    """`make_experiment(config)`: a run folder and the experiment in it, without loading the pair again."""
     from bridgekit.runs import create_run
-    from bridgekit.tasks import load_examples
-    from bridgekit.train.trainer import Job
+    from bridgekit.train.experiment import Experiment
 
-    def make(config) -> Job:
-        val, test = (load_examples(config, pair.lexicon_seed, split) for split in ("val", "test"))
-        return Job(config, create_run(config), accelerator, pair, val, test)
+    numbers = itertools.count(1)
+
+    def make(config) -> Experiment:
+        folder = Path(config.run.runs_dir) / f"{config.run.name}_{next(numbers)}"
+        return Experiment(config, create_run(config, folder), accelerator, pair)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def make_job(make_experiment):
+    return make_experiment

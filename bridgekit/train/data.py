@@ -1,4 +1,7 @@
-"""From examples to tensors: tokenized once, a batch is a pure function of the step.
+"""From examples to tensors: tokenized once; the batch of a step is a pure function of (seed, step, slot).
+
+    texts = TrainingTexts(config, pair.target, examples)
+    batch = step_batch(config, TrainingSet(texts, states), step)     # all slots of the step's global batch
 
 Shapes: B batch, S source tokens, L captured layers, D_s source hidden size, A answer tokens.
 """
@@ -8,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bridgekit.config import SOFT_INJECTORS, Config, ConfigError
-from bridgekit.model.pair import LanguageModel, Pair, Pieces, split_at_soft, split_prompts
+from bridgekit.config import Config
+from bridgekit.model.pair import LanguageModel, Pieces, split_at_soft, split_prompts
 from bridgekit.model.states import Ragged, SourceStates
-from bridgekit.tasks.base import Example, Prompt, literal_prompt
+from bridgekit.tasks import Example, literal_prompt
 
 
 def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -28,11 +31,14 @@ def noise_seeds(seed: int, step: int, batch_size: int) -> np.ndarray:
 
 @dataclass
 class Batch:
+    """What one training step reads; an (ids, mask) pair is padded at the right end."""
+
     states: torch.Tensor  # (B, S, L, D_s)
     mask: torch.Tensor  # (B, S)
-    seeds: torch.Tensor  # (B,) of the sampler's noise
+    seeds: torch.Tensor  # (B,) of the sampler's noise and of dropout
+    slots: torch.Tensor  # (B,) places in the step's global batch
     alignment: torch.Tensor | None  # (B, P, 2), for an injector that needs it
-    before: tuple[torch.Tensor, torch.Tensor]  # ids and mask of the target's text before the soft tokens
+    before: tuple[torch.Tensor, torch.Tensor]  # the target's text before the soft tokens
     after: tuple[torch.Tensor, torch.Tensor]  # and after them, without the answer
     literal: tuple[torch.Tensor, torch.Tensor]  # the whole literal prompt, for the KL teacher
     labels: torch.Tensor  # (B, A), the answer with its end token
@@ -65,16 +71,28 @@ class TrainingSet:
     def __init__(self, texts: TrainingTexts, states: SourceStates):
         self.texts, self.states = texts, states
 
-    def batch(self, indices: np.ndarray, seeds: np.ndarray) -> Batch:
-        texts = self.texts
-        states, mask = self.states.batch(indices, texts.device)
+    def __len__(self) -> int:
+        return len(self.texts.answers.lengths)
+
+    def batch(self, indices: np.ndarray, seeds: np.ndarray, slots: np.ndarray | None = None) -> Batch:
+        """The examples at `indices` (B,), with their sampler seeds (B,) and slots (B,)."""
+        texts, device = self.texts, self.texts.device
+        states, mask = self.states.batch(indices, device)
         labels, labels_mask = texts.answers.take(indices)
         marker, _ = texts.markers.take(indices)
+        slots = np.arange(len(indices)) if slots is None else slots
         return Batch(
-            states, mask, torch.from_numpy(seeds).to(texts.device), self.states.alignment(indices, texts.device),
-            texts.before.take(indices), texts.after.take(indices), texts.literal.take(indices), labels, labels_mask,
-            marker.bool() & labels_mask, texts.finals.take(indices),
+            states, mask, torch.from_numpy(seeds).to(device), torch.from_numpy(slots).to(device),
+            self.states.alignment(indices, device), texts.before.take(indices), texts.after.take(indices),
+            texts.literal.take(indices), labels, labels_mask, marker.bool() & labels_mask, texts.finals.take(indices),
         )  # fmt: skip
+
+
+def step_batch(config: Config, data: TrainingSet, step: int, rank: int = 0, world: int = 1) -> Batch:
+    """The slots rank, rank + world, ... of the step's global batch: the first n slots are spread over all processes."""
+    size, seed = config.train.batch_size, config.run.seed
+    slots = np.arange(size)[rank::world]
+    return data.batch(indices_at(seed, step, size, len(data))[slots], noise_seeds(seed, step, size)[slots], slots)
 
 
 def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str) -> tuple[list, list]:
@@ -86,24 +104,9 @@ def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str
 def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """Answer ids ending in the end token, and for each token whether it belongs to the `####` marker."""
     encoded = lm.tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
-    end = min(lm.eos_ids)
     answers, markers = [], []
     for text, ids, offsets in zip(solutions, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         start = text.rfind("####")
-        answers.append([*ids, end])
+        answers.append([*ids, lm.end_id])
         markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])
     return answers, markers
-
-
-def check_fit(config: Config, pair: Pair, prompts: list[Prompt]) -> None:
-    """Refuse more soft tokens, text and answer than the target has positions."""
-    longest = max(len(p.all) for p in split_prompts(pair.target, prompts))
-    soft = config.bridge.n_soft_tokens if config.bridge.injector in SOFT_INJECTORS else 0
-    if soft == -1:
-        soft = min(2048, max(len(p.all) + 1 for p in split_prompts(pair.source, prompts)))
-    needed = 1 + soft + longest + config.eval.max_new_tokens
-    if needed > pair.target.max_positions:
-        raise ConfigError(
-            f"bridge.n_soft_tokens: {soft} soft tokens, {longest} prompt tokens and {config.eval.max_new_tokens} new "
-            f"ones need {needed} positions; the target has {pair.target.max_positions}: use fewer soft tokens"
-        )

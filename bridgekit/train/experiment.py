@@ -1,63 +1,96 @@
-"""Open a finished run: its configuration, the pair it was trained on, its bridges and its test problems.
+"""One object that holds an experiment: pair, task, examples, states and bridges; what everything else is called with.
 
-    opened = open_finished("preserved_data/headline_resampler_seed1")  # checks the run, and the pair it is opened with
-    examples = opened.pick("source_only", 200)
-    tokens, mask = opened.encode(examples)
+    experiment = Experiment(load_config("parameters/phase1.yaml"))            # in a notebook: nothing is written
+    example = experiment.examples("val")[0]
+    bridge = experiment.build_bridge()
+    loss = experiment.step_losses(bridge, experiment.batch(step=0))["loss"]
+    experiment = Experiment.load("preserved_data/headline_resampler_seed1")    # a finished run, never written to
+    experiment.ask("Hal has 9 sisak of pins. How many pins?")
 
-Nothing is trained and the run folder is never written to. Every message is made as evaluation makes it, through
-`Evaluator` and the bridge contract, whichever bridge it is.
-Shapes: B batch, N examples, K soft tokens, D_t hidden size of the target.
+Training and evaluation of a run (worker.py) use the same object with a run folder and an accelerator.
+Shapes: B batch, N examples, S source tokens, L captured layers, K soft tokens, D_s and D_t hidden sizes.
 """
 
 import json
-from dataclasses import dataclass
+import shutil
+import time
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from bridgekit.config import Config, ConfigError
-from bridgekit.model.bridge import Bridge, build_bridge, checkpoint_path, load_bridge
+from bridgekit import extend
+from bridgekit.config import Config, ConfigError, dump_config
+from bridgekit.model.bridge import Bridge, build_bridge, checkpoint_path, load_bridge, load_part, save_bridge
+from bridgekit.model.generation import Generated
 from bridgekit.model.message import Message
-from bridgekit.model.pair import Pair, load_pair
-from bridgekit.model.states import SourceStates
-from bridgekit.runs import read_run_config, read_status
-from bridgekit.tasks import Example, load_examples, units
-from bridgekit.train.data import TrainingSet, TrainingTexts
-from bridgekit.train.evaluator import Evaluator, sampler_seed
-from bridgekit.train.trainer import variant
+from bridgekit.model.pair import Pair, load_pair, pick_layers
+from bridgekit.model.states import SourceStates, align_tokens, read_source
+from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
+from bridgekit.tasks import Example, get_task, source_prompt, units
+from bridgekit.train import trainer
+from bridgekit.train.conditions import (
+    TABLE,
+    Baselines,
+    Bridged,
+    Choice,
+    answer_row,
+    decode_messages,
+    evaluate,
+    find_row,
+    sampler_seed,
+    tune_router,
+)  # fmt: skip
+from bridgekit.train.data import Batch, TrainingSet, TrainingTexts, step_batch
 
-BATCH = 64
+BATCH = 64  # messages made at once by `encode`
 
 
-@dataclass
 class Experiment:
-    """A finished run with its pair and its bridges, in evaluation mode."""
+    """A configuration with its pair; with a folder and an accelerator it is a run of one or several processes."""
 
-    run: Path
-    config: Config
-    pair: Pair
-    evaluator: Evaluator
-    bridges: dict[str, Bridge]  # `bridged`, and `constant` where its checkpoint was kept
-    test: list[Example]  # held-out problems; those about train units are left out
-
-    @classmethod
-    def load(cls, run: str | Path, source_model: str = "embedded", target_model: str = "embedded", device: str = "auto",
-             pair: Pair | None = None) -> "Experiment":  # fmt: skip
-        """A finished run with the pair it was trained on; anything else is refused in one line."""
-        return open_finished(run, source_model, target_model, device, pair)
+    def __init__(self, config: Config, folder: str | Path | None = None, accelerator=None, pair: Pair | None = None):
+        self.config, self.folder = config, Path(folder) if folder else None
+        self.processes = trainer.Processes(accelerator)
+        self.pair = pair or load_pair(config, accelerator.device if accelerator else None)
+        self.device = self.pair.target.device  # where every bridge lives
+        self.layers = pick_layers(self.pair.source, config.bridge.source_layers)
+        self.self_layers = pick_layers(self.pair.target, "auto")
+        self.code_dir = self.folder / "code" if self.folder and (self.folder / "code").is_dir() else None
+        self.task = get_task(config, self.code_dir)
+        self.bridges: dict[str, Bridge] = {}
+        self.router_threshold: float | None = None
+        self.seconds_spent: dict[str, float] = {}  # by stage
+        self.started = time.time()
+        name = f"{self.pair.source.fingerprint}_{self.pair.target.fingerprint}".replace("/", "-")
+        shared = Path(config.run.cache_dir) / f"baselines_{name}.jsonl" if accelerator else None
+        settings = config.eval.max_new_tokens, config.eval.eval_batch_size, self.task.is_complete
+        self.baselines = Baselines(*settings, shared)
+        self._examples: dict[tuple, list[Example]] = {}
+        self._texts: dict[float, TrainingTexts] = {}
+        self._configs: dict[str, Config] = {}
 
     @property
-    def layers(self) -> tuple[int, ...]:
-        return self.evaluator.layers
+    def run(self) -> Path | None:
+        return self.folder
 
-    def source_states(self, examples: list[Example], condition: str = "bridged", cache_gb: float = 0) -> SourceStates:
-        return self.evaluator.source_states(condition, examples, cache_gb)
+    # ---- the questions ----------------------------------------------------------------------------------------------
 
-    def decode_messages(self, condition: str, bridge: Bridge, examples, states, attention=None):
-        return self.evaluator.decode_messages(condition, bridge, examples, states, attention)
+    def examples(self, split: str, share: float | None = None) -> list[Example]:
+        """Problems of `train`, `val` or `test`; `share`: of source-only ones in training, where not the config's."""
+        if (split, share) not in self._examples:
+            made = self.task.examples(self.config, self.pair.lexicon_seed, split, share)
+            self._examples[split, share] = made
+        return self._examples[split, share]
+
+    @cached_property
+    def test(self) -> list[Example]:
+        """Held-out test problems: those about train units are left out."""
+        return [e for e in self.examples("test") if e.novelty != "seen"]
 
     def pick(self, group: str | None, n: int) -> list[Example]:
         """The first `n` test problems of a group, as many units as possible before one is asked twice."""
@@ -74,28 +107,241 @@ class Experiment:
         lexicon = units.make_lexicon(self.pair.lexicon_seed)
         return units.swap_roles(lexicon) if self.config.pair.direction == "swapped" else lexicon
 
-    def training_set(self, examples: list[Example]) -> TrainingSet:
-        """The examples as training would see them, in the prompt mode and at the length of evaluation."""
-        whole = self.config.with_(train_prompt_mode="same", answer_tokens=0)
-        states = self.evaluator.source_states("bridged", examples)
-        return TrainingSet(TrainingTexts(whole, self.pair.target, examples), states)
-
     def seeds(self, examples: list[Example]) -> np.ndarray:
+        """The sampler's seed of each example. (N,)"""
         return np.array([sampler_seed(self.config.run.seed, e.id) for e in examples])
+
+    # ---- states and bridges -----------------------------------------------------------------------------------------
+
+    def config_of(self, name: str) -> Config:
+        """The configuration of a bridge: the experiment's own, or that of a control."""
+        base = name.split(".")[0]
+        if base not in self._configs:
+            self._configs[base] = trainer.control_config(self.config, base)
+        return self._configs[base]
+
+    def source_states(self, examples: list[Example], condition: str = "bridged", cache_gb: float = 0) -> SourceStates:
+        """What a bridge reads of these examples, in training and evaluation alike; kept if it fits into `cache_gb`.
+
+        That is the target's own states for `self_bridge`, else the source's."""
+        pair, settings = self.pair, self.config_of(condition).bridge
+        lm, view, layers = pair.source, settings.source_view, self.layers
+        if condition.split(".")[0] == "self_bridge":  # the target may read only what it can read anyway
+            lm, view, layers = pair.target, "prompt", self.self_layers
+            examples = [replace(e, facts="") for e in examples]
+        solutions = {}
+        if view == "solution":
+            texts = self.baselines.answer(lm, [source_prompt(e) for e in examples])
+            solutions = {e.id: g.text for e, g in zip(examples, texts, strict=True)}
+        aligned = load_part(self.config, "injector", self.code_dir)[0].aligned
+        spans = align_tokens(lm, pair.target, examples) if aligned else None
+        rows = read_source(lm, examples, view, solutions)
+        # A constant looks at nothing: it gets one token per prompt, and the source hardly runs.
+        if settings.producer == "constant" and settings.n_soft_tokens != -1:
+            rows = [row[:1] for row in rows]
+        return SourceStates(lm, rows, layers, cache_gb, spans)
+
+    def build_bridge(self, name: str = "bridged") -> Bridge:
+        """A fresh bridge on the target's device, with the initial weights that the run's seed gives."""
+        is_self = name.split(".")[0] == "self_bridge"
+        layers, lm = (self.self_layers, self.pair.target) if is_self else (self.layers, self.pair.source)
+        set_seed(self.config.run.seed)
+        return build_bridge(self.config_of(name), len(layers), lm.hidden_size, self.pair.target, self.code_dir)
 
     @torch.no_grad()
     def encode(self, examples: list[Example], name: str = "bridged") -> tuple[torch.Tensor, torch.Tensor]:
         """The messages' tokens and mask. -> (N, K, D_t), (N, K)"""
-        states, seeds = self.evaluator.source_states("bridged", examples), self.seeds(examples)
-        tokens, masks = [], []
-        for chunk in chunks(len(examples)):
-            message = encode_chunk(self.bridges[name], states, chunk, seeds, self.pair.target.device)
-            tokens.append(message.tokens.float())
-            masks.append(message.mask)
-        width = max(t.shape[1] for t in tokens)
-        pad = torch.nn.functional.pad
-        tokens = torch.cat([pad(t, (0, 0, 0, width - t.shape[1])) for t in tokens])
-        return tokens, torch.cat([pad(m, (0, width - m.shape[1])) for m in masks])
+        states, seeds, bridge = self.source_states(examples, name), self.seeds(examples), self.bridges[name]
+        made = [encode_chunk(bridge, states, chunk, seeds, self.device) for chunk in chunks(len(examples))]
+        width, pad = max(m.tokens.shape[1] for m in made), torch.nn.functional.pad
+        tokens = torch.cat([pad(m.tokens.float(), (0, 0, 0, width - m.tokens.shape[1])) for m in made])
+        return tokens, torch.cat([pad(m.mask, (0, width - m.mask.shape[1])) for m in made])
+
+    # ---- training ---------------------------------------------------------------------------------------------------
+
+    def training_data(self, name: str = "bridged") -> TrainingSet:
+        """What a bridge or control is trained on: texts and states of the training examples of its mix."""
+        config = self.config_of(name)
+        share = config.task.source_only_share
+        examples = self.examples("train", share)
+        if share not in self._texts:
+            self._texts[share] = TrainingTexts(config, self.pair.target, examples)
+        return TrainingSet(self._texts[share], self.source_states(examples, name, config.train.cache_states_gb))
+
+    def training_set(self, examples: list[Example]) -> TrainingSet:
+        """Any examples as training would see them, in the prompt mode and at the length of evaluation."""
+        whole = self.config.with_(train_prompt_mode="same", answer_tokens=0)
+        return TrainingSet(TrainingTexts(whole, self.pair.target, examples), self.source_states(examples))
+
+    @cached_property
+    def _data(self) -> TrainingSet:
+        return self.training_data()
+
+    def batch(self, step: int) -> Batch:
+        """The examples of a training step, as tensors."""
+        return step_batch(self.config, self._data, step, self.processes.rank, self.processes.world)
+
+    def step_losses(
+        self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged"
+    ) -> dict[str, torch.Tensor]:
+        """The mean of each loss that has a weight, and their weighted sum as `loss`, which has the gradient."""
+        totals = trainer.step_losses(self, bridge, batch, step, name)
+        means = trainer.mean_losses(totals, self.processes)
+        return means | {"loss": trainer.weigh(self.config_of(name), means)}
+
+    @cached_property
+    def extra_loss(self):
+        """The user's own loss (`loss.extra`), or None."""
+        if not self.config.loss.extra_weight:
+            return None
+        loss, options = extend.load_checked(self.config, "loss.extra", self.code_dir)
+        return trainer.wrap_extra_loss(loss, options)
+
+    # ---- answering --------------------------------------------------------------------------------------------------
+
+    def answer(self, condition, examples: list[Example], bridges: dict[str, Bridge] | None = None) -> list[Generated]:
+        """What a condition, by its name or as a row of the table, answers to each example."""
+        row = find_row(condition) if isinstance(condition, str) else condition
+        bridges = self.bridges if bridges is None else bridges
+        if isinstance(row, Choice) and self.router_threshold is None:
+            file = self.folder / "headroom.jsonl" if self.folder else None
+            known = list(load_jsonl(file)) if file and file.exists() else None
+            self.router_threshold = tune_router(
+                known or self.evaluate(self.examples("val"), {}, None, ("source", "target"))
+            )
+        if isinstance(row, Bridged) and row.bridge not in bridges and self.folder:
+            bridges = {row.bridge: self._load_bridge(row.bridge)}
+        donors = [e for split in {e.split for e in examples} & {"val", "test"} for e in self.examples(split)]
+        return answer_row(self, row, examples, bridges, donors=donors)
+
+    def ask(self, question: str, bridge: Bridge | None = None, names=("source", "target", "bridged"), **fields):
+        """A question of one's own, answered side by side. -> DataFrame with condition, answer, extracted
+
+        `fields` are further fields of the Example, such as `facts` that only the source reads."""
+        import pandas as pd
+
+        shots = self.examples("val")[0].shots
+        fields = dict(id="asked", split="asked", solution="", gold="", shots=shots) | fields
+        example = Example(question=question, **fields)
+        bridges = {"bridged": bridge} if bridge else self.bridges
+        names = [n for n in names if n in bridges or not isinstance(find_row(n), Bridged)]
+        texts = {n: self.answer(n, [example], bridges)[0].text for n in names}
+        rows = [{"condition": n, "answer": t, "extracted": self.task.extract(t)} for n, t in texts.items()]
+        return pd.DataFrame(rows)
+
+    def evaluate(self, examples, bridges=None, step=None, conditions=None, **options) -> list[dict]:
+        """A row per example; written into the run folder only with a `step`. `conditions`: names, or rows by name."""
+        conditions = self.config.eval.conditions if conditions is None else conditions
+        return evaluate(self, examples, self.bridges if bridges is None else bridges, step, conditions, **options)
+
+    def decode_messages(self, condition: str, bridge: Bridge, examples, states: SourceStates, attention=None):
+        """The target's answers with messages of given states, treated as the condition treats them."""
+        change = getattr(TABLE.get(condition), "change", None)
+        return decode_messages(self, bridge, examples, states, change, attention)
+
+    # ---- a run's records --------------------------------------------------------------------------------------------
+
+    def report(self, stage: str, **status) -> None:
+        """What a watcher of the run sees."""
+        if self.folder and self.processes.is_first:
+            elapsed = round(time.time() - self.started, 1)
+            write_status(self.folder, state="running", stage=stage, elapsed=elapsed, **status)
+
+    def log(self, text: str) -> None:
+        if self.processes.is_first:
+            print(text, flush=True)
+
+    def spend(self, stage: str, since: float) -> None:
+        self.seconds_spent[stage] = round(self.seconds_spent.get(stage, 0) + time.time() - since, 1)
+
+    def provenance(self) -> dict:
+        """Where the numbers come from: code, versions, machine, and which two models."""
+        devices = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
+        return provenance(self.config) | {
+            "gpus": sorted(devices), "processes": self.processes.world, "dtype": str(self.pair.target.dtype),
+            "source": self.pair.source.fingerprint, "target": self.pair.target.fingerprint,
+            "lexicon_seed": self.pair.lexicon_seed,
+        }  # fmt: skip
+
+    # ---- finished runs ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load(
+        cls, run: str | Path, source_model: str = "", target_model: str = "", device: str = "auto",
+        pair: Pair | None = None, trust_code: bool = False,
+    ) -> "Experiment":  # fmt: skip
+        """A finished run with the pair it was trained on and its bridges; anything else is refused in one line.
+
+        A kept run may name its pair's folder on another machine: then give the two models here. A run with a folder
+        code/ holds a user's own Python and is opened only with `trust_code`."""
+        run = Path(run)
+        check_finished(run)
+        extend.check_trust(run, trust_code)
+        models = {k: v for k, v in (("source_model", source_model), ("target_model", target_model)) if v}
+        config = load_run_config(run).with_(**models, source_device=device, target_device=device, dtype="auto")
+        pair = pair or load_pair(config)
+        check_same_pair(run, pair)
+        experiment = cls(config, run, pair=pair)
+        for name in ("bridged", "constant"):
+            if checkpoint_path(run, name).is_file():
+                experiment.bridges[name] = experiment._load_bridge(name)
+        return experiment
+
+    def _load_bridge(self, name: str) -> Bridge:
+        """A bridge with its kept weights, in evaluation mode."""
+        bridge = self.build_bridge(name)
+        try:
+            load_bridge(bridge, self.folder, name)
+        except (RuntimeError, SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise ConfigError(
+                f"{checkpoint_path(self.folder, name)}: does not fit the run's config.yaml ({reason}): restore both, "
+                "or name another run"
+            ) from None
+        return bridge.eval().requires_grad_(False)
+
+    def export(self, out: str | Path) -> Path:
+        """A folder with the trained bridge and all that `Experiment.load(out)` needs on another machine."""
+        out = Path(out)
+        if out.exists() and any(out.iterdir()):
+            raise ConfigError(f"{out}: not empty: name a new folder")
+        out.mkdir(parents=True, exist_ok=True)
+        bridge, record = self.bridges["bridged"], self.folder / "provenance.json" if self.folder else None
+        record = json.loads(record.read_text()) if record and record.is_file() else self.provenance()
+        save_bridge(bridge, out, "bridged", {"step": "exported"})
+        write_text_atomic(out / "config.yaml", dump_config(self.config))
+        write_text_atomic(out / "provenance.json", json.dumps(record, indent=1) + "\n")
+        if self.code_dir:
+            shutil.copytree(self.code_dir, out / "code")
+        write_text_atomic(out / "CARD.md", describe_artifact(self, bridge, record))
+        write_status(out, state="finished", stage="exported", parameters=bridge.n_parameters)
+        return out
+
+
+def describe_artifact(experiment: Experiment, bridge: Bridge, record: dict) -> str:
+    """The CARD.md of an exported bridge: what it is, which pair it fits, how it is opened."""
+    settings, pair = experiment.config.bridge, experiment.config.pair
+    verdict = experiment.folder / "verdict.json" if experiment.folder else None
+    outcome = json.loads(verdict.read_text())["outcome"] if verdict and verdict.is_file() else "not judged"
+    return f"""# {experiment.folder.name if experiment.folder else experiment.config.run.name}
+
+A bridge of bridgekit: {settings.producer} x {settings.injector}, {settings.n_soft_tokens} soft tokens,
+{bridge.n_parameters:,} parameters. It carries hidden states of a frozen source model into a frozen target model.
+
+| | model | fingerprint |
+|---|---|---|
+| source | `{experiment.pair.source.origin}` | `{record["source"]}` |
+| target | `{experiment.pair.target.origin}` | `{record["target"]}` |
+
+Task {experiment.config.task.task}, direction {pair.direction}, commit `{record["commit"][:12]}`. Verdict: {outcome}.
+
+```python
+from bridgekit.train.experiment import Experiment
+
+experiment = Experiment.load(".", source_model="...", target_model="...")  # names only where they lie elsewhere
+experiment.ask("...")
+```
+"""
 
 
 def chunks(n: int) -> list[np.ndarray]:
@@ -103,40 +349,10 @@ def chunks(n: int) -> list[np.ndarray]:
 
 
 def encode_chunk(bridge: Bridge, states: SourceStates, chunk: np.ndarray, seeds: np.ndarray, device) -> Message:
+    """The messages of some examples, each with its own sampler noise."""
     hidden, mask = states.batch(chunk, device)
     noise = torch.from_numpy(seeds[chunk]).to(device)
     return bridge.encode(hidden, mask, noise, alignment=states.alignment(chunk, device))
-
-
-# ---- opening a run ------------------------------------------------------------------------------------------------
-
-
-def open_finished(
-    run: str | Path, source_model: str = "embedded", target_model: str = "embedded", device: str = "auto",
-    pair: Pair | None = None,
-) -> Experiment:  # fmt: skip
-    """A finished run with the pair it was trained on; anything else is refused in one line.
-
-    A kept run names the pair's folder on the machine that trained it, so the models are named here again; an empty
-    name takes what the run's own config.yaml says. A `pair` that is loaded already is not loaded again.
-    """
-    run = Path(run)
-    check_finished(run)
-    config = read_run_config(run)
-    given = {"source_model": source_model, "target_model": target_model}
-    config = config.with_(
-        **{k: v for k, v in given.items() if v}, source_device=device, target_device=device, dtype="auto"
-    )
-    pair = pair or load_pair(config)
-    check_same_pair(run, pair)
-    from accelerate import Accelerator
-
-    evaluator = Evaluator(config, pair, Accelerator(cpu=pair.target.device.type == "cpu"), run)
-    bridges = {"bridged": load_finished(run, "bridged", config, pair, evaluator)}
-    if checkpoint_path(run, "constant").is_file():
-        bridges["constant"] = load_finished(run, "constant", variant(config, "constant"), pair, evaluator)
-    test = [e for e in load_examples(config, pair.lexicon_seed, "test") if e.novelty != "seen"]
-    return Experiment(run, config, pair, evaluator, bridges, test)
 
 
 def check_finished(run: Path) -> None:
@@ -144,7 +360,7 @@ def check_finished(run: Path) -> None:
         raise ConfigError(
             f"{run}: no run here (config.yaml not found): name a folder of runs/ or preserved_data/ with a checkpoint"
         )
-    state = read_status(run).get("state", "never started")
+    state = load_status(run).get("state", "never started")
     if state != "finished":
         raise ConfigError(f"{run}: this run is not finished ({state}): let it end, or start it again, then look inside")
     if not checkpoint_path(run, "bridged").is_file():
@@ -163,22 +379,9 @@ def check_same_pair(run: Path, pair: Pair) -> None:
     except (OSError, ValueError, KeyError, TypeError):
         raise ConfigError(f"{path}: does not say which pair the run was trained on: restore it from the run") from None
     for role, fingerprint in trained_on.items():
-        here = getattr(pair, role)
-        if here.fingerprint != fingerprint:
+        model = getattr(pair, role)
+        if model.fingerprint != fingerprint:
             raise ConfigError(
-                f"{run}: trained on another {role} model ({fingerprint}; '{here.origin}' is {here.fingerprint}): give "
-                f"the pair it was trained on as source_model and target_model"
+                f"{run}: trained on another {role} model ({fingerprint}; '{model.origin}' is {model.fingerprint}): "
+                "give the pair it was trained on as source_model and target_model"
             )
-
-
-def load_finished(run: Path, name: str, config: Config, pair: Pair, evaluator: Evaluator) -> Bridge:
-    bridge = build_bridge(config, len(evaluator.layers), pair.source.hidden_size, pair.target)
-    try:
-        load_bridge(bridge, run, name)
-    except (RuntimeError, SafetensorError, OSError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(
-            f"{checkpoint_path(run, name)}: does not fit the run's config.yaml ({reason}): restore both, or name "
-            "another run"
-        ) from None
-    return bridge.to(pair.target.device).eval().requires_grad_(False)

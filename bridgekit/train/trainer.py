@@ -1,101 +1,100 @@
-"""Train one bridge or one trained control: the loop, its validation, and the best weights.
+"""Train one bridge or one trained control: the loop, a step's losses, validation and the best weights.
 
-The examples of a step are a function of (seed, step, slot): resuming and other process counts follow by themselves.
+    bridges = train_bridge(experiment, "bridged")  # {"bridged": the best}, also in checkpoint/bridged.safetensors
+
+The examples of a step are a function of (seed, step, slot), and every loss is a mean over the step's global batch, so
+the number of processes changes neither what is read nor what is learned.
+Shapes: B batch, T tokens, A answer tokens, K soft tokens, V vocabulary.
 """
 
+from __future__ import annotations
+
+import inspect
+import json
 import math
 import time
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object
 
 from bridgekit.config import Config
-from bridgekit.model.bridge import Bridge, build_bridge, load_bridge, save_bridge
-from bridgekit.model.pair import Pair
-from bridgekit.runs import append_jsonl, write_status
-from bridgekit.tasks import Example, load_examples
-from bridgekit.train.data import TrainingSet, TrainingTexts
-from bridgekit.train.evaluator import Evaluator
-from bridgekit.train.steps import (
-    gather_rows,
-    global_counts,
-    local_batch,
-    reduce_values,
-    share_value,
-    step_losses,
-    sum_gradients,
-)  # fmt: skip
+from bridgekit.model import losses
+from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
+from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, pad_ids, unpad
+from bridgekit.model.message import Message
+from bridgekit.model.pair import LanguageModel
+from bridgekit.runs import append_jsonl, write_text_atomic
+from bridgekit.train.conditions import is_correct
+from bridgekit.train.data import Batch, step_batch
+
+if TYPE_CHECKING:
+    from bridgekit.train.experiment import Experiment
 
 
-@dataclass
-class Job:
-    """One run: what all its trainings share."""
-
-    config: Config
-    folder: Path
-    accelerator: Accelerator
-    pair: Pair
-    val: list[Example]
-    test: list[Example]
-    donors: list[Example] = field(default_factory=list)  # all test problems, where `test` is only some of them
-    started: float = field(default_factory=time.time)
-    minutes: dict[str, float] = field(default_factory=dict)  # where the time went
-    texts: dict[float, tuple[list[Example], TrainingTexts]] = field(default_factory=dict)  # by share of the mix
-
-    @property
-    def is_first(self) -> bool:
-        return self.accelerator.is_main_process
-
-    def report(self, stage: str, **status) -> None:
-        if self.is_first:
-            elapsed = round(time.time() - self.started, 1)
-            write_status(self.folder, state="running", stage=stage, elapsed=elapsed, **status)
-
-    def log(self, text: str) -> None:
-        if self.is_first:
-            print(text, flush=True)
-
-    def spend(self, what: str, since: float) -> None:
-        self.minutes[what] = round(self.minutes.get(what, 0) + time.time() - since, 1)
+# ---- the loop -------------------------------------------------------------------------------------------------------
 
 
-def variant(config: Config, name: str) -> Config:
+def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
+    """Train `bridged` or a control. -> its best weights by name; a control's other selections as `name.selection`"""
+    config, processes = experiment.config_of(name), experiment.processes
+    settings, started = config.train, time.time()
+    experiment.report(f"prepare {name}")
+    bridge = experiment.build_bridge(name)
+    experiment.log(f"{name}: {bridge.n_parameters:,} parameters, {config.bridge.producer} x {config.bridge.injector}")
+    data = experiment.training_data(name)
+    optimizer = torch.optim.AdamW(
+        bridge.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
+    )
+    metrics = experiment.folder / ("metrics.jsonl" if name == "bridged" else f"metrics_{name}.jsonl")
+    best = BestWeights(experiment, name)
+    log_every = max(1, settings.steps // 50)
+    window: list[dict[str, torch.Tensor]] = []  # the values of the steps since the last line
+    experiment.spend("prepare", started)
+
+    best.offer(bridge, 0, validate(experiment, name, bridge, 0, metrics))
+    began = since = time.time()
+    for step in range(settings.steps):
+        bridge.train()
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * learning_rate(config, step)
+        batch = step_batch(config, data, step, processes.rank, processes.world)
+        means = experiment.step_losses(bridge, batch, step, name)
+        means["loss"].backward()
+        sum_gradients(bridge, processes)
+        norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window.append({k: v.detach() for k, v in {**means, "grad_norm": norm}.items()})
+        done = step + 1
+        if done % log_every == 0 or done == settings.steps:
+            values = average(window, processes)
+            check_finite(name, done, window, values)
+            window = []
+            write_progress(experiment, name, metrics, done, values, began, best, bridge.injector.gates())
+        if done % settings.eval_every == 0 or done == settings.steps:
+            experiment.spend(f"train {name}", since)
+            best.offer(bridge, done, validate(experiment, name, bridge, done, metrics))
+            since = time.time()
+            if settings.patience and best.waited >= settings.patience:
+                experiment.log(f"{name}: no better validation in {best.waited} evaluations, stopping at {done}")
+                break
+    return best.load()
+
+
+def control_config(config: Config, name: str) -> Config:
     """The configuration of a control: the bridge's own, but for what makes it a control."""
-    plain = dict(flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", dit_tokens="sampled")
-    if name == "constant":
-        return config.with_(**plain)
-    if name == "constant_natural":
-        return config.with_(**plain, source_only_share=-1.0)
+    plain = dict(
+        flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", producer_options=(),
+        dit_tokens="sampled",
+    )  # fmt: skip
+    if name in ("constant", "constant_natural"):
+        natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
+        config = config.with_(**plain, **natural)
     return config
-
-
-def train_bridge(job: Job, name: str, evaluator: Evaluator) -> Bridge:
-    """Train one bridge or trained control to its best validation accuracy; its best weights are on disk."""
-    config, started = variant(job.config, name), time.time()
-    source = job.pair.target if name == "self_bridge" else job.pair.source
-    layers = evaluator.self_layers if name == "self_bridge" else evaluator.layers
-    set_seed(config.run.seed)
-    bridge = build_bridge(config, len(layers), source.hidden_size, job.pair.target).to(job.accelerator.device)
-    job.log(f"{name}: {bridge.n_parameters:,} parameters, {config.bridge.producer} x {config.bridge.injector}")
-    data = prepare_data(job, config, name, evaluator)
-    job.spend("prepare", started)
-    fit(job, name, config, bridge, data, evaluator)
-    load_bridge(bridge, job.folder, name)
-    return bridge
-
-
-def prepare_data(job: Job, config: Config, name: str, evaluator: Evaluator) -> TrainingSet:
-    job.report(f"prepare {name}")
-    share = config.task.source_only_share
-    if share not in job.texts:
-        examples = load_examples(config, job.pair.lexicon_seed, "train")
-        job.texts[share] = examples, TrainingTexts(config, job.pair.target, examples)
-    examples, texts = job.texts[share]
-    return TrainingSet(texts, evaluator.source_states(name, examples, config.train.cache_states_gb))
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -106,117 +105,280 @@ def learning_rate(config: Config, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.train.steps - warmup)))
 
 
-def fit(job: Job, name: str, config: Config, bridge: Bridge, data: TrainingSet, evaluator: Evaluator) -> None:
-    settings, accelerator = config.train, job.accelerator
-    optimizer = torch.optim.AdamW(
-        bridge.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(config, s))
-    best = Best(job, name)
-    log_every = max(1, settings.steps // 50)
-    metrics = job.folder / ("metrics.jsonl" if name == "bridged" else f"metrics_{name}.jsonl")
-    running: dict[str, torch.Tensor] = {}
-    times: dict[str, int] = {}
-    started, since = time.time(), time.time()
-    best.offer(bridge, 0, validate(job, name, bridge, evaluator, 0, metrics))
-    for step in range(settings.steps):
-        bridge.train()
-        batch = local_batch(config, data, step, accelerator)
-        totals = step_losses(config, bridge, job.pair.target, batch, lambda x: gather_rows(accelerator, x), step)
-        means = {k: total / count for k, (total, count) in global_counts(accelerator, totals).items()}
-        loss = sum(getattr(config.loss, f"{k}_weight") * mean for k, mean in means.items())
-        loss.backward()
-        sum_gradients(accelerator, bridge)
-        norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        schedule.step()
-        for k, v in {**means, "loss": loss, "grad_norm": norm}.items():
-            running[k] = running.get(k, 0) + v.detach()
-            times[k] = times.get(k, 0) + 1  # a loss that is taken every few steps is a mean over those
-        done = step + 1
-        if done % log_every == 0 or done == settings.steps:
-            values = {k: v / times[k] for k, v in reduce_values(accelerator, running).items()}
-            running, times = {}, {}
-            check_finite(name, done, values)
-            write_progress(job, name, config, metrics, done, values, schedule, started, best, bridge.injector.gates())
-        if done % settings.eval_every == 0 or done == settings.steps:
-            job.spend(f"train {name}", since)
-            best.offer(bridge, done, validate(job, name, bridge, evaluator, done, metrics))
-            since = time.time()
-            if settings.patience and best.waited >= settings.patience:
-                job.log(f"{name}: no better validation accuracy in {best.waited} evaluations, stopping at {done}")
-                break
-    job.log(f"{name}: best validation accuracy {best.accuracy:.4f} at step {best.step}")
-
-
-def check_finite(name: str, step: int, values: dict[str, float]) -> None:
-    bad = [k for k, v in values.items() if not math.isfinite(v)]
-    if bad:
-        raise RuntimeError(f"{name}: {bad[0]} is {values[bad[0]]} at step {step}: lower train.lr or train.grad_clip")
-
-
-def write_progress(job, name, config, metrics, step, values, schedule, started, best, gates) -> None:
-    if not job.is_first:
+def check_finite(name: str, step: int, window: list[dict], values: dict[str, float]) -> None:
+    """Refuse to go on with numbers that are none; the message names the first step and its loss term."""
+    if all(map(math.isfinite, values.values())):
         return
-    seconds = time.time() - started
-    left = seconds / step * (config.train.steps - step)
+    first = step - len(window) + 1
+    bad = [(first + i, k) for i, row in enumerate(window) for k, v in row.items() if not torch.isfinite(v)]
+    step, term = bad[0] if bad else (step, next(k for k, v in values.items() if not math.isfinite(v)))
+    raise RuntimeError(f"{name}: {term} is {values[term]} at step {step}: lower train.lr or train.grad_clip")
+
+
+def write_progress(experiment, name, metrics: Path, step: int, values: dict, began: float, best, gates: dict) -> None:
+    """One row of metrics, one line of the log, and the status that a watcher shows."""
+    settings, seconds = experiment.config_of(name).train, time.time() - began
     parts = {k: round(v, 6) for k, v in values.items() if k not in ("loss", "grad_norm")}
-    row = {"step": step, "loss": round(values["loss"], 6), "lr": schedule.get_last_lr()[0],
-           "grad_norm": round(values["grad_norm"], 5), "losses": parts, "seconds": round(seconds, 2)}  # fmt: skip
+    rate = settings.lr * learning_rate(experiment.config, step)
+    row = {"step": step, "loss": round(values["loss"], 6), "lr": rate, "grad_norm": round(values["grad_norm"], 5),
+           "losses": parts, "seconds": round(seconds, 2)}  # fmt: skip
     if gates:
         row["gates"] = {k: round(v, 5) for k, v in gates.items()}
-    append_jsonl(metrics, row)
-    print(f"{name} step {step}/{config.train.steps} loss {row['loss']:.4f} {parts} {seconds:.0f} s", flush=True)
-    job.report(
-        f"train {name}", step=step, steps=config.train.steps, loss=row["loss"], val_accuracy=best.last,
-        best=best.accuracy, seconds_left=round(left, 1),
+    if experiment.processes.is_first:
+        append_jsonl(metrics, row)
+    experiment.log(f"{name} step {step}/{settings.steps} loss {row['loss']:.4f} {parts} {seconds:.0f} s")
+    experiment.report(
+        f"train {name}", step=step, steps=settings.steps, loss=row["loss"], val_accuracy=best.last,
+        best=best.selections["mix"].accuracy, seconds_left=round(seconds / step * (settings.steps - step), 1),
     )  # fmt: skip
 
 
-def validate(job: Job, name: str, bridge: Bridge, evaluator: Evaluator, step: int, metrics: Path) -> float:
-    """Accuracy on the validation problems; for the bridge itself the texts are kept as well."""
+# ---- validation, and which weights are the best ---------------------------------------------------------------------
+
+
+def validate(experiment: Experiment, name: str, bridge: Bridge, step: int, metrics: Path) -> dict[str, float]:
+    """Shares right of the validation problems, on all processes; the bridge's own texts are written as well."""
     since = time.time()
-    examples = job.val[: job.config.train.val_samples]
-    label = str(step) if name == "bridged" else f"{name}_{step}"
+    examples = experiment.examples("val")[: experiment.config.train.val_samples]
     wanted = ("source", "target", "bridged") if name == "bridged" else (name,)
-    rows = evaluator.evaluate(examples, {name: bridge}, label, wanted)
-    accuracy = 0.0
-    if job.is_first:
-        result = summarise_rows(rows, wanted)
-        append_jsonl(metrics, {"step": step, "eval": result})
-        accuracy = result[name]
-        job.log(f"{name} step {step} validation {result}")
-        if name != "bridged":
-            (job.folder / f"eval_samples_step_{label}.jsonl").unlink()
-    job.spend(f"validate {name}", since)
-    return share_value(job.accelerator, accuracy)
+    rows = experiment.evaluate(examples, {name: bridge}, str(step) if name == "bridged" else None, wanted)
+    shares = summarise_rows(rows, wanted) if rows else {}
+    if rows:
+        append_jsonl(metrics, {"step": step, "eval": shares})
+        experiment.log(f"{name} step {step} validation {shares}")
+    experiment.spend(f"validate {name}", since)
+    own = {"mix": shares.get(name, 0.0), "source_only": shares.get(f"{name}_source_only", -1.0)}
+    return experiment.processes.gather_objects(own)[0]
 
 
 def summarise_rows(rows: list[dict], conditions: tuple[str, ...]) -> dict:
-    right = {c: np.array([r[f"{c}_extracted"] == r["gold_extracted"] for r in rows]) for c in conditions}
-    result = {c: round(float(r.mean()), 5) for c, r in right.items()}
-    only = np.array([r["group"] == "source_only" for r in rows])
-    if only.any():
-        result |= {f"{c}_source_only": round(float(r[only].mean()), 5) for c, r in right.items()}
+    """Share right per condition, of all rows and of the source-only ones, with how many rows and units there are."""
+    right = {c: [is_correct(r, c) for r in rows] for c in conditions}
+    result = {c: round(sum(r) / len(rows), 5) for c, r in right.items()}
+    only = [i for i, r in enumerate(rows) if r["group"] == "source_only"]
+    if only:
+        result |= {f"{c}_source_only": round(sum(r[i] for i in only) / len(only), 5) for c, r in right.items()}
     units = {r["unit"] for r in rows if r["unit"]}
     return result | {"n": len(rows), "n_units": len(units) or len(rows)}
 
 
-class Best:
-    """The best weights so far, on disk the moment they are the best: later training cannot change them."""
+@dataclass
+class Selection:
+    accuracy: float = -1.0  # of the measure it is chosen by
+    step: int = 0
 
-    def __init__(self, job: Job, name: str):
-        self.job, self.name = job, name
-        self.accuracy, self.step, self.waited, self.last = -1.0, 0, 0, None
 
-    def offer(self, bridge: Bridge, step: int, accuracy: float) -> None:
-        self.last = accuracy
-        if accuracy < self.accuracy or (step == 0 and accuracy == self.accuracy):
-            self.waited += 1
+class BestWeights:
+    """The best weights so far, on disk the moment they are the best: later training cannot change them.
+
+    The bridge's are chosen on the validation mix. A control has three selections, because doing nothing harms nobody
+    on the mix: by `mix`, by `source_only` and the `last`; each from the second half of the planned steps alone. Of
+    equal accuracies the later step is taken, because its weights saw more; but it is no progress for `patience`."""
+
+    def __init__(self, experiment: Experiment, name: str):
+        self.experiment, self.name = experiment, name
+        is_control = name != "bridged"
+        self.first_step = experiment.config.train.steps / 2 if is_control else 0
+        self.selections = {k: Selection() for k in (("mix", "source_only", "last") if is_control else ("mix",))}
+        self.waited, self.last = 0, None
+
+    def offer(self, bridge: Bridge, step: int, shares: dict[str, float]) -> None:
+        self.last = shares["mix"]
+        if step < self.first_step:
             return
-        self.waited = self.waited + 1 if accuracy == self.accuracy else 0
-        self.accuracy, self.step = accuracy, step
-        if self.job.is_first:
-            save_bridge(bridge, self.job.folder, self.name, {"step": str(step), "val_accuracy": f"{accuracy:.5f}"})
-        self.job.accelerator.wait_for_everyone()
+        self.waited = 0 if shares["mix"] > self.selections["mix"].accuracy else self.waited + 1
+        for key, selection in self.selections.items():
+            accuracy = shares.get(key, shares["mix"])
+            if key == "last" or accuracy >= max(selection.accuracy, 0):
+                selection.accuracy, selection.step = accuracy, step
+                if self.experiment.processes.is_first:
+                    facts = {"step": str(step), "val_accuracy": f"{accuracy:.5f}"}
+                    save_bridge(bridge, self.experiment.folder, self.file_name(key), facts)
+        self.experiment.processes.wait()
+
+    def file_name(self, key: str) -> str:
+        return self.name if key == "mix" else f"{self.name}.{key}"
+
+    def load(self) -> dict[str, Bridge]:
+        """Bridges with the selected weights; a selection of the same step as `mix` is not kept a second time."""
+        mix = self.selections["mix"]
+        self.experiment.log(f"{self.name}: best validation accuracy {mix.accuracy:.4f} at step {mix.step}")
+        others = [k for k, s in self.selections.items() if k != "mix" and s.accuracy >= 0 and s.step != mix.step]
+        if self.experiment.processes.is_first and self.name != "bridged":
+            for key in {*self.selections} - {"mix", *others}:
+                checkpoint_path(self.experiment.folder, self.file_name(key)).unlink(missing_ok=True)
+            path = self.experiment.folder / "controls.json"
+            known = json.loads(path.read_text()) if path.exists() else {}
+            known[self.name] = {k: s.step for k, s in self.selections.items() if s.accuracy >= 0}
+            write_text_atomic(path, json.dumps(known, indent=1) + "\n")
+        bridges = {self.file_name(key): self.experiment.build_bridge(self.name) for key in ("mix", *others)}
+        for file_name, bridge in bridges.items():
+            load_bridge(bridge, self.experiment.folder, file_name)
+        return bridges
+
+
+# ---- the losses of one step -----------------------------------------------------------------------------------------
+
+
+def step_losses(
+    experiment: Experiment, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged"
+) -> dict[str, losses.Total]:
+    """Every loss that has a weight and is due, as (sum, count) over this process's part of the batch."""
+    config, target, processes = experiment.config_of(name), experiment.pair.target, experiment.processes
+    weights, extra = config.loss, experiment.extra_loss
+    teacher = None
+    if weights.flow_weight or weights.prompt_weight or config.bridge.dit_tokens == "teacher":
+        ids, mask = (batch.labels, batch.labels_mask) if config.bridge.teacher == "answer" else batch.literal
+        teacher = (target.embed(ids), mask)
+    flow_teacher = teacher if weights.flow_weight or config.bridge.dit_tokens == "teacher" else None
+    message = bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment, teacher=flow_teacher)
+    result = {}
+    if weights.nll_weight or weights.kl_weight or weights.format_weight or extra:
+        logits = bridged_logits(target, bridge, message, batch.before, batch.after, batch.labels, batch.labels_mask)
+        if weights.nll_weight:
+            result["nll"] = losses.answer_nll(logits, batch.labels, batch.labels_mask)
+        if weights.format_weight:
+            result["format"] = losses.format_nll(logits, batch.labels, batch.marker)
+        if weights.kl_weight:
+            nothing = (batch.literal[0][:, :0], batch.literal[1][:, :0])
+            with torch.no_grad():
+                alone = answer_logits(target, nothing, batch.literal, None, batch.labels, batch.labels_mask)
+            result["kl"] = losses.kl_slice(logits, alone, batch.labels_mask, weights.kl_tokens)
+        if extra:
+            result["extra"] = extra(
+                logits=logits, labels=batch.labels, labels_mask=batch.labels_mask, message=message, batch=batch,
+                target=target,
+            )  # fmt: skip
+    if weights.prompt_weight:
+        everywhere = {} if processes.world == 1 else {"reduce": lambda pair: tuple(map(processes.sum, pair))}
+        result["prompt"] = losses.prompt_alignment(message.tokens, message.mask, *teacher, **everywhere)
+    if weights.info_nce_weight:
+        own = losses.pool(target.embed(batch.literal[0]), batch.literal[1])
+        anchors = losses.pool(message.tokens, message.mask)
+        offset = processes.rank * len(own)
+        result["info_nce"] = losses.info_nce(anchors, processes.gather(own), offset, weights.info_nce_temperature)
+    if weights.flow_weight and message.flow_error is not None:
+        result["flow"] = losses.flow(message.flow_error)
+    if weights.decode_weight and (step + 1) % weights.decode_every == 0:
+        result["decode"] = decode_loss(experiment, bridge, batch, message)
+    return result
+
+
+def wrap_extra_loss(loss: Callable, options: dict) -> Callable[..., losses.Total]:
+    """A user's loss, given those arguments that it names; a scalar is the mean over the batch's examples."""
+    parameters = inspect.signature(loss).parameters.values()
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
+    names = {p.name for p in parameters}
+
+    def extra(**given) -> losses.Total:
+        result = loss(**{k: v for k, v in given.items() if takes_all or k in names}, **options)
+        if isinstance(result, tuple):
+            return result
+        n = torch.tensor(len(given["labels"]), device=given["labels"].device)
+        return result * n, n
+
+    return extra
+
+
+def decode_loss(experiment: Experiment, bridge: Bridge, batch: Batch, message: Message) -> losses.Total:
+    """The bridged target answers the first `decode_batch` slots of the global batch; this process takes its own."""
+    settings, target, task = experiment.config.loss, experiment.pair.target, experiment.task
+    n, samples = int((batch.slots < settings.decode_batch).sum()), settings.decode_samples
+    rows = torch.arange(n, device=batch.mask.device)
+    sampled = settings.decode_estimator == "policy_gradient"
+    seeds = None
+    if sampled:  # every answer has a seed of its own, by its question's slot
+        draws = torch.arange(samples, device=rows.device).repeat(n)
+        rows = rows.repeat_interleave(samples)
+        seeds = batch.seeds[rows] + batch.slots[rows] * samples + draws
+    message = message.select(rows)
+    before, after, final = ((ids[rows], mask[rows]) for ids, mask in (batch.before, batch.after, batch.final))
+    answers = decode_bridged(target, bridge, message, unpad(*before), unpad(*after), settings.decode_tokens, seeds)
+    gold = unpad(*final)
+    if sampled:
+        labels, mask = pad_ids([list(g.ids) for g in answers], target.device)
+        wanted = [task.extract(t) for t in target.tokenizer.batch_decode(gold, skip_special_tokens=True)]
+        right = [float(task.is_right(task.extract(g.text), w)) for g, w in zip(answers, wanted, strict=True)]
+        reward = torch.tensor(right, device=target.device).view(n, samples)
+        logits = bridged_logits(target, bridge, message, before, after, labels, mask)
+        return losses.policy_gradient(logits, labels, mask, losses.leave_one_out(reward).flatten())
+    steps = [own_steps(target, g) for g in answers]
+    labels, mask = pad_ids([s + g for s, g in zip(steps, gold, strict=True)], target.device)
+    lengths = torch.tensor([len(s) for s in steps], device=target.device)
+    counted = mask & (torch.arange(mask.shape[1], device=target.device) >= lengths[:, None])
+    return losses.answer_nll(bridged_logits(target, bridge, message, before, after, labels, mask), labels, counted)
+
+
+def own_steps(target: LanguageModel, generated: Generated) -> list[int]:
+    """The generated tokens up to the final answer: without the marker, what follows it, and the end."""
+    ids = [i for i in generated.ids if i not in target.eos_ids]
+    pieces = target.tokenizer.batch_decode([[i] for i in ids])
+    return ids[: next((n for n, piece in enumerate(pieces) if "#" in piece), len(ids))]
+
+
+# ---- what crosses processes -----------------------------------------------------------------------------------------
+
+
+class Processes:
+    """This process among those of the job; without an accelerator it is the only one."""
+
+    def __init__(self, accelerator=None):
+        self.accelerator = accelerator
+        self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.world > 1:
+            self.accelerator.wait_for_everyone()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes, on all of them; it travels through the accelerator's device."""
+        if self.world == 1:
+            return values
+        return self.accelerator.reduce(values.detach().to(self.accelerator.device), "sum").to(values.device)
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows of all processes, one process after the other. (B, D) -> (B * world, D)"""
+        if self.world == 1:
+            return rows
+        return self.accelerator.gather(rows.to(self.accelerator.device)).to(rows.device)
+
+    def gather_objects(self, value) -> list:
+        """The value of each process, in the order of ranks, on all of them."""
+        return [value] if self.world == 1 else gather_object([value])
+
+
+def mean_losses(totals: dict[str, losses.Total], processes: Processes) -> dict[str, torch.Tensor]:
+    """This process's part of each loss's mean over the global batch."""
+    counts = processes.sum(torch.stack([count.float() for _, count in totals.values()])).clamp(min=1)
+    return {k: total / count for (k, (total, _)), count in zip(totals.items(), counts, strict=True)}
+
+
+def weigh(config: Config, means: dict[str, torch.Tensor]) -> torch.Tensor:
+    return sum(getattr(config.loss, f"{k}_weight") * mean for k, mean in means.items())
+
+
+def sum_gradients(bridge: Bridge, processes: Processes) -> None:
+    """Add all processes' gradients; each already is its part of the global mean."""
+    if processes.world == 1:
+        return
+    parameters = [p for p in bridge.parameters() if p.requires_grad]
+    for p in parameters:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    flat = processes.sum(torch.cat([p.grad.flatten() for p in parameters]))
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(grad.view_as(p))
+
+
+def average(window: list[dict[str, torch.Tensor]], processes: Processes) -> dict[str, float]:
+    """Means over the steps that have a value. Losses are parts of a mean and add up over processes; the gradient's
+    size is the same on all."""
+    names = list(dict.fromkeys(k for row in window for k in row))
+    columns = {k: [row[k] for row in window if k in row] for k in names}
+    values = torch.stack([sum(columns[k]).float() for k in names])
+    same_on_all = torch.tensor([k == "grad_norm" for k in names], device=values.device)
+    summed = torch.where(same_on_all, values, processes.sum(values))
+    return {k: total / len(columns[k]) for k, total in zip(names, summed.tolist(), strict=True)}

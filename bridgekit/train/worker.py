@@ -1,4 +1,4 @@
-"""Train a bridge and its controls, keep the best by validation, and evaluate once on test.
+"""The child process of a run: baselines, training, the test set once, verdict and reports.
 
     accelerate launch -m bridgekit.train.worker RUN_DIR --stage baselines     # source and target on validation
     accelerate launch -m bridgekit.train.worker RUN_DIR --stage train         # everything else
@@ -7,6 +7,7 @@ The run folder's config.yaml is all this reads.
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import time
@@ -16,117 +17,138 @@ import torch
 from accelerate import Accelerator
 
 from bridgekit.config import ConfigError
-from bridgekit.model.bridge import Bridge
-from bridgekit.model.pair import load_pair
+from bridgekit.model.pair import split_prompts
 from bridgekit.runs import (
     append_jsonl,
     load_eval,
-    provenance,
-    read_jsonl,
-    read_run_config,
+    load_jsonl,
+    load_run_config,
+    load_status,
     watch_parent,
     write_jsonl,
     write_status,
     write_text_atomic,
 )  # fmt: skip
-from bridgekit.tasks import load_examples
-from bridgekit.tasks.base import literal_prompt
-from bridgekit.train.data import check_fit
-from bridgekit.train.evaluator import Evaluator, tune_router
-from bridgekit.train.trainer import Job, train_bridge
+from bridgekit.tasks import Example, literal_prompt, source_prompt
+from bridgekit.tasks.positions import check_positions
+from bridgekit.train.conditions import count_flips, tune_router
+from bridgekit.train.experiment import Experiment
+from bridgekit.train.trainer import train_bridge
 
 
-def open_job(folder: Path) -> Job:
-    config = read_run_config(folder)
-    use_cpu = not torch.cuda.is_available() or config.pair.target_device == "cpu"
-    accelerator = Accelerator(cpu=use_cpu)
+def open_job(folder: Path) -> Experiment:
+    """The run's experiment on all its processes; what cannot work is refused before anything is trained."""
+    config = load_run_config(folder)
+    if load_status(folder).get("state") == "finished":
+        raise ConfigError(f"run '{folder}' is finished, and its test set is read once: open a new run")
+    accelerator = Accelerator(cpu=not torch.cuda.is_available() or config.pair.target_device == "cpu")
     if accelerator.num_processes != config.train.num_processes:
         raise ConfigError(
             f"train.num_processes: {config.train.num_processes} asked for, {accelerator.num_processes} started: "
             "start the job with bridgekit or `accelerate launch --multi_gpu --num_processes N`"
         )
-    pair = load_pair(config, accelerator.device)
-    val = load_examples(config, pair.lexicon_seed, "val")
-    test = donors = load_examples(config, pair.lexicon_seed, "test")
-    if "shuffled" in config.eval.conditions and any(e.donor_id is None for e in test):
+    experiment = Experiment(config, folder, accelerator)
+    if "shuffled" in config.eval.conditions and any(e.donor_id is None for e in experiment.examples("test")):
         raise ConfigError("task.n_test: too few problems for each to have a donor: more, or no `shuffled` condition")
-    if 0 < config.eval.eval_samples < config.task.n_test:
-        seen = [e for e in test if e.novelty == "seen"]
-        test = [e for e in test if e.novelty != "seen"][: config.eval.eval_samples] + seen
-    check_fit(config, pair, [literal_prompt(e) for e in val + test])
-    return Job(config, folder, accelerator, pair, val, test, donors)
+    check_lengths(experiment)
+    if experiment.processes.is_first:
+        record_provenance(experiment)
+    return experiment
 
 
-def run_baselines(job: Job) -> None:
+def check_lengths(experiment: Experiment) -> None:
+    """Refuse prompts, messages and answers that the target has no positions for."""
+    pair, examples = experiment.pair, experiment.examples("val") + experiment.examples("test")
+    longest_prompt = max(len(p.all) for p in split_prompts(pair.target, [literal_prompt(e) for e in examples]))
+    prompts = [source_prompt(e) for e in examples]
+    longest_source = max(len(p.all) for p in split_prompts(pair.source, prompts))
+    check_positions(experiment.config, pair.target.max_positions, longest_prompt, longest_source)
+
+
+def choose_test(experiment: Experiment) -> list[Example]:
+    """The test problems of this run: `eval_samples` held-out ones, and those about train units."""
+    n, test = experiment.config.eval.eval_samples, experiment.examples("test")
+    if not 0 < n < experiment.config.task.n_test:
+        return test
+    return experiment.test[:n] + [e for e in test if e.novelty == "seen"]
+
+
+def record_provenance(experiment: Experiment) -> None:
+    """Where this stage's numbers come from; one on other code or elsewhere is added, the earlier ones stay."""
+    path, record = experiment.folder / "provenance.json", experiment.provenance()
+    if path.is_file():
+        old = json.loads(path.read_text())
+        if all(old.get(key) == record[key] for key in record.keys() - {"command", "started"}):
+            return
+        record["earlier"] = [*old.pop("earlier", []), old]
+    write_text_atomic(path, json.dumps(record, indent=1) + "\n")
+
+
+def run_baselines(experiment: Experiment) -> None:
     """Source and target alone on all validation problems: the headroom, before anything is trained."""
-    evaluator = Evaluator(job.config, job.pair, job.accelerator, job.folder)
-    rows = evaluator.evaluate(
-        job.val, {}, "headroom", ("source", "target"), report=lambda c: job.report(f"baseline {c}")
+    rows = experiment.evaluate(
+        experiment.examples("val"), {}, None, ("source", "target"), report=lambda c: experiment.report(f"baseline {c}")
     )
-    if job.is_first:
-        write_jsonl(job.folder / "headroom.jsonl", rows)
-        (job.folder / "eval_samples_step_headroom.jsonl").unlink()
-        write_text_atomic(job.folder / "provenance.json", json.dumps(describe(job), indent=1) + "\n")
+    if rows:
+        write_jsonl(experiment.folder / "headroom.jsonl", [row | {"eval_step": "headroom"} for row in rows])
 
 
-def describe(job: Job) -> dict:
-    devices = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-    return provenance(job.config) | {
-        "gpus": sorted(devices), "processes": job.accelerator.num_processes, "dtype": str(job.pair.target.dtype),
-        "source": job.pair.source.fingerprint, "target": job.pair.target.fingerprint,
-        "lexicon_seed": job.pair.lexicon_seed,
-    }  # fmt: skip
+def run_training(experiment: Experiment) -> None:
+    """The bridge and its controls, then one evaluation on test problems."""
+    config, folder, processes = experiment.config, experiment.folder, experiment.processes
+    if not (folder / "headroom.jsonl").exists():
+        run_baselines(experiment)
+    if processes.is_first:
+        for stale in [*folder.glob("metrics*.jsonl"), folder / "controls.json"]:
+            stale.unlink(missing_ok=True)
+    processes.wait()
+    experiment.router_threshold = tune_router(list(load_jsonl(folder / "headroom.jsonl")))
+    for name in ("bridged", *config.train.controls):
+        experiment.bridges |= train_bridge(experiment, name)
+    since, test = time.time(), choose_test(experiment)
+    rows = experiment.evaluate(
+        test, None, "final", tuple(dict.fromkeys([*config.eval.conditions, *experiment.bridges])), want_attention=True,
+        donors=experiment.examples("test"), report=lambda c: experiment.report(f"test {c}"),
+    )  # fmt: skip
+    experiment.spend("test", since)
+    if not processes.is_first:
+        return
+    if config.eval.noise_floor:
+        flips = count_flips(experiment, test, experiment.bridges["bridged"], rows)
+        append_jsonl(folder / "metrics.jsonl", {"step": config.train.steps, "noise_floor": flips})
+    finish(experiment)
 
 
-def run_training(job: Job) -> None:
-    config = job.config
-    if not (job.folder / "headroom.jsonl").exists():
-        run_baselines(job)
-    if job.is_first:
-        for stale in job.folder.glob("metrics*.jsonl"):
-            stale.unlink()
-    job.accelerator.wait_for_everyone()
-    evaluator = Evaluator(config, job.pair, job.accelerator, job.folder)
-    evaluator.router_threshold = tune_router(list(read_jsonl(job.folder / "headroom.jsonl")))
-    bridges = {name: train_bridge(job, name, evaluator) for name in ("bridged", *config.train.controls)}
-    since = time.time()
-    conditions = tuple(dict.fromkeys([*config.eval.conditions, *config.train.controls]))
-    rows = evaluator.evaluate(
-        job.test,
-        bridges,
-        "final",
-        conditions,
-        want_attention=True,
-        donors=job.donors,
-        report=lambda c: job.report(f"test {c}"),
-    )
-    job.spend("test", since)
-    if config.eval.noise_floor and job.is_first:
-        flips = evaluator.count_flips(job.test, bridges["bridged"], rows)
-        append_jsonl(job.folder / "metrics.jsonl", {"step": config.train.steps, "noise_floor": flips})
-    if job.is_first:
-        finish(job, bridges["bridged"])
-
-
-def finish(job: Job, bridge: Bridge) -> None:
+def finish(experiment: Experiment) -> None:
     """Verdict, summary line, the status that says the run is finished, and its part of the reports."""
     from bridgekit.results.reports import report_end
     from bridgekit.results.verdict import judge
 
-    frame = load_eval(job.folder / "eval_samples_step_final.jsonl")
-    verdict = judge([frame], seeds=[job.config.run.seed])
-    write_text_atomic(job.folder / "verdict.json", json.dumps(verdict.to_dict(), indent=1) + "\n")
+    folder = experiment.folder
+    frame = load_eval(folder / "eval_samples_step_final.jsonl")
+    verdict = judge([frame], seeds=[experiment.config.run.seed])
+    write_text_atomic(folder / "verdict.json", json.dumps(verdict.to_dict(), indent=1) + "\n")
     held = frame[frame["novelty"] != "seen"] if "novelty" in frame else frame
     shares = " ".join(
         f"{c} {held[f'{c}_correct'].mean():.4f}" for c in ("source", "target", "bridged") if f"{c}_correct" in held
     )
-    write_text_atomic(job.folder / "summary.log", f"{job.folder.name} n {len(held)} {shares} {verdict.outcome}\n")
-    write_text_atomic(job.folder / "timing.json", json.dumps(job.minutes, indent=1) + "\n")
+    write_text_atomic(folder / "summary.log", f"{folder.name} n {len(held)} {shares} {verdict.outcome}\n")
+    write_text_atomic(folder / "timing.json", json.dumps(experiment.seconds_spent, indent=1) + "\n")
     write_status(
-        job.folder, state="finished", stage="done", elapsed=round(time.time() - job.started, 1),
-        parameters=bridge.n_parameters,
+        folder, state="finished", stage="done", elapsed=round(time.time() - experiment.started, 1),
+        parameters=experiment.bridges["bridged"].n_parameters,
     )  # fmt: skip
-    report_end(job.folder)
+    report_end(folder)
+
+
+def mark_failed(folder: Path, stage: str, error: Exception) -> None:
+    """Say in the run folder why the run ended; a finished run stays as it is."""
+    from bridgekit.results.reports import report_end
+
+    with contextlib.suppress(OSError):  # a full disk: the line on standard error says it
+        if folder.is_dir() and load_status(folder).get("state") != "finished":
+            write_status(folder, state="failed", stage=stage, error=str(error))
+            report_end(folder)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -134,25 +156,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", choices=("baselines", "train"), default="train")
     args = parser.parse_args(argv)
-    watch_parent()
-    job = None
+    watch_parent(args.run_dir)
+    experiment = None
     try:
-        job = open_job(args.run_dir)
-        (run_baselines if args.stage == "baselines" else run_training)(job)
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if args.run_dir.is_dir():
-            from bridgekit.results.reports import report_end
-
-            write_status(args.run_dir, state="failed", stage=args.stage, error=str(error))
-            report_end(args.run_dir)
-        print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        experiment = open_job(args.run_dir)
+        (run_baselines if args.stage == "baselines" else run_training)(experiment)
+        experiment.processes.wait()
+    except Exception as error:
+        mark_failed(args.run_dir, args.stage, error)
+        print(f"error: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr, flush=True)
         if not isinstance(error, ConfigError):
             raise
         return 2
     finally:
-        if job is not None:
-            job.accelerator.wait_for_everyone() if sys.exc_info()[0] is None else None
-            job.accelerator.end_training()
+        if experiment is not None:  # gloo workers abort at exit where bridges or groups are left
+            experiment.bridges.clear()
+            experiment.processes.accelerator.free_memory()
+            experiment.processes.accelerator.end_training()
     return 0
 
 
