@@ -9,6 +9,7 @@ Files are written to a temporary name and renamed: a file with its final name is
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import gzip
 import hashlib
@@ -59,7 +60,10 @@ def stamped(name: str) -> str:
 
 def make_folder(root: Path, name: str, tries: int = 100) -> Path:
     """A folder of one's own: `name`, or `name_2`, `name_3`, ... where another process has made it in this second."""
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "a file is in the way") from None
     for path in (root / (f"{name}_{n}" if n > 1 else name) for n in range(1, tries + 1)):
         with contextlib.suppress(FileExistsError):
             path.mkdir()
