@@ -24,9 +24,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bridgekit import runs
-from bridgekit.config import Config, ConfigError, check_inputs, load_config, load_parameters, resolve_key
+from bridgekit.config import Config, ConfigError, load_config, load_parameters, resolve_key
 from bridgekit.live import FOLLOWED, POLL_SECONDS, LiveView, following
 from bridgekit.runs import load_status, project_root, write_status
+from bridgekit.tasks import check_inputs
 
 STAGES = ("baselines", "train")
 KILL_SECONDS = 3.0  # between asking a child to stop and making it

@@ -24,7 +24,6 @@ from bridgekit import launch
 from bridgekit.config import (
     Config,
     ConfigError,
-    check_inputs,
     differences,
     effective_settings,
     load_config,
@@ -34,6 +33,7 @@ from bridgekit.config import (
 )
 from bridgekit.runner import SLOTS_PER_GPU, is_done, prepare_folder, run_planned
 from bridgekit.runs import lock_run, project_root, same_run  # noqa: F401 (same_run: its former place)
+from bridgekit.tasks import check_inputs
 from bridgekit.tasks.positions import check_positions, measure_prompts
 
 REPLICATE_SHIFT = 100
