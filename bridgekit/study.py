@@ -241,7 +241,7 @@ def plan_swap(config: Config, prompt_teacher: Sequence[str]) -> dict[str, Config
     for key in ("bridge.prompt_mode", "pair.direction"):
         if key in taught:
             raise ConfigError(f"prompt_teacher: leave {key} out, the arms set it: both prompt modes are run")
-    chosen = load_config(**to_flat(config) | {"bridge.prompt_mode": "auto"} | taught)
+    chosen = load_config(**to_flat(config) | {"bridge.prompt_mode": "auto", "train.controls": []} | taught)
     if chosen.bridge.prompt_mode != "soft_only":
         raise ConfigError(
             "prompt_teacher: these overrides teach nothing by the prompt: name teacher=prompt and a prompt_weight or "
