@@ -1,4 +1,5 @@
-# Everything from a machine with only Python 3.11+ and make. `make help` lists the targets.
+# Everything from a machine with only Python 3.11+ and make. `make help` lists the targets; `make phase1` and
+# `make test` set up what they need.
 #   make setup PYTHON=python3.12      another interpreter
 #   make setup EXTRA=                 without the test and lint tools
 #   make phase1 PARAMETERS=parameters/phase1_gpu.yaml
@@ -14,7 +15,7 @@ PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed-$(if $(EXTRA),$(EXTRA),base)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup phase1 notebooks smoke test lint lab clean
+.PHONY: help setup phase1 notebooks smoke test lint figures audit readme lab clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,18 +23,18 @@ help:  ## list the targets
 setup: $(STAMP)  ## create .venv with everything in it (done once; the other targets call it)
 
 phase1: setup  ## train the bridge on the embedded pair (CPU): run folder, executed notebook, figures, verdict
-	$(PY) -m bridgekit.cli run $(NOTEBOOK) -f $(PARAMETERS) $(ARGS)
+	$(PY) -m bridgekit run $(NOTEBOOK) -f $(PARAMETERS) $(ARGS)
 
 notebooks: setup  ## execute every notebook with its small parameters (CPU, some minutes each)
 	@for name in phase1 ablation swap diagnostics paper preserved; do \
 	  file=parameters/$$name.yaml; \
-	  $(PY) -m bridgekit.cli run notebooks/$$name.ipynb $$(test -f $$file && echo -f $$file) || exit 1; \
+	  $(PY) -m bridgekit run notebooks/$$name.ipynb $$(test -f $$file && echo -f $$file) || exit 1; \
 	done
 
 smoke: setup  ## every notebook that runs something, in under a minute each: does every part work?
 	@rm -rf runs/ablation_smoke* runs/swap_smoke*  # finished runs would be kept, and nothing tried
 	@for name in phase1 ablation swap diagnostics; do \
-	  $(PY) -m bridgekit.cli run notebooks/$$name.ipynb -f parameters/$${name}_smoke.yaml || exit 1; \
+	  $(PY) -m bridgekit run notebooks/$$name.ipynb -f parameters/$${name}_smoke.yaml || exit 1; \
 	done
 
 test: setup  ## run the tests (CPU, offline); one process per core, one thread each
@@ -43,6 +44,16 @@ lint: setup  ## ruff on modules and notebooks; notebooks are stored without outp
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m nbstripout --verify notebooks/*.ipynb
+
+figures: setup  ## draw the figures of the kept runs again, from their data
+	$(PY) -m bridgekit run notebooks/paper.ipynb $(ARGS)
+	$(PY) -m bridgekit run notebooks/preserved.ipynb $(ARGS)
+
+audit: setup  ## recompute every claim from its data
+	$(PY) -m bridgekit audit $(ARGS)
+
+readme: setup  ## write README.md and RESULTS.md again, their numbers from the kept runs
+	$(PY) -m bridgekit readme $(ARGS)
 
 lab: setup  ## open JupyterLab on the project
 	$(PY) -m jupyter lab $(ARGS)

@@ -1,52 +1,157 @@
-"""Run folders: made once, written atomically, read back as frames.
+"""Run folders: made once, written by one process at a time, read back as frames.
 
     folder = create_run(config)                       # runs/<name>_<YYYYmmdd_HHMMSS>/ with config.yaml
-    frame = load_eval(folder / "eval_samples_step_final.jsonl")
+    frame = load_eval(find_eval(folder))              # a row per problem, a bool `<condition>_correct` per condition
+    folder = find_run("headline_dit_seed1")           # a kept run, by its name
 
-A file is written beside its place and renamed, so what has a final name is whole.
+Files are written to a temporary name and renamed: a file with its final name is complete.
 """
 
+import contextlib
 import datetime
+import errno
+import fcntl
 import gzip
 import hashlib
 import io
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 from bridgekit.config import CONDITIONS, Config, ConfigError, dump_config, load_config
 
 FINAL = "eval_samples_step_final.jsonl"
-INVALID = "[invalid]"  # what stands in `<condition>_extracted` where no answer was found
+INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
+
+
+def project_root() -> Path:
+    """The folder that relative paths start from; JupyterLab starts a kernel beside its notebook."""
+    cwd = Path.cwd()
+    return next((folder for folder in (cwd, *cwd.parents) if (folder / "pyproject.toml").is_file()), cwd)
 
 
 def create_run(config: Config, folder: str | Path | None = None) -> Path:
-    """A new run folder with its resolved config; one that exists, or cannot be written, is refused."""
-    if folder is None or folder == "":
-        stamp = datetime.datetime.now().strftime("%Y%m%d_%H%M%S")
-        folder = Path(config.run.runs_dir) / f"{config.run.name}_{stamp}"
-    folder = Path(folder)
-    if (folder / "config.yaml").exists() or (folder.exists() and any(folder.iterdir())):
-        raise ConfigError(f"run folder '{folder}' exists already: choose another run.name, or wait a second")
+    """A new run folder with its resolved config; a given `folder` must be new or empty."""
+    where = Path(folder or config.run.runs_dir)
     try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-        write_text_atomic(folder / "config.yaml", dump_config(config))
+        path = make_folder(where.parent, where.name, 1) if folder else make_folder(where, stamped(config.run.name))
+        (path / "figures").mkdir()
+        write_text_atomic(path / "config.yaml", dump_config(config))
+    except FileExistsError:
+        raise ConfigError(f"run folder '{where}' exists already: move it away, or set run.runs_dir") from None
     except OSError as error:
-        raise ConfigError(f"run folder '{folder}' cannot be written ({error.strerror}): set run.runs_dir") from None
+        raise ConfigError(f"run folder '{where}' cannot be written ({error.strerror}): set run.runs_dir") from None
+    return path
+
+
+def stamped(name: str) -> str:
+    return f"{name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+
+
+def make_folder(root: Path, name: str, tries: int = 100) -> Path:
+    """A folder of one's own: `name`, or `name_2`, `name_3`, ... where another process has made it in this second."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, "a file is in the way") from None
+    for path in (root / (f"{name}_{n}" if n > 1 else name) for n in range(1, tries + 1)):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+            return path
+        if tries == 1 and not any(path.iterdir()):
+            return path
+    raise FileExistsError(f"{root / name} exists already")
+
+
+@contextlib.contextmanager
+def lock_run(folder: str | Path) -> Iterator[int]:
+    """The right to write a run folder; who has it already is named. Yields a descriptor for the children that write.
+
+    The system frees the lock of a process that ends, in whatever way, so no lock is ever stale.
+    """
+    folder = Path(folder).resolve()
+    path = folder.parent / f".{folder.name}.lock"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a+"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                writer = file.read() or "another process"
+                raise ConfigError(f"run folder '{folder}' is being written by {writer}: wait, or end it") from None
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break  # else its last holder has just removed this file: lock the new one
+        stack.callback(path.unlink, missing_ok=True)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+        yield file.fileno()
+
+
+def load_run_config(folder: str | Path) -> Config:
+    return load_config(Path(folder) / "config.yaml")
+
+
+def same_run(one: Config, other: Config) -> bool:
+    """Equal in all but names and folders: a run keeps being itself when it is renamed, fetched or preserved."""
+    own = one.run
+    return one == other.with_(**{"run.name": own.name, "run.runs_dir": own.runs_dir, "run.cache_dir": own.cache_dir})
+
+
+def write_status(folder: str | Path, **status) -> None:
+    """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed."""
+    write_text_atomic(Path(folder) / "status.json", json.dumps(status) + "\n")
+
+
+def load_status(folder: str | Path) -> dict:
+    path = Path(folder) / "status.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+# -- kept runs --------------------------------------------------------------------------------------------------
+
+
+def find_run(name: str, root: str | Path = "preserved_data") -> Path:
+    """The folder of a kept run: in `root` itself, or inside the archive of its study."""
+    root = project_root() / root
+    if (root / name / "config.yaml").is_file():
+        return root / name
+    studies = sorted(path.name.removesuffix(".tar.xz") for path in root.glob("studies/*.tar.xz"))
+    for study in sorted((s for s in studies if name.startswith(f"{s}_")), key=len, reverse=True):
+        folder = open_study(study, root / "studies") / name
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"{root}: no kept run '{name}', in it or in its studies ({', '.join(studies)})")
+
+
+def open_study(name: str, root: str | Path = "preserved_data/studies", into: str | Path = "runs/.studies") -> Path:
+    """The folder with a kept study's run folders, unpacked where this very archive has not been unpacked yet."""
+    path, into = project_root() / root / f"{name}.tar.xz", project_root() / into
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no study of this name is kept (bridgekit preserve --study {name})")
+    folder = into / f"{name}.{hash_file(path)[:16]}"
+    if not folder.is_dir():
+        into.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=into, ignore_cleanup_errors=True) as partial:
+            with tarfile.open(path, "r:xz") as archive:
+                archive.extractall(partial, filter="data")
+            with contextlib.suppress(OSError):  # another process was quicker: its copy is the same
+                Path(partial).rename(folder)
     return folder
 
 
-def read_run_config(folder: str | Path) -> Config:
-    return load_config(Path(folder) / "config.yaml")
+# -- files ------------------------------------------------------------------------------------------------------
 
 
 def write_text_atomic(path: str | Path, text: str) -> None:
@@ -54,11 +159,14 @@ def write_text_atomic(path: str | Path, text: str) -> None:
 
 
 def write_bytes_atomic(path: str | Path, data: bytes) -> None:
+    """Replace a file as a whole; its bytes are on the disk before its name is, so a power cut leaves the old one."""
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
@@ -68,14 +176,13 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object a line; `.gz` is compressed without a time stamp, so equal rows make equal files."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
     if str(path).endswith(".gz"):
         buffer = io.BytesIO()
         with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as stream:
-            stream.write(text.encode())
-        write_bytes_atomic(path, buffer.getvalue())
-    else:
-        write_text_atomic(path, text)
+            stream.write(data)
+        data = buffer.getvalue()
+    write_bytes_atomic(path, data)
 
 
 def append_jsonl(path: str | Path, row: dict) -> None:
@@ -83,39 +190,31 @@ def append_jsonl(path: str | Path, row: dict) -> None:
         stream.write(json.dumps(row) + "\n")
 
 
-def read_jsonl(path: str | Path, left_out: list[int] | None = None) -> Iterator[dict]:
+def load_jsonl(path: str | Path, broken: list[int] | None = None) -> Iterator[dict]:
     """Rows of a `.jsonl` or `.jsonl.gz`; a line cut in half, or a cut file, is refused with file and line number.
 
-    Given a list `left_out`, the whole lines are read, and the list takes the numbers of the others.
+    Given a list `broken`, the whole lines are read, and the list takes the numbers of the others.
     """
     path, number = Path(path), 0
+
+    def note(number: int, what: str) -> None:
+        if broken is None:
+            way_out = "restore the file, or read an evaluation without its broken lines (`--skip-broken`)"
+            raise ValueError(f"{path}, line {number}: {what}; {way_out}")
+        broken.append(number)
+
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
         try:
             for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                row = _parse_row(line)
-                if row is not None:
+                row = None
+                with contextlib.suppress(ValueError):  # also what is not UTF-8: a line may be cut inside a character
+                    row = json.loads(line)
+                if isinstance(row, dict):
                     yield row
-                elif left_out is None:
-                    raise ValueError(f"{path}, line {number}: not a whole JSON object; {_WAY_OUT}")
-                else:
-                    left_out.append(number)
+                elif line.strip():
+                    note(number, "not a whole JSON object")
         except (EOFError, gzip.BadGzipFile, zlib.error):
-            if left_out is None:
-                raise ValueError(f"{path}, line {number + 1}: the compressed file is cut here; {_WAY_OUT}") from None
-            left_out.append(number + 1)
-
-
-_WAY_OUT = "restore the file, or read an evaluation without its broken lines (`--skip-broken`)"
-
-
-def _parse_row(line: bytes) -> dict | None:
-    try:
-        row = json.loads(line)
-    except ValueError:  # also what is not UTF-8: a line may be cut inside a character
-        return None
-    return row if isinstance(row, dict) else None
+            note(number + 1, "the compressed file is cut here")
 
 
 def hash_file(path: str | Path) -> str:
@@ -132,56 +231,41 @@ def find_eval(folder: str | Path, step: str = "final") -> Path:
     raise FileNotFoundError(f"{plain}: not found: the run has not finished, or this is not a run folder")
 
 
-_TEXTS = ("question", "gold_full_text")
-
-
 def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
     """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present.
 
-    With `skip_broken` it is used without its broken lines; their numbers are in `frame.attrs["left_out"]`. Without
-    `texts` only what is counted is kept: the texts fill the memory.
+    The task's own `_correct` counts where it was written; older files are scored by equal answers. With `skip_broken`
+    broken lines are left out and listed in `frame.attrs["left_out"]`; without `texts` memory holds only what is
+    counted. `frame.attrs["controls"]` says from which steps the trained controls come, where the run has kept it.
     """
     import pandas as pd
 
-    left_out: list[int] = []
-    rows = read_jsonl(path, left_out if skip_broken else None)
+    broken: list[int] = []
+    rows = load_jsonl(path, broken if skip_broken else None)
     if not texts:
-        rows = ({k: v for k, v in r.items() if not k.endswith("_full") and k not in _TEXTS} for r in rows)
+        left = ("question", "gold_full_text")
+        rows = ({k: v for k, v in r.items() if not k.endswith("_full") and k not in left} for r in rows)
     frame = pd.DataFrame(rows)
     if frame.empty:
         raise ValueError(f"{path}: no examples in it")
     for key in ("gold_extracted", "source_extracted", "target_extracted"):
         if key not in frame:
             raise ValueError(f"{path}: no '{key}' in it, so it is no evaluation of a run")
-    for condition in CONDITIONS:
-        if f"{condition}_extracted" in frame:
-            said = frame[f"{condition}_extracted"]
-            frame[f"{condition}_correct"] = (said == frame["gold_extracted"]) & (said != INVALID)
+    answered = [key.removesuffix("_extracted") for key in frame if key.endswith("_extracted")]
+    order = [c for c in CONDITIONS if c in answered] + [c for c in answered if c not in (*CONDITIONS, "gold")]
+    for condition in order:
+        answer, by_task = frame[f"{condition}_extracted"], frame.get(f"{condition}_correct")
+        equal = (answer == frame["gold_extracted"]) & (answer != INVALID)
+        frame[f"{condition}_correct"] = equal if by_task is None else by_task.eq(True)
     frame["union_correct"] = frame["source_correct"] | frame["target_correct"]
-    if left_out:
-        frame.attrs["left_out"] = left_out
+    if broken:
+        frame.attrs["left_out"] = broken
+    if (controls := Path(path).parent / "controls.json").is_file():
+        frame.attrs["controls"] = json.loads(controls.read_text())
     return frame
 
 
-def load_eval_once(path: str | Path, texts: bool = True):
-    """`load_eval` where many tables read one file: kept while it is unchanged, and no reader may change it."""
-    stat = os.stat(path)
-    return _load_once(Path(path).resolve(), stat.st_mtime_ns, stat.st_size, texts)
-
-
-@lru_cache(maxsize=64)
-def _load_once(path: Path, changed_ns: int, size: int, texts: bool):
-    return load_eval(path, texts=texts)
-
-
-def write_status(folder: str | Path, **status) -> None:
-    """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed."""
-    write_text_atomic(Path(folder) / "status.json", json.dumps(status) + "\n")
-
-
-def read_status(folder: str | Path) -> dict:
-    path = Path(folder) / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+# -- where a run comes from -------------------------------------------------------------------------------------
 
 
 def lexicon_seed_of(folder: str | Path) -> int:
@@ -190,62 +274,67 @@ def lexicon_seed_of(folder: str | Path) -> int:
 
 
 def provenance(config: Config) -> dict:
-    """Where a run's numbers come from: code, versions, machine kind, seeds. Holds no user or host name."""
-    from importlib.metadata import PackageNotFoundError, version
+    """Where a run's numbers come from: code, versions, machine kind, seeds, command. Holds no user or host name."""
+    from importlib.metadata import version
 
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
-    text = dump_config(config)
+    names = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    launcher = f"accelerate launch --multi_gpu --num_processes {world}" if world > 1 else "python"
+    worker = [*launcher.split(), "-m", "bridgekit.train.worker", *sys.argv[1:]]
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": versions,
+        "commit": _output("git", "rev-parse", "HEAD"),
+        "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
         "platform": platform.platform(terse=True),
+        "cpu": _output("sed", "-n", "/^model name/{s/.*: //p;q}", "/proc/cpuinfo") or platform.machine(),
         "cpus": os.cpu_count(),
+        "threads": int(os.environ.get("OMP_NUM_THREADS") or count_cores()),
         "seed": config.run.seed,
-        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
-        "command": " ".join(
-            ["python", "-m", "bridgekit.train.worker", *(a for a in sys.argv[1:] if not a.startswith("/"))]
-        ),
+        "config_sha256": hashlib.sha256(dump_config(config).encode()).hexdigest(),
+        "command": os.environ.get("BRIDGEKIT_COMMAND") or join_command(worker),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
 
-def _git(*arguments: str) -> str:
+def join_command(parts: Iterable[str]) -> str:
+    """A command line as it can be typed in the project's folder; a home folder is `~`, so no user is named."""
+    texts = [text.removeprefix(f"{project_root()}/").replace(f"{Path.home()}/", "~/", 1) for text in parts]
+    return " ".join(text if text.startswith("~/") else shlex.quote(text) for text in texts)
+
+
+def count_cores() -> int:
+    """The cores this process may use, which a job scheduler may have made fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _output(*command: str) -> str:
+    """What a program prints; nothing where there is no such program, or it fails."""
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def watch_parent() -> None:
-    """End this process soon after the one that asked for it (BRIDGEKIT_PARENT_PID) is gone.
+def watch_parent(folder: str | Path | None = None) -> None:
+    """End this process soon after the one that asked for it (BRIDGEKIT_PARENT_PID) is gone, its run marked as failed.
 
     A killed kernel cannot clean up after itself, and an orphan would hold its GPU.
     """
-    wanted = os.environ.get("BRIDGEKIT_PARENT_PID")
-    if not wanted:
-        return
-
-    def watch() -> None:
-        while True:
-            time.sleep(1.0)
-            if not _is_alive(int(wanted)):
-                os._exit(143)
-
-    threading.Thread(target=watch, daemon=True, name="watch-parent").start()
-
-
-def _is_alive(pid: int) -> bool:
-    """False for a gone process and for a zombie: nobody is behind it any more."""
     import psutil
 
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    def watch(parent: int) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            while psutil.Process(parent).status() != psutil.STATUS_ZOMBIE:  # nobody is behind a zombie any more
+                time.sleep(1.0)
+        if folder is not None:
+            gone = {"state": "failed", "error": "the process that started it is gone", "seconds_left": None}
+            write_status(folder, **load_status(folder) | gone)
+        os._exit(143)
+
+    if parent := os.environ.get("BRIDGEKIT_PARENT_PID"):
+        threading.Thread(target=watch, args=(int(parent),), daemon=True, name="watch-parent").start()
+
+
+# Names that other modules still use.
+read_jsonl, read_run_config, read_status, load_eval_once = load_jsonl, load_run_config, load_status, load_eval

@@ -3,17 +3,24 @@
 python -m pytest tests/test_cli.py
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from bridgekit import cli, headless
+import bridgekit
+from bridgekit import cli, launch
 from bridgekit.config import ConfigError, load_config, to_flat
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / "notebooks/phase1.ipynb"
+
+
+@pytest.fixture(autouse=True)
+def command_forgotten(monkeypatch):
+    monkeypatch.setenv("BRIDGEKIT_COMMAND", "")  # `main` writes it for the children
 
 
 def refuse(capsys, *argv: str) -> str:
@@ -25,8 +32,8 @@ def refuse(capsys, *argv: str) -> str:
     return out.err
 
 
-def write_yaml(folder: Path, text: str) -> Path:
-    path = folder / "some.yaml"
+def write_yaml(folder: Path, text: str, name: str = "some.yaml") -> Path:
+    path = folder / name
     path.write_text(text)
     return path
 
@@ -36,17 +43,15 @@ def write_yaml(folder: Path, text: str) -> Path:
     [
         ("stpes: 20", ["stpes", "'steps'", "phase1.ipynb"]),
         ("lr: 1e-4", ["train.lr", "1.0e-4"]),
-        ("steps: '20'", ["train.steps", "str"]),
         ("steps: on", ["train.steps", "bool"]),
         ("n_soft_tokens: 0", ["bridge.n_soft_tokens"]),
-        ("producer: transformer", ["bridge.producer", "resampler"]),
-        ("eval_samples: 100000", ["eval.eval_samples", "n_test"]),
         ("depth: 3", ["depth", "override"]),
         ("train: {steps: 20}", ["train.steps", "override"]),
         ("run_dir: runs/old", ["run_dir", "name"]),
         ("overrides: train.steps=3", ["overrides", "list"]),
         ("overrides: [train.stps=3]", ["train.stps", "train.steps"]),
         ("overrides: [3]", ["overrides", "3"]),
+        ("notebook: swap\nsteps: 3", ["some.yaml", "'swap'", "not of 'phase1'"]),
         ("- 3", ["key: value"]),
         ("a: [", ["some.yaml", "YAML"]),
     ],
@@ -62,75 +67,86 @@ def test_a_mistaken_parameters_file_is_refused_before_a_run_folder_is_made(tmp_p
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
+        (["run", NOTEBOOK, "-f", ROOT / "parameters/swap.yaml"], ["swap.yaml", "'swap'"]),
+        (["train", "-f", ROOT / "parameters/swap.yaml"], ["swap.yaml", "'swap'"]),
         (["run", "notebooks/none.ipynb"], ["notebooks/none.ipynb"]),
         (["run", NOTEBOOK, "-f", "none.yaml"], ["none.yaml"]),
-        (["run", NOTEBOOK, "-p", "lr", "1e-4"], ["train.lr", "1.0e-4"]),
         (["run", NOTEBOOK, "-o", "train.steps"], ["train.steps", "key=value"]),
+        (["run", NOTEBOOK, "--trust-code"], ["trust_code"]),
         (["run", ROOT / "README.md"], ["README.md", "notebook"]),
         (["run", NOTEBOOK, "-p", "name", "a/b"], ["run.name"]),
         (["train", "-o", "train.steps=x"], ["train.steps"]),
         (["config", "-o", "steps=-1"], ["train.steps"]),
+        (["study", ROOT / "parameters/studies/flow.yaml", "--slots", "-2"], ["slots", "-2"]),
         (["verdict", "runs/none"], ["runs/none"]),
     ],
 )
-def test_a_mistaken_command_is_refused_in_one_line(capsys, argv, named):
+def test_a_mistaken_command_is_refused_in_one_line(capsys, monkeypatch, argv, named):
+    monkeypatch.chdir(ROOT)
     message = refuse(capsys, *argv)
     for part in named:
         assert part in message
 
 
-def test_a_runs_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
-    (tmp_path / "file").write_text("in the way")
-    message = refuse(capsys, "run", NOTEBOOK, "-o", f"run.runs_dir={tmp_path / 'file'}")
-    assert "run.runs_dir" in message
-
-
 def test_a_notebook_without_one_parameters_cell_is_refused(tmp_path):
-    text = NOTEBOOK.read_text().replace('"parameters"', '"other"')
-    path = tmp_path / "plain.ipynb"
-    path.write_text(text)
+    path = write_yaml(tmp_path, NOTEBOOK.read_text().replace('"parameters"', '"other"'), "plain.ipynb")
     with pytest.raises(ConfigError, match="plain.ipynb.*'parameters'.*found 0"):
-        headless.read_defaults(path)
+        launch.load_defaults(path)
 
 
 def test_later_parameters_win_and_overrides_add_up(tmp_path):
-    path = write_yaml(tmp_path, "steps: 7\nseed: 4\noverrides: [task.n_val=300, train.steps=9]\n")
-    values = headless.gather_parameters(NOTEBOOK, path, {"seed": 5}, ["task.n_val=400"])
-    assert (values["steps"], values["seed"]) == (7, 5)
-    config = headless.resolve_config(values)
+    one = write_yaml(tmp_path, "notebook: phase1\nsteps: 7\nseed: 4\noverrides: [task.n_val=300, train.steps=9]\n")
+    two = write_yaml(tmp_path, "steps: 8\noverrides: [task.n_val=350]\n", "two.yaml")
+    values = launch.gather_parameters(NOTEBOOK, [one, two], {"seed": 5}, ["task.n_val=400"])
+    assert (values["steps"], values["seed"], "notebook" in values) == (8, 5, False)
+    config = launch.resolve_config(values)
     assert (config.train.steps, config.task.n_val, config.run.seed) == (9, 400, 5)
-    # a file without a list keeps the notebook's own, one with a list replaces it
-    assert values["overrides"] == ["task.n_val=300", "train.steps=9", "task.n_val=400"]
-    kept = headless.gather_parameters(NOTEBOOK, write_yaml(tmp_path, "steps: 7\n"), {}, ["task.n_val=400"])
-    assert kept["overrides"] == [*headless.read_defaults(NOTEBOOK)["overrides"], "task.n_val=400"]
+    # files without a list keep the notebook's own, files with lists replace it
+    assert values["overrides"] == ["task.n_val=300", "train.steps=9", "task.n_val=350", "task.n_val=400"]
+    kept = launch.gather_parameters(NOTEBOOK, [write_yaml(tmp_path, "steps: 7\n")], {}, ["task.n_val=400"])
+    assert kept["overrides"] == [*launch.load_defaults(NOTEBOOK)["overrides"], "task.n_val=400"]
 
 
 def test_printed_configuration_reads_back(tmp_path, capsys):
-    overrides = ["train.lr=3.0e-4", "eval.conditions=[source, target, bridged]", "run.name=other"]
-    assert cli.main(["config", *(part for text in overrides for part in ("-o", text))]) == 0
+    layer = write_yaml(tmp_path, "notebook: phase1\nname: other\noverrides: [train.lr=0.1]\n")
+    overrides = ["train.lr=3.0e-4", "eval.conditions=[source, target, bridged]"]
+    assert cli.main(["config", "-f", str(layer), *(part for text in overrides for part in ("-o", text))]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("=")[0] for line in lines] == list(to_flat(load_config()))
     assert sum(line.endswith("  # changed") for line in lines) == 3
-    assert load_config(overrides=[line.split("  #")[0] for line in lines]) == load_config(overrides=overrides)
+    expected = load_config(overrides=[*overrides, "run.name=other"])
+    assert load_config(overrides=[line.split("  #")[0] for line in lines]) == expected
 
 
-def test_help_names_every_key_with_its_type_default_and_comment():
-    text = cli.describe_keys()
-    for key in to_flat(load_config()):
-        assert f"  {key} (" in text
-    assert "bridge.n_soft_tokens (int, 16): -1: as many as the source prompt has" in text
+def test_help_names_every_verb_and_the_keys(capsys):
+    for argv, parts in ((["--help"], ["run", "train", "config", "verdict", "export", *cli.FORWARDED]),
+                        (["config", "--help"], ["keys, as section.name"])):  # fmt: skip
+        with pytest.raises(SystemExit):
+            cli.main(argv)
+        text = capsys.readouterr().out
+        assert all(f"    {part} " in text or part in text for part in parts)
 
 
-def test_a_mistake_leaves_no_traceback_and_exit_code_2():
-    command = [sys.executable, "-m", "bridgekit.cli", "run", str(NOTEBOOK), "-o", "train.stps=3"]
-    done = subprocess.run(command, capture_output=True, text=True)
+def test_python_m_bridgekit_is_the_command_and_a_mistake_leaves_no_traceback():
+    command = [sys.executable, "-m", "bridgekit", "run", str(NOTEBOOK), "-o", "train.stps=3"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
-def test_every_verb_of_the_help_is_there(capsys):
-    with pytest.raises(SystemExit):
-        cli.main(["--help"])
-    text = capsys.readouterr().out
-    for verb in ("run", "train", "config", "verdict", *cli.FORWARDED):
-        assert f"    {verb} " in text
+def test_a_command_is_recorded_as_it_can_be_typed(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cli.main(["config", "-f", str(ROOT / "parameters/phase1.yaml"), "-o", "run.name=a b"])
+    assert os.environ["BRIDGEKIT_COMMAND"] == "bridgekit config -f parameters/phase1.yaml -o 'run.name=a b'"
+
+
+def test_the_names_of_a_notebook_load_when_they_are_used():
+    code = (
+        "import sys, time; t = time.perf_counter(); import bridgekit; took = time.perf_counter() - t\n"
+        "heavy = {'numpy', 'torch', 'pandas', 'matplotlib', 'scipy', 'papermill'}\n"
+        "assert took < 0.3 and not heavy & set(sys.modules), took\n"
+        "assert bridgekit.load_config().train.steps == 500 and not heavy & set(sys.modules)\n"
+        "assert 'Experiment' in dir(bridgekit) and not hasattr(bridgekit, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert "train" not in bridgekit.__all__

@@ -8,17 +8,13 @@ from pathlib import Path
 
 import nbformat
 import pytest
-import yaml
 
-from bridgekit.config import Config
-from bridgekit.headless import gather_parameters, read_defaults, resolve_config
-from bridgekit.sweep import plan_runs, read_sweep
+from bridgekit.config import Config, load_parameters
+from bridgekit.launch import gather_parameters, load_defaults, resolve_config
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-FILES = sorted((ROOT / "parameters").glob("*.yaml"))
-SWEEPS = [path for path in FILES if "runs" in yaml.safe_load(path.read_text())]
-PARAMETERS = [path for path in FILES if path not in SWEEPS]
+PARAMETERS = sorted((ROOT / "parameters").glob("*.yaml"))
 LONGEST_CELL = 15
 
 
@@ -31,10 +27,8 @@ def cells_of(path: Path, kind: str = "code") -> list:
 
 
 def notebook_of(parameters: Path) -> Path:
-    """`phase1_gpu.yaml` belongs to phase1.ipynb: the notebook whose name it begins with."""
-    found = [n for n in NOTEBOOKS if parameters.stem == n.stem or parameters.stem.startswith(n.stem + "_")]
-    assert found, f"{parameters.name}: no notebook has a name that begins like it"
-    return max(found, key=lambda n: len(n.stem))
+    """Every file says for which notebook it is."""
+    return ROOT / "notebooks" / f"{load_parameters(parameters)['notebook']}.ipynb"
 
 
 def test_there_are_notebooks_and_parameters_files():
@@ -92,7 +86,7 @@ def test_a_notebook_explains_itself(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_defaults_of_a_notebook_that_runs_something_are_a_configuration(path):
-    defaults = read_defaults(path)
+    defaults = load_defaults(path)
     if "run_dir" in defaults:
         assert defaults["run_dir"] == ""
         assert isinstance(resolve_config(defaults), Config)
@@ -100,24 +94,17 @@ def test_defaults_of_a_notebook_that_runs_something_are_a_configuration(path):
         assert all(f"{name}={name}" in handed_on for name in set(defaults) - {"run_dir"}), handed_on
 
 
-@pytest.mark.parametrize("path", SWEEPS, ids=name_of)
-def test_every_run_of_a_sweep_file_is_a_configuration(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    planned = plan_runs(path, read_sweep(path), Path("runs"))
-    assert planned and all(isinstance(config, Config) for config, _ in planned.values())
-
-
 @pytest.mark.parametrize("path", PARAMETERS, ids=name_of)
 def test_every_parameters_file_fits_its_notebook(path):
     notebook = notebook_of(path)
-    values = gather_parameters(notebook, path, {}, [])
-    assert set(values) == set(read_defaults(notebook))
+    values = gather_parameters(notebook, [path], {}, [])
+    assert set(values) == set(load_defaults(notebook))
     if "run_dir" in values:
         assert isinstance(resolve_config(values), Config)
 
 
-@pytest.mark.parametrize("path", [n for n in NOTEBOOKS if "run_dir" in read_defaults(n)], ids=name_of)
+@pytest.mark.parametrize("path", [n for n in NOTEBOOKS if "run_dir" in load_defaults(n)], ids=name_of)
 def test_a_notebook_with_its_defaults_is_its_first_parameters_file(path):
     """Run-all in JupyterLab and `make` give the same run."""
-    values = gather_parameters(path, ROOT / "parameters" / f"{path.stem}.yaml", {}, [])
-    assert resolve_config(values) == resolve_config(read_defaults(path))
+    values = gather_parameters(path, [ROOT / "parameters" / f"{path.stem}.yaml"], {}, [])
+    assert resolve_config(values) == resolve_config(load_defaults(path))

@@ -1,18 +1,27 @@
-"""Evaluation files that are damaged: refused with file and line, used without the line only when asked.
+"""Run folders: nobody shares or overwrites one, what is damaged is named, and old and new evaluations read alike.
 
 python -m pytest tests/test_runs.py
 """
 
 import gzip
 import json
+import multiprocessing
+import os
 import re
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from bridgekit.runs import find_eval, load_eval, read_jsonl, write_jsonl
+from bridgekit import runs
+from bridgekit.config import ConfigError, load_config
+from bridgekit.results.archive import keep_study
+from bridgekit.runs import create_run, find_eval, find_run, load_eval, load_jsonl, lock_run, open_study, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 KEPT = ROOT / "preserved_data" / "headline_dit_seed1"
@@ -23,6 +32,120 @@ N = 300  # lines used of the preserved evaluation, enough for a verdict
 def lines() -> list[bytes]:
     with gzip.open(find_eval(KEPT)) as stream:
         return [line for line, _ in zip(stream, range(N), strict=False)]
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def _create(runs_dir: str, barrier) -> str:
+    barrier.wait()
+    return str(create_run(load_config(runs_dir=runs_dir)))
+
+
+def test_runs_of_one_second_and_one_name_get_folders_of_their_own(tmp_path):
+    with multiprocessing.Manager() as manager, multiprocessing.Pool(4) as pool:
+        made = pool.starmap(_create, [(str(tmp_path / "runs"), manager.Barrier(4))] * 4)
+    assert len(set(made)) == 4 and all((Path(folder) / "config.yaml").is_file() for folder in made)
+
+
+def test_a_folder_that_is_there_or_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="full' exists already"):
+        create_run(load_config(), tmp_path / "full")
+    with pytest.raises(ConfigError, match="cannot be written.*run.runs_dir"):
+        create_run(load_config(runs_dir=str(tmp_path / "full" / "notes.txt")))
+    (tmp_path / "empty").mkdir()
+    assert create_run(load_config(), tmp_path / "empty") == tmp_path / "empty"
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_leaves_it_free(tmp_path):
+    code = (
+        "import time; from bridgekit.runs import lock_run\n"
+        f"with lock_run({str(tmp_path / 'run')!r}): print('held', flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert child.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"being written by process {child.pid} on "), lock_run(tmp_path / "run"):
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    with lock_run(tmp_path / "run"), pytest.raises(ConfigError, match=f"process {os.getpid()}"):
+        with lock_run(tmp_path / "run"):
+            pass
+    with lock_run(tmp_path / "run"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_that_still_writes_keeps_the_lock_of_its_dead_parent(tmp_path):
+    code = (
+        "import subprocess, sys; from bridgekit.runs import lock_run\n"
+        f"with lock_run({str(tmp_path / 'run')!r}) as lock:\n"
+        "    subprocess.Popen(['sleep', '60'], pass_fds=(lock,)); print('held', flush=True); sys.stdin.read()"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, cwd=ROOT)
+    assert parent.stdout.readline() == "held\n"
+    import psutil
+
+    (child,) = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.wait()
+    with pytest.raises(ConfigError, match="being written"), lock_run(tmp_path / "run"):
+        pass
+    child.kill()
+    psutil.wait_procs([child], timeout=5)
+    end = time.monotonic() + 5
+    while time.monotonic() < end and child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.05)
+    with lock_run(tmp_path / "run"):
+        pass
+
+
+def test_a_file_has_its_bytes_on_the_disk_before_its_name(tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append("fsync"))
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), real(a, b)))
+    runs.write_text_atomic(tmp_path / "some.txt", "text")
+    assert done == ["fsync", "rename"] and (tmp_path / "some.txt").read_text() == "text"
+    with pytest.raises(TypeError):
+        runs.write_bytes_atomic(tmp_path / "some.txt", None)
+    assert [p.name for p in tmp_path.iterdir()] == ["some.txt"] and (tmp_path / "some.txt").read_text() == "text"
+
+
+def test_a_run_whose_starter_is_gone_says_so(tmp_path):
+    runs.write_status(tmp_path, state="running", step=7)
+    parent = subprocess.Popen([sys.executable, "-c", "pass"])
+    parent.wait()
+    code = f"from bridgekit.runs import watch_parent; import time; watch_parent({str(tmp_path)!r}); time.sleep(60)"
+    environment = os.environ | {"BRIDGEKIT_PARENT_PID": str(parent.pid)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=30).returncode == 143
+    status = runs.load_status(tmp_path)
+    assert (status["state"], status["step"]) == ("failed", 7) and "gone" in status["error"]
+
+
+# -- where a run comes from -------------------------------------------------------------------------------------
+
+
+def test_the_record_names_machine_code_and_a_command_that_can_be_typed(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.setenv("BRIDGEKIT_COMMAND", "bridgekit run notebooks/phase1.ipynb -f parameters/phase1.yaml")
+    record = runs.provenance(load_config(seed=5))
+    assert record["command"] == "bridgekit run notebooks/phase1.ipynb -f parameters/phase1.yaml"
+    assert record["cpu"] and record["threads"] == 3 and record["seed"] == 5 and len(record["commit"]) == 40
+    monkeypatch.delenv("BRIDGEKIT_COMMAND")
+    monkeypatch.setattr(sys, "argv", ["worker.py", f"{ROOT}/runs/some run", "--stage", "train"])
+    monkeypatch.chdir(ROOT)
+    for world, launcher in (("1", "python"), ("2", "accelerate launch --multi_gpu --num_processes 2")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        wanted = f"{launcher} -m bridgekit.train.worker 'runs/some run' --stage train"
+        assert runs.provenance(load_config())["command"] == wanted
+    assert shlex.split(runs.join_command(["bridgekit", "config", "-o", "name=a b"]))[-1] == "name=a b"
+    assert runs.join_command([f"{Path.home()}/x/run"]) == "~/x/run"
+
+
+# -- evaluations ------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, data: bytes) -> Path:
@@ -37,8 +160,7 @@ def cut(lines: list[bytes], number: int, inside_a_character: bool = False) -> by
 
 
 @pytest.mark.parametrize("name", ["eval_samples_step_final.jsonl", "eval_samples_step_final.jsonl.gz"])
-@pytest.mark.parametrize("number", [1, 7, N])
-@pytest.mark.parametrize("inside_a_character", [False, True])
+@pytest.mark.parametrize(("number", "inside_a_character"), [(1, False), (7, True), (N, False)])
 def test_a_line_cut_in_half_is_named_and_left_out_only_when_asked(tmp_path, lines, name, number, inside_a_character):
     path = write(tmp_path / name, cut(lines, number, inside_a_character))
     with pytest.raises(ValueError, match=rf"^{re.escape(str(path))}, line {number}: .*--skip-broken") as caught:
@@ -59,7 +181,6 @@ def test_a_compressed_file_cut_in_half_is_named_with_the_first_line_that_is_lost
     frame = load_eval(path, skip_broken=True)
     assert f"{path}, line {len(frame) + 1}:" in str(caught.value)
     assert 0 < len(frame) < N and frame.attrs["left_out"] == [len(frame) + 1]
-    assert list(frame["id"]) == [json.loads(line)["id"] for line in lines[: len(frame)]]
 
 
 @pytest.mark.parametrize(
@@ -74,16 +195,116 @@ def test_a_file_that_is_no_evaluation_is_refused(tmp_path, data, named):
 def test_rows_are_read_back_as_written(tmp_path):
     rows = [{"a": 1, "b": "\u00e9"}, {}, {"a": None}]
     for name in ("some.jsonl", "some.jsonl.gz"):
-        write_jsonl(tmp_path / name, rows)
-        assert list(read_jsonl(tmp_path / name)) == rows
+        assert write_jsonl(tmp_path / name, rows) is None and list(load_jsonl(tmp_path / name)) == rows
 
 
-def test_a_verdict_leaves_out_a_broken_line_only_when_asked(tmp_path, lines):
-    write(tmp_path / "eval_samples_step_final.jsonl", cut(lines, 5))
-    command = [sys.executable, "-m", "bridgekit.cli", "verdict", str(tmp_path)]
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert refused.returncode == 2 and not refused.stdout
-    assert "line 5:" in refused.stderr and refused.stderr.count("\n") == 1
-    asked = subprocess.run([*command, "--skip-broken"], capture_output=True, text=True)
-    assert asked.returncode == 0, asked.stderr
-    assert f"left out line 5; {N - 1} lines are used" in asked.stdout and "The bridge transfers" in asked.stdout
+def test_the_task_s_own_score_counts_where_there_is_one(tmp_path):
+    row = {"gold_extracted": "1/2", "source_extracted": "0.5", "target_extracted": "1/2", "constant_extracted": "1/2"}
+    row |= {"constant.last_extracted": "3", "bridged_extracted": "[invalid]"}
+    old, new = row | {"gold_extracted": "[invalid]"}, row | {"source_correct": True, "constant_correct": None}
+    write_jsonl(tmp_path / "old.jsonl", [row, old])
+    frame = load_eval(tmp_path / "old.jsonl")
+    assert frame["source_correct"].tolist() == [False, False] and frame["target_correct"].tolist() == [True, False]
+    assert frame["bridged_correct"].tolist() == [False, False] and frame["union_correct"].tolist() == [True, False]
+    assert not frame["constant.last_correct"].any() and "controls" not in frame.attrs
+    write_jsonl(tmp_path / "new.jsonl.gz", [new])
+    (tmp_path / "controls.json").write_text(json.dumps({"constant": {"mix": 300}}))
+    frame = load_eval(tmp_path / "new.jsonl.gz")
+    assert frame["source_correct"].tolist() == [True] and frame["constant_correct"].tolist() == [False]
+    assert frame["constant_correct"].dtype.kind == "b" and frame.attrs["controls"] == {"constant": {"mix": 300}}
+
+
+# -- kept runs --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some_runs(tmp_path) -> Path:
+    """Two finished runs of the study `s_t` and one that is not, with answers that differ."""
+    from bridgekit.tasks.units import FAMILIES
+
+    family = next(f.name for f in FAMILIES if f.steps[0].endswith("*v"))
+    for seed in (1, 2, 3):
+        folder = create_run(load_config(seed=seed), tmp_path / "runs" / f"s_t_base_seed{seed}")
+        rows = [
+            {
+                "index": i, "question": "Q" * 50, "id": f"u-{i}", "unit": f"w{i % 7}", "group": "source_only",
+                "novelty": "held_unit", "gold_extracted": str(i), "source_extracted": str(i), "source_full": "text",
+                "target_extracted": "0", "bridged_extracted": str(i if i % (seed + 1) else 0), "family": family,
+                "bridged_full": f"<<1*{i}={i}>>",
+            }
+            for i in range(40)
+        ]  # fmt: skip
+        write_jsonl(folder / runs.FINAL, rows)
+        runs.write_status(folder, state="finished" if seed < 3 else "running")
+    return tmp_path / "runs"
+
+
+def test_every_number_survives_packing_and_texts_stay_out(some_runs, tmp_path):
+    path = keep_study(some_runs, "s_t", tmp_path / "kept")
+    folder = open_study("s_t", tmp_path / "kept", tmp_path / "open")
+    assert sorted(p.name for p in folder.iterdir()) == ["s_t_base_seed1", "s_t_base_seed2"]
+    for name in ("s_t_base_seed1", "s_t_base_seed2"):
+        before, after = (load_eval(find_eval(root / name)) for root in (some_runs, folder))
+        columns = [c for c in after if c != "bridged_said"]
+        assert before[columns].equals(after[columns]) and after["bridged_said"].tolist() == [*range(40)]
+        assert not {"question", "source_full", "bridged_full"} & set(after)
+        assert runs.load_run_config(folder / name) == runs.load_run_config(some_runs / name)
+    assert path.read_bytes() == keep_study(some_runs, "s_t", tmp_path / "again").read_bytes()
+    assert path.read_bytes() == keep_study(folder, "s_t", tmp_path / "packed before").read_bytes()
+
+
+def test_an_archive_of_equal_size_and_other_content_is_unpacked_again(some_runs, tmp_path):
+    sizes, folders = set(), []
+    for letter in "ab":
+        runs.write_status(some_runs / "s_t_base_seed1", state="finished", best=letter)
+        path = keep_study(some_runs, "s_t", tmp_path / "kept")
+        folders.append(open_study("s_t", tmp_path / "kept", tmp_path / "open"))
+        sizes.add(path.stat().st_size)
+        path.unlink()
+    assert len(sizes) == 1, "the test needs two archives of one size"
+    assert [runs.load_status(folder / "s_t_base_seed1")["best"] for folder in folders] == ["a", "b"]
+
+
+def _open(kept: str, into: str, barrier) -> str:
+    barrier.wait()
+    return str(open_study("s_t", kept, into))
+
+
+def test_processes_that_unpack_at_once_get_one_whole_copy(some_runs, tmp_path):
+    keep_study(some_runs, "s_t", tmp_path / "kept")
+    with multiprocessing.Manager() as manager, multiprocessing.Pool(4) as pool:
+        calls = [(str(tmp_path / "kept"), str(tmp_path / "open"), manager.Barrier(4))] * 4
+        (folder,) = set(pool.starmap(_open, calls))
+    assert [str(p) for p in (tmp_path / "open").iterdir()] == [folder]
+    assert len(list(Path(folder).glob("*/config.yaml"))) == 2
+
+
+def test_a_kept_run_is_found_by_name_from_any_folder_of_the_project(some_runs, tmp_path, monkeypatch):
+    (tmp_path / "pyproject.toml").write_text("")
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    keep_study(some_runs, "s_t", "preserved_data/studies")
+    alone = tmp_path / "preserved_data" / "s_alone_seed1"
+    shutil.copytree(some_runs / "s_t_base_seed1", alone)
+    assert find_run("s_alone_seed1") == alone
+    assert find_run("s_t_base_seed2").parent.parent == tmp_path / "runs" / ".studies"
+    assert list((tmp_path / "notebooks").iterdir()) == []
+    with pytest.raises(FileNotFoundError, match=r"no kept run 's_t_base_seed9'.*\(s_t\)"):
+        find_run("s_t_base_seed9")
+    with pytest.raises(FileNotFoundError, match="other.tar.xz"):
+        open_study("other")
+
+
+def test_what_is_kept_is_never_replaced_and_later_runs_are_added(some_runs, tmp_path):
+    early, kept = tmp_path / "early", tmp_path / "kept"
+    shutil.copytree(some_runs / "s_t_base_seed2", early / "s_t_base_seed2")
+    keep_study(early, "s_t", kept)
+    with pytest.raises(ValueError, match="already kept"):
+        keep_study(some_runs, "s_t", kept)
+    with pytest.raises(ValueError, match="no finished run of a study 's_t' that is not kept already"):
+        keep_study(early, "s_t", kept, add=True)
+    with pytest.raises(ValueError, match="no finished run of a study 'other'"):
+        keep_study(some_runs, "other", kept)
+    whole = keep_study(some_runs, "s_t", tmp_path / "at once").read_bytes()
+    write_jsonl(some_runs / "s_t_base_seed2" / runs.FINAL, [])  # must not replace what is kept
+    assert keep_study(some_runs, "s_t", kept, add=True).read_bytes() == whole

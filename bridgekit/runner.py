@@ -1,0 +1,229 @@
+"""Run what is planned, several trainings at a time, on the GPUs there are; what is finished is kept.
+
+    run_planned(planned, "runs").check()     # {folder name: Config}; again after an interruption
+
+Small models leave a GPU mostly idle while Python prepares the next launch; several trainings fill the gaps, if CUDA's
+multi-process service runs (`nvidia-cuda-mps-control -d`): without it they take turns, with it they share.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bridgekit import launch, runs
+from bridgekit.config import Config, ConfigError
+from bridgekit.live import POLL_SECONDS, LiveView
+from bridgekit.runs import load_run_config, load_status, project_root
+
+SLOTS_PER_GPU = 6
+
+
+def is_done(folder: Path, config: Config) -> bool:
+    """Whether a folder holds this very run, finished; one that is finished otherwise is refused, never touched."""
+    if load_status(folder).get("state") != "finished":
+        return False
+    try:
+        same = runs.same_run(load_run_config(folder), config)
+    except ValueError as error:
+        raise ConfigError(f"'{folder}' is finished, but cannot be read ({error}): move it away") from None
+    if not same:
+        raise ConfigError(f"'{folder}' is finished with another configuration: move it away, or use another name")
+    return True
+
+
+def prepare_folder(folder: Path, config: Config) -> None:
+    """The folder of a run that is due; one whose training had begun is moved to `.unfinished`, with its log.
+
+    To be called while the folder is locked: nobody else writes it then.
+    """
+    if folder.is_dir():
+        with contextlib.suppress(ValueError):
+            if load_run_config(folder) == config and not (folder / "metrics.jsonl").exists():
+                return  # headroom at most has been measured, which training goes on from
+        folder.rename(runs.make_folder(folder.parent / ".unfinished", runs.stamped(folder.name)))
+    with contextlib.chdir(project_root()):
+        launch.make_run(config, folder)
+
+
+def list_gpus() -> list[str]:
+    """The GPUs a child may be given, as CUDA_VISIBLE_DEVICES names them; a scheduler may have left us only some.
+
+    Asked without torch, whose context would take memory on each.
+    """
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name for name in visible.replace(" ", "").split(",") if name not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
+
+
+@dataclass(eq=False)
+class Job:
+    """A training, or the making of a pair (it has no `config`), from waiting to its end."""
+
+    name: str
+    folder: Path
+    config: Config | None = None
+    lexicon_seed: int = 0
+    gpus: list[str] = field(default_factory=list)
+    child: subprocess.Popen | None = None
+    lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    started: float = 0.0
+    log_start: int = 0
+
+    @property
+    def pair(self) -> Path | None:
+        return (project_root() / self.config.pair.source_model).parent if self.config else None
+
+
+class Runner:
+    """Jobs from waiting to done: `outcome` has a line for each, and `failed` names those that went wrong."""
+
+    def __init__(self, planned: Mapping[str, Config], runs_dir: str | Path, slots: int = 0,
+                 pairs: Mapping[str, dict] | None = None, pair_options: Sequence = ()):  # fmt: skip
+        if slots < 0:
+            raise ConfigError(f"slots: trainings at once on each GPU, or 0 for the default, got {slots}")
+        self.runs_dir, self.pair_options = project_root() / runs_dir, [str(option) for option in pair_options]
+        trainings = [Job(name, self.runs_dir / name, config) for name, config in planned.items()]
+        needed = {job.pair for job in trainings}
+        makings = [Job(f"pair {name}", self.runs_dir / "pairs" / name, lexicon_seed=pair["lexicon_seed"])
+                   for name, pair in (pairs or {}).items()]  # fmt: skip
+        makings = [job for job in makings if job.folder in needed]
+        self.unmade = {job.folder: job for job in makings}
+        self.waiting, self.active, self.n_runs = makings + trainings, list[Job](), len(trainings)
+        self.gpus = list_gpus()
+        self.free = dict.fromkeys(self.gpus or ["none"], slots or (SLOTS_PER_GPU if self.gpus else 1))
+        self.threads = launch.share_cores(max(1, min(sum(self.free.values()), len(self.waiting))))
+        self.failed: list[str] = []
+        self.outcome: dict[str, str] = {}
+        self.view = LiveView()
+        for name, config in planned.items() if self.gpus else ():
+            if (n := config.train.num_processes) > len(self.gpus):
+                raise ConfigError(f"train.num_processes: {name} needs {n} GPUs, there are {len(self.gpus)}")
+
+    def run(self) -> None:
+        """Everything that is not done yet; a run that fails stops no other. However this ends, no child is left."""
+        started = time.time()
+        try:
+            while self.waiting or self.active:
+                for job in [job for job in self.waiting if job.pair not in self.unmade]:
+                    if not self._start(job):
+                        break  # the plan's order: a run that needs several GPUs is not overtaken for ever
+                for job in [job for job in self.active if job.child.poll() is not None]:
+                    self._finish(job)
+                self._show(time.time() - started)
+                time.sleep(POLL_SECONDS if self.active else 0)
+        except BaseException:
+            for job in self.active:
+                launch.kill_tree(job.child)
+                if job.config:
+                    launch.mark_failed(job.folder, "interrupted")
+                job.lock.close()
+            raise
+        n_done = self.n_runs - sum(not name.startswith("pair ") for name in self.failed)
+        self.view.note(f"{n_done} of {self.n_runs} runs done in {time.time() - started:.0f} s")
+
+    def check(self) -> None:
+        """Raise if a run failed, in one line."""
+        if self.failed:
+            why = f"the first: {self.outcome[self.failed[0]]}; see train.log in each folder of {self.runs_dir}"
+            raise RuntimeError(f"failed: {', '.join(self.failed)} ({why})")
+
+    def _start(self, job: Job) -> bool:
+        """Start a job, or settle it where there is nothing to start; False if it has to wait for a GPU."""
+        n = job.config.train.num_processes if job.config and self.gpus else 1
+        job.gpus = sorted((gpu for gpu in self.free if self.free[gpu]), key=self.free.get, reverse=True)[:n]
+        try:
+            if not self._is_done(job):
+                if len(job.gpus) < n:
+                    return False
+                handle = job.lock.enter_context(runs.lock_run(job.folder))
+                if not self._is_done(job):  # by another process, in this moment
+                    self._launch(job, handle)
+                    return True
+            self._settle(job, "kept")
+        except (ValueError, OSError) as error:
+            self._settle(job, " ".join(str(error).split()), failed=True)
+        return True
+
+    def _is_done(self, job: Job) -> bool:
+        if job.config:
+            if self.outcome.get(f"pair {job.pair.name}") and f"pair {job.pair.name}" in self.failed:
+                raise ConfigError(f"its pair could not be made, see {job.pair / 'train.log'}")
+            return is_done(job.folder, job.config)
+        record = job.folder / "pair.json"
+        if record.is_file() and (seed := json.loads(record.read_text()).get("lexicon_seed")) != job.lexicon_seed:
+            raise ConfigError(f"'{job.folder}' was made with lexicon_seed {seed}, not {job.lexicon_seed}: move it away")
+        return record.is_file()
+
+    def _launch(self, job: Job, lock: int) -> None:
+        if job.config:
+            prepare_folder(job.folder, job.config)
+            runs.write_status(job.folder, state="running", stage="train")
+            n = job.config.train.num_processes
+            command = launch.training_command(job.folder, "train", n, max(1, self.threads // n))
+        else:
+            job.folder.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "bridgekit.train.pretrain", "--out", str(job.folder)]
+            command += ["--lexicon-seed", str(job.lexicon_seed), *self.pair_options]
+        extra = {"OMP_NUM_THREADS": str(self.threads)}
+        extra |= {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if self.gpus else {}
+        with open(job.folder / "train.log", "ab") as log:
+            job.started, job.log_start = time.time(), log.tell()
+            job.child = launch.start_child(command, log, extra, keep=(lock,))
+        for gpu in job.gpus:
+            self.free[gpu] -= 1
+        self.waiting.remove(job)
+        self.active.append(job)
+
+    def _finish(self, job: Job) -> None:
+        self.active.remove(job)
+        for gpu in job.gpus:
+            self.free[gpu] += 1
+        code, summary = job.child.returncode, job.folder / "summary.log"
+        text = summary.read_text().strip() if summary.exists() else "made"
+        failed = code != 0 or bool(job.config and load_status(job.folder).get("state") != "finished")
+        if failed:
+            reason = launch.find_error(job.folder / "train.log", job.log_start) or "its process ended without a word"
+            text = f"FAILED ({code}): {reason}"
+            if job.config:
+                launch.mark_failed(job.folder, reason)
+        self._settle(job, text, failed, f"{time.time() - job.started:4.0f} s gpu {','.join(job.gpus)}  ")
+
+    def _settle(self, job: Job, text: str, failed: bool = False, before: str = "") -> None:
+        """A job's last word."""
+        job.lock.close()
+        self.waiting = [other for other in self.waiting if other is not job]
+        self.unmade.pop(job.folder, None)
+        self.outcome[job.name] = text
+        self.failed += [job.name] if failed else []
+        if text != "kept":
+            self.view.note(f"{before}{job.name}: {text}")
+
+    def _show(self, elapsed: float) -> None:
+        n_left = sum(bool(job.config) for job in (*self.waiting, *self.active))
+        running = []
+        for job in self.active[:2]:
+            status = load_status(job.folder)
+            step = f" {status['step']}/{status['steps']}" if status.get("steps") else ""
+            running.append(f"{job.name}: {status.get('stage', 'running')}{step}")
+        if len(self.active) > 2:
+            running.append(f"{len(self.active) - 2} more")
+        stage = f"{self.n_runs - n_left} of {self.n_runs} runs done"
+        self.view.show({"stage": stage, "running": ", ".join(running), "elapsed": elapsed})
+
+
+def run_planned(planned: Mapping[str, Config], runs_dir: str | Path, slots: int = 0,
+                pairs: Mapping[str, dict] | None = None, pair_options: Sequence = ()) -> Runner:  # fmt: skip
+    """Run what is planned and not finished; `.check()` of what comes back raises if a run failed."""
+    runner = Runner(planned, runs_dir, slots, pairs, pair_options)
+    runner.run()
+    return runner
