@@ -301,13 +301,13 @@ def replace_block(text: str, name: str, body: str) -> str:
     return f"{before}{start}\n{body.strip()}\n{end}{rest.split(end, 1)[1]}"
 
 
-def render(template: str, **values: object) -> str:
-    """A template of `templates/`, filled in."""
+def render(template: str, finalize: typing.Callable | None = None, **values: object) -> str:
+    """A template of `templates/`, filled in; `finalize` turns each value into what is printed."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(loader=loader, **options)
+    environment = Environment(loader=loader, finalize=finalize, **options)
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment.get_template(template).render(**values)
 
