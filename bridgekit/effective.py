@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import typing
 
+from bridgekit.audit.runfolders import RunRecord
 
 SEEDS = ("seed", "run.seed")
 BOOKKEEPING = ("show_eval_samples", "run.name", "run.runs_dir", "run.cache_dir",
@@ -94,7 +95,7 @@ def _matches(key: str, name: str) -> bool:
     return key.startswith(name[:-1]) if name.endswith("*") else key == name
 
 
-def identity(record: "RunRecord", seed: bool = True) -> tuple:
+def identity(record: RunRecord, seed: bool = True) -> tuple:
     """Equal for two runs exactly when they are the same experiment on the same number of processes."""
     settings = effective_settings(record.config, seed)
     return (
@@ -103,14 +104,14 @@ def identity(record: "RunRecord", seed: bool = True) -> tuple:
     )
 
 
-def differing_settings(one: "RunRecord", other: "RunRecord", seed: bool = True) -> dict[str, tuple]:
+def differing_settings(one: RunRecord, other: RunRecord, seed: bool = True) -> dict[str, tuple]:
     """{setting: (in one, in the other)} for the settings that differ and have an effect."""
     first, second = effective_settings(one.config, seed), effective_settings(other.config, seed)
     keys = dict.fromkeys([*first, *second])
     return {k: (first.get(k), second.get(k)) for k in keys if repr(first.get(k)) != repr(second.get(k))}
 
 
-def inert_differences(one: "RunRecord", other: "RunRecord") -> dict[str, tuple]:
+def inert_differences(one: RunRecord, other: RunRecord) -> dict[str, tuple]:
     """{setting: (in one, in the other)} for the settings that differ without effect."""
     keys = dict.fromkeys([*one.config, *other.config])
     apart = {k: (one.config.get(k), other.config.get(k)) for k in keys if one.config.get(k) != other.config.get(k)}
