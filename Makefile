@@ -14,7 +14,7 @@ PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed-$(if $(EXTRA),$(EXTRA),base)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup phase1 notebooks smoke test readme lint lab clean
+.PHONY: help setup phase1 notebooks smoke test lint lab clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,9 +38,6 @@ smoke: setup  ## every notebook that runs something, in under a minute each: doe
 
 test: setup  ## run the tests (CPU, offline); one process per core, one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
-
-readme: setup  ## write README.md and RESULTS.md from their templates; ARGS=--check only compares
-	$(PY) -m bridgekit.results.readme $(ARGS)
 
 lint: setup  ## ruff on modules and notebooks; notebooks are stored without outputs
 	$(PY) -m ruff check .
