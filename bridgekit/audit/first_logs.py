@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from bridgekit.runs import read_jsonl
+from bridgekit.runs import load_jsonl
 from bridgekit.tasks.answers import RULES, extract_answer, truncate_followups
 
 SECTION = 1 << 16  # a configuration block or traceback is never longer than this
@@ -215,7 +215,7 @@ def load_outcomes(path: str | Path, problems: list[str], step: str | None = None
     if path.stat().st_size == 0:
         problems.append(f"{path.name}: the file is empty (0 bytes)")
         return pd.DataFrame(columns=["step", "index", "gold"])
-    for number, row in enumerate(read_jsonl(path, broken := []), 1):
+    for number, row in enumerate(load_jsonl(path, broken := []), 1):
         number += len(broken)
         keys = keys or _label_keys(row)
         inside.add(str(row.get("eval_step", step)))
@@ -284,7 +284,7 @@ def count_texts(path: str | Path) -> pd.DataFrame:
 
 def _each_text(path: str | Path):
     """(condition, text, row) of every answer of an evaluation that has a text and a label."""
-    for row in read_jsonl(path, []):
+    for row in load_jsonl(path, []):
         for key, text in row.items():
             name = key.removesuffix("_full")
             if key.endswith("_full") and isinstance(text, str) and f"{name}_extracted" in row:

@@ -16,11 +16,11 @@ from pathlib import Path
 import pandas as pd
 import yaml
 
+from bridgekit import config as configuration
 from bridgekit.audit.first_logs import PATH_KEYS, count_rescored, count_texts, load_end, load_log, load_outcomes
-from bridgekit.config import ConfigError, to_flat
 from bridgekit.results.preserve import EVAL_FILE, compress_evaluation, find_runs, generation_of, write_gzip
 from bridgekit.results.reports import describe_answers
-from bridgekit.runs import INVALID, load_eval, read_jsonl, read_run_config
+from bridgekit.runs import INVALID, load_eval, load_jsonl, load_run_config
 
 OUTCOMES_FILE, FACTS_FILE = "outcomes.csv.gz", "run.json"
 SEED, BOOKKEEPING = "seed", ("show_eval_samples",)
@@ -89,9 +89,7 @@ def is_right(outcomes: pd.DataFrame, condition: str) -> pd.Series:
 def effective_settings(config: dict, seed: bool = True) -> dict:
     """The settings that can matter; without `seed` also those of replicates are equal."""
     if any("." in key for key in config):
-        from bridgekit.effective import effective_settings as own_settings
-
-        return own_settings(config, seed)
+        return configuration.effective_settings(config, seed)
     inert = {key for holds, keys in INERT if holds(config) for key in keys} | {*BOOKKEEPING, *(() if seed else (SEED,))}
     return {k: v for k, v in config.items() if k not in inert and not ("dit_*" in inert and k.startswith("dit_"))}
 
@@ -225,11 +223,11 @@ def _load_own(record: Record) -> None:
             except (ValueError, TypeError):
                 record.problems.append(f"{name}: not a JSON object")
     try:
-        record.config = to_flat(read_run_config(record.folder))
-    except (ConfigError, OSError) as error:
+        record.config = configuration.to_flat(load_run_config(record.folder))
+    except (configuration.ConfigError, OSError) as error:
         record.problems.append(f"config.yaml: configuration unknown ({error})")
     if path := _find(record, "metrics.jsonl"):
-        rows = list(read_jsonl(path, broken := []))
+        rows = list(load_jsonl(path, broken := []))
         losses = [{"step": r["step"], "loss": r["loss"]} | r.get("losses", {}) for r in rows if "loss" in r]
         record.losses = pd.DataFrame(losses)
         record.logged = pd.DataFrame([{"step": str(r["step"])} | r["eval"] for r in rows if "eval" in r])

@@ -26,7 +26,7 @@ import typing
 from pathlib import Path
 
 from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, load_json, render, replace_block, write_entry
-from bridgekit.runs import hash_file, read_jsonl, write_jsonl, write_text_atomic
+from bridgekit.runs import hash_file, load_jsonl, write_jsonl, write_text_atomic
 
 ROOT, FIRST = Path("preserved_data"), "first_experiments"
 README = "README.md"
@@ -132,7 +132,7 @@ def compress_evaluation(run: Path, folder: Path, max_mb: float, without_texts: b
     kept.unlink()
     if without_texts:
         stays = ("bridged_full",)  # the value that an answer names is read from it
-        rows = read_jsonl(finals[0])
+        rows = load_jsonl(finals[0])
         write_jsonl(kept, ({k: v for k, v in r.items() if k in stays or not k.endswith("_full")} for r in rows))
     return without_texts
 
@@ -232,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.runs and not args.manifest and not args.study:
         parser.error("name a RUN, a --study, or ask for --manifest")
     if args.study:
-        from bridgekit.studies import keep_study
+        from bridgekit.results.archive import keep_study
 
         path = keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
         print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")

@@ -26,8 +26,8 @@ from bridgekit.runs import (
     hash_file,
     lexicon_seed_of,
     load_eval,
+    load_run_config,
     open_study,
-    read_run_config,
     write_text_atomic,
 )
 
@@ -139,7 +139,7 @@ class Numbers:
         arms = {"before": f"{name}_units", "after": f"{name}_values"}
         folder = self.folders(arms["after"])[0]
         trained = [unit for unit in make_lexicon(lexicon_seed_of(folder)) if unit.split == "train"]
-        taught = {u.value for u in pick_train_units(trained, 1.0, read_run_config(folder).task.train_values_share)}
+        taught = {u.value for u in pick_train_units(trained, 1.0, load_run_config(folder).task.train_values_share)}
         answers = table.load_answers({arm: self.folders(run) for arm, run in arms.items()})
         rows = table.select(answers, "source_only_held_unit")
         rows = rows[(rows["condition"] == "bridged") & (rows["value"].isin(taught) != taken_out)]
@@ -180,9 +180,9 @@ class Numbers:
         return {"all": len(steps), "untrained": steps.count(0)}
 
     def lines_of_code(self) -> int:
-        """Lines of the package, in hundreds, so that a small change does not make the page stale."""
+        """Lines of the package, in steps of 500, so that a small change does not make the page stale."""
         lines = sum(len(path.read_text().splitlines()) for path in Path(__file__).parents[1].rglob("*.py"))
-        return round(lines, -2)
+        return 500 * round(lines / 500)
 
 
 def _number(rows: pd.DataFrame, signed: bool = False) -> Number:

@@ -22,10 +22,10 @@ import typing
 from collections import Counter
 from pathlib import Path
 
-from bridgekit.config import load_config, read_parameters, to_flat
+from bridgekit.config import load_config, to_flat
 from bridgekit.results import verdict
 from bridgekit.results.statistics import paired_difference
-from bridgekit.runs import find_eval, load_eval, read_jsonl, read_status, write_text_atomic
+from bridgekit.runs import find_eval, load_eval, load_jsonl, load_run_config, load_status, write_text_atomic
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -60,13 +60,13 @@ def write_entry(folder: Path, metrics: str, why: str = UNWRITTEN, publishability
 
 def describe_run(folder: Path) -> str:
     """Markdown: what a run of this package answers, how long it was trained, and where its controls come from."""
-    facts, status, lines = load_json(folder / "provenance.json"), read_status(folder), []
+    facts, status, lines = load_json(folder / "provenance.json"), load_status(folder), []
     try:
         lines += describe_answers(load_eval(find_eval(folder), skip_broken=True, texts=False))
     except (FileNotFoundError, ValueError) as error:
         lines.append(f"- note: {_one_line(str(error))}")
     metrics = folder / "metrics.jsonl"
-    steps = [row["step"] for row in read_jsonl(metrics, []) if "loss" in row] if metrics.is_file() else []
+    steps = [row["step"] for row in load_jsonl(metrics, []) if "loss" in row] if metrics.is_file() else []
     course = [
         steps and f"{steps[-1]:,} steps", status.get("parameters") and f"{status['parameters']:,} trained parameters",
         facts.get("processes") and f"{facts['processes']} × {', '.join(facts.get('gpus') or []) or 'CPU'}",
@@ -86,7 +86,7 @@ def load_control_steps(folder: Path) -> dict[str, dict[str, int]]:
     steps = {}
     for path in sorted(folder.glob("metrics_*.jsonl")):
         control = path.stem.removeprefix("metrics_")
-        scores = [(row["eval"][control], row["step"]) for row in read_jsonl(path, []) if control in row.get("eval", {})]
+        scores = [(row["eval"][control], row["step"]) for row in load_jsonl(path, []) if control in row.get("eval", {})]
         if scores:
             steps[control] = {"mix": max(scores)[1]}
     return steps
@@ -127,8 +127,8 @@ def _describe_files(folder: Path) -> str:
 def build_record(folder: str | Path) -> dict:
     """A run's part of the reports, recomputed from its files: name date log, row and entry (null where it has none)."""
     folder = Path(folder)
-    settings = to_flat(load_config()) | read_parameters(folder / "config.yaml")
-    facts, status = load_json(folder / "provenance.json"), read_status(folder)
+    settings = to_flat(load_run_config(folder))
+    facts, status = load_json(folder / "provenance.json"), load_status(folder)
     record = {"name": folder.name, "date": _find_date(folder, facts), "row": None, "entry": None}
     what, outcome, lines = _describe_settings(settings, facts, status), status.get("state", "unknown"), []
     with contextlib.suppress(FileNotFoundError):  # a run that failed has no final evaluation
@@ -181,7 +181,7 @@ def _describe_settings(settings: dict, facts: dict, status: dict) -> str:
     shown = ("bridge.producer", "bridge.injector", "bridge.n_soft_tokens", "train.steps", "train.batch_size",
              "pair.direction", "eval.conditions")  # fmt: skip
     given = {k: v for k, v in settings.items() if k in default and k not in shown and not k.startswith("run.")}
-    changed = [f"{k}={v}" for k, v in given.items() if v != (list(default[k]) if isinstance(v, list) else default[k])]
+    changed = [f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in given.items() if v != default[k]]
     parts = [
         f"{_name_bridge(settings)}, {settings['pair.direction']}",
         "as many soft tokens as the source's prompt has" if k == -1 else f"{k} soft tokens",
@@ -254,7 +254,7 @@ def load_records(runs_dir: Path) -> tuple[list[dict], int]:
     records, damaged = [], 0
     for folder in sorted(path.parent for path in runs_dir.glob("*/config.yaml")):
         try:
-            if read_status(folder).get("state") not in ("finished", "failed"):
+            if load_status(folder).get("state") not in ("finished", "failed"):
                 continue  # still running, or killed before it could say so
             kept = folder / RECORD
             inputs = [p for p in folder.iterdir() if p.suffix in (".json", ".jsonl", ".yaml", ".md") and p != kept]
