@@ -25,6 +25,9 @@ Including non-PyTorch memory, this process has 77.59 GiB memory in use.
 """
 
 
+BRIDGED = {"0": [], "20": [0, 1], "40": [0, 1, 2, 3], "60": [0, 1, 2], "final": [1, 2, 5]}
+
+
 def log_text(settings=None, steps=60, evaluations=None, best=None, final=None, world=4, crash="", params="60.9"):
     """A whole train.log; evaluations: {step: (source, target, bridged)}."""
     settings = SETTINGS | (settings or {})
@@ -105,3 +108,14 @@ def write_run(root: Path, name: str, bridged: dict, sub="phase1_all_fix", **log)
     summary = 'Run directory: runs/phase1_"x"\nEnd time: Sun Nov 16 10:08:44 PM PST 2025\n'
     (root / name / "summary.log").write_text(summary, encoding="utf-8")
     return root / name
+
+
+def write_own(folder: Path, rows=None, config=None, metrics="") -> Path:
+    """A run folder of this package."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config or "run: {seed: 3}\nbridge: {producer: dit}\n")
+    (folder / "provenance.json").write_text('{"command": ["bridgekit", "run"]}')
+    lines = '{"step": 10, "loss": 2.5, "losses": {"nll": 2.0}}\n{"step": 10, "eval": {"bridged": 0.4, "n": 8}}\n'
+    (folder / "metrics.jsonl").write_text(lines + metrics)
+    write_jsonl(folder / "eval_samples_step_final.jsonl", rows or evaluation([0, 1]))
+    return folder

@@ -1,28 +1,51 @@
-"""Claims as data: read them, recompute each, and judge it.
+"""Claims as data: each sentence of the first experiments' documents, recomputed from the kept runs and judged.
 
     claims, documents = load_claims("preserved_data/claims.yaml")
     verdicts = [judge(claim, records) for claim in claims]
 
-Verdicts: `agrees`, `differs`, `not supported at this n`, `cannot be checked`. A difference whose sign is
+A claim names a measure and its arguments; most are `value`: one column of a run's evaluations, picked at a step or
+over steps. Verdicts: `agrees`, `differs`, `not supported at this n`, `cannot be checked`. A difference whose sign is
 reversed, and a count that fits its complement, is marked as the opposite of what the data say.
 """
 
 from __future__ import annotations
 
 import operator
+import typing
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
+import pandas as pd
 import yaml
 
-from bridgekit.audit.measures import MEASURES, Measured, MissingData, Records
+from bridgekit.audit.first_runs import Record, differing_settings, is_right, step_order
+from bridgekit.results.statistics import n_for_effect, paired_difference, wilson
+from bridgekit.runs import INVALID
 
 AGREES, DIFFERS = "agrees", "differs"
 UNSUPPORTED, UNCHECKABLE = "not supported at this n", "cannot be checked"
 VERDICTS = (AGREES, DIFFERS, UNSUPPORTED, UNCHECKABLE)
 RELATIONS = {"=": operator.eq, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
+Records = dict[str, Record]
 _KEYS = {"id", "document", "says", "value", "measure", "relation", "tolerance", "effect", "missing"}
 _ROUNDING = 6e-4  # values are given with three digits
+
+
+class MissingData(ValueError):
+    """What a claim points at is not among the preserved data."""
+
+
+@dataclass
+class Measured:
+    """A recomputed value; `n`, interval, p and the n it would need where they apply."""
+
+    value: float | str | bool
+    n: int | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    needed: int | None = None
 
 
 @dataclass
@@ -35,6 +58,137 @@ class Verdict:
     why: str = ""
     opposite: bool = False
     measured: Measured | None = None
+
+
+# -- measures -----------------------------------------------------------------------------------------------
+
+
+def value(records: Records, run: str, column: str = "bridged", pick: str | int = "final", label: str = "",
+          **bounds: int | str) -> Measured:  # fmt: skip
+    """Share right of a condition (or of answers that are `label`, or `union`) at a step, or a pick over steps.
+
+    `pick`: a step, or max, min, mean, idxmax, or fall (max minus final), over the numbered steps `from` .. `to`;
+    `to: final` counts the final evaluation too.
+    """
+    if unknown := set(bounds) - {"from", "to"}:
+        raise TypeError(f"value() has no argument '{sorted(unknown)[0]}'")
+    if pick == "fall":
+        highest, final = (value(records, run, column, p, label).value for p in ("max", "final"))
+        return Measured(float(highest - final))
+    if pick not in ("max", "min", "mean", "idxmax"):
+        right = answers_at(records, run, column, pick, label)
+        return Measured(float(right.mean()), len(right), *wilson(int(right.sum()), len(right)))
+    first, last = (step_order(bounds.get(key, default)) for key, default in (("from", 0), ("to", 10**9)))
+    steps = [step for step in record_of(records, run).steps() if first <= step_order(step) <= last]
+    if not steps:
+        raise MissingData(f"run '{run}' has no numbered evaluation from step {first:g} on")
+    shares = pd.Series({step: answers_at(records, run, column, step, label).mean() for step in steps})
+    if pick == "idxmax":
+        return Measured(int(shares.idxmax()))
+    found = float(getattr(shares, pick)())
+    n = len(record_of(records, run).at(steps[0]))
+    return Measured(found) if pick == "mean" else Measured(found, n, *wilson(round(found * n), n))
+
+
+def record_of(records: Records, run: str) -> Record:
+    if run not in records:
+        raise MissingData(f"run '{run}' is not preserved")
+    return records[run]
+
+
+def answers_at(records: Records, run: str, condition: str, step: str | int, label: str = "") -> pd.Series:
+    """Right or wrong by index at one step; with `label`, whether the answer is that label."""
+    record = record_of(records, run)
+    if str(step) not in record.steps():
+        raise MissingData(f"run '{run}' has no evaluation of step {step}")
+    if condition == "union":
+        return answers_at(records, run, "source", step) | answers_at(records, run, "target", step)
+    outcomes, column = record.at(step), f"{condition}_pred"
+    if column not in outcomes or outcomes[column].isna().any():
+        raise MissingData(f"run '{run}' has no condition '{condition}' at step {step}")
+    return outcomes[column] == label if label else is_right(outcomes, condition)
+
+
+def answered(records: Records, run: str, condition: str = "bridged", step: str | int = "final") -> Measured:
+    """Number of answers that are an answer at all."""
+    invalid = answers_at(records, run, condition, step, INVALID)
+    return Measured(int((~invalid).sum()), len(invalid))
+
+
+def paired(first: pd.Series, second: pd.Series) -> Measured:
+    """Difference of two right/wrong columns on the same items, McNemar's p, and the n it would need."""
+    both = first.index.intersection(second.index)
+    if not len(both):
+        raise MissingData("the two evaluations share no item")
+    frame = pd.DataFrame({"first_correct": first.loc[both].to_numpy(), "second_correct": second.loc[both].to_numpy()})
+    test = paired_difference(frame, "first", "second")
+    unequal = test.gained != test.lost
+    needed = n_for_effect(abs(test.difference), (test.gained + test.lost) / test.n) if unequal else None
+    return Measured(test.difference, test.n, test.low, test.high, test.mcnemar_p, needed)
+
+
+def gap(records: Records, run: str, first: str, second: str, step: str | int = "final") -> Measured:
+    """Accuracy of one condition minus another in the same evaluation."""
+    return paired(answers_at(records, run, first, step), answers_at(records, run, second, step))
+
+
+def between(
+    records: Records, run: str, other: str, condition: str = "bridged", step="final", other_step="final"
+) -> Measured:
+    """Accuracy in one run (or step) minus that in another, on the same items."""
+    return paired(answers_at(records, run, condition, step), answers_at(records, other, condition, other_step))
+
+
+def setting(records: Records, run: str, key: str) -> Measured:
+    config = record_of(records, run).config
+    if key not in config:
+        raise MissingData(f"run '{run}' logged no setting '{key}'")
+    return Measured(config[key])
+
+
+def fact(records: Records, run: str, key: str) -> Measured:
+    """Something a run recorded, or counted from its record: hours, last_step, last_numbered, crash_count."""
+    record = record_of(records, run)
+    if key == "hours":
+        start, end = (datetime.fromisoformat(str(fact(records, run, moment).value)) for moment in ("started", "ended"))
+        return Measured((end - start).total_seconds() / 3600)
+    found = {
+        "last_step": None if record.losses.empty else int(record.losses["step"].max()),
+        "last_numbered": max((int(step) for step in record.steps() if step != "final"), default=None),
+        "crash_count": None if record.logged.empty else len(record.facts.get("crashes") or []),
+    }.get(key, record.facts.get(key))
+    if found is None:
+        raise MissingData(f"run '{run}' has no record of '{key}'")
+    return Measured(found)
+
+
+def settings_apart(records: Records, run: str, other: str) -> Measured:
+    """Number of settings that differ between two runs and have an effect."""
+    return Measured(len(differing_settings(record_of(records, run), record_of(records, other))))
+
+
+def parameters_apart(records: Records, run: str, other: str) -> Measured:
+    """Difference in trained parameters, in millions."""
+    one, another = (float(fact(records, name, "parameters_m").value) for name in (run, other))
+    return Measured(round(abs(one - another), 3))
+
+
+def text_share(records: Records, run: str, column: str, condition: str = "bridged", step="final") -> Measured:
+    """Share of texts with a property that `bridgekit preserve` counted in the full texts."""
+    path = record_of(records, run).folder / "texts.csv"
+    table = pd.read_csv(path, dtype={"step": str}) if path.is_file() else pd.DataFrame(columns=["condition", "step"])
+    row = table[(table["condition"] == condition) & (table["step"] == str(step))]
+    if row.empty:
+        raise MissingData(f"run '{run}' has no texts of {condition} at step {step}")
+    return Measured(float(row[column].iloc[0] / row["n"].iloc[0]), int(row["n"].iloc[0]))
+
+
+MEASURES: dict[str, typing.Callable[..., Measured]] = {
+    f.__name__: f for f in (value, answered, gap, between, setting, fact, settings_apart, parameters_apart, text_share)
+}
+
+
+# -- claims -------------------------------------------------------------------------------------------------
 
 
 def load_claims(path: str | Path) -> tuple[list[dict], dict[str, str]]:
@@ -69,34 +223,26 @@ def _check_claim(path: Path, name: str, claim: dict) -> None:
         raise ValueError(f"{path}: claim {name}: give either 'measure' or 'missing'")
     if claim.get("relation", "=") not in RELATIONS:
         raise ValueError(f"{path}: claim {name}: relation must be one of {' '.join(RELATIONS)}")
-    if "measure" in claim:
-        check_measure(f"{path}: claim {name}", claim["measure"], MEASURES)
-
-
-def check_measure(where: str, measure: object, known: dict) -> None:
+    measure = claim.get("measure")
+    if measure is None:
+        return
     if not isinstance(measure, dict) or len(measure) != 1 or not isinstance(next(iter(measure.values())), dict):
-        raise ValueError(f"{where}: write measure as {{name: {{argument: value}}}}")
-    if (name := next(iter(measure))) not in known:
-        raise ValueError(f"{where}: no measure '{name}' (there are: {', '.join(known)})")
-
-
-def recompute(measure: dict, records: Records, known: dict | None = None) -> Measured:
-    """The measure a claim names; wrong arguments are missing data with a message, not a crash."""
-    ((name, arguments),) = measure.items()
-    try:
-        return (known or MEASURES)[name](records, **arguments)
-    except TypeError as error:
-        raise MissingData(f"measure '{name}': {error}") from None
+        raise ValueError(f"{path}: claim {name}: write measure as {{name: {{argument: value}}}}")
+    if (measure_name := next(iter(measure))) not in MEASURES:
+        raise ValueError(f"{path}: claim {name}: no measure '{measure_name}' (there are: {', '.join(MEASURES)})")
 
 
 def judge(claim: dict, records: Records) -> Verdict:
     """Hold one claim against the data."""
     if "missing" in claim:
         return Verdict(claim, UNCHECKABLE, why=f"missing: {claim['missing']}")
+    ((name, arguments),) = claim["measure"].items()
     try:
-        measured = recompute(claim["measure"], records)
+        measured = MEASURES[name](records, **arguments)
     except MissingData as error:
         return Verdict(claim, UNCHECKABLE, why=str(error))
+    except TypeError as error:  # wrong arguments
+        return Verdict(claim, UNCHECKABLE, why=f"measure '{name}': {error}")
     verdict = Verdict(claim, AGREES, show(measured.value), measured=measured)
     stated, found = claim["value"], measured.value
     if isinstance(stated, str) or isinstance(found, str):

@@ -1,12 +1,13 @@
-"""Keep what is worth keeping of a run, and the manifest of everything kept.
+"""Keep what is worth keeping of a run or a study, with checksums, and the manifest of everything kept.
 
     bridgekit preserve RUN            copy or derive RUN into preserved_data/, add its manifest entry
     bridgekit preserve --study NAME   pack the finished runs NAME_* of a runs folder into studies/NAME.tar.xz; with
                                       --add, put those that are not kept yet to those that are
     bridgekit preserve --manifest     write preserved_data/README.md again from the entries
 
-Runs of the first experiments are kept as compact tables under `first_experiments/`, runs of this package as
-they are (final evaluation compressed). Nothing kept is overwritten: a folder appears whole, by one rename.
+A run of this package is kept as it is, its final evaluation compressed; a run of the first experiments becomes compact
+tables under `first_experiments/`. Nothing kept is overwritten, and a folder appears whole, by one rename. An entry is
+`manifest.md` in the run's folder: only what stands between its markers is written again, the prose stays.
 """
 
 from __future__ import annotations
@@ -14,28 +15,61 @@ from __future__ import annotations
 import argparse
 import glob
 import gzip
+import importlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
+import typing
 from pathlib import Path
 
-import pandas as pd
+from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, load_json, render, replace_block, write_entry
+from bridgekit.runs import hash_file, load_jsonl, write_jsonl, write_text_atomic
 
-from bridgekit.audit.outcomes import curve_of, evaluation_files, rescore, text_facts
-from bridgekit.audit.runfolders import FACTS_FILE, OUTCOMES_FILE, RunRecord, find_runs, read_run
-from bridgekit.audit.runlogs import PATH_KEYS
-from bridgekit.results import manifest
-from bridgekit.runs import hash_file
-from bridgekit.studies import keep_study
-
-ROOT = Path("preserved_data")
-FIRST = "first_experiments"
+ROOT, FIRST = Path("preserved_data"), "first_experiments"
+README = "README.md"
+EVAL_FILE = re.compile(r"eval_samples_step_(\d+|final)\.jsonl(?:\.gz)?")
 SMALL_FILES = (  # of a run of this package: all that its numbers are recomputed from, and how it went
-    "config.yaml", "provenance.json", "status.json", "metrics*.jsonl", "summary.log", "verdict.json",
-    "timing.json", "train.log", "attention.npz",
+    "config.yaml", "provenance.json", "status.json", "metrics*.jsonl", "summary.log", "verdict.json", "controls.json",
+    "timing.json", "train.log", "attention.npz", "code.json", "code/*.py",
 )  # fmt: skip
+CHECKPOINTS = ("bridged", "constant")  # the diagnostics set the one against the other
+
+
+# -- which folder is a run ----------------------------------------------------------------------------------
+
+
+def find_runs(root: str | Path) -> list[Path]:
+    """Run folders at or below `root`, in order of name; links that lead out of `root` are not followed."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder; name a run folder or a folder of run folders")
+    inside, found = root.resolve(), set()
+    for path in [root, *sorted(root.rglob("*"))]:
+        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
+        if not hidden and path.is_dir() and path.resolve().is_relative_to(inside) and generation_of(path):
+            found.add(path)
+    return sorted(path for path in found if not found & set(path.parents))
+
+
+def generation_of(folder: Path) -> str | None:
+    """Who wrote a folder: bridgekit, the first experiments' program, or `derived` from those; None: it is no run."""
+    names = {path.name for path in folder.iterdir()}
+    if names & {"metrics.jsonl", "provenance.json", "status.json"}:
+        return "bridgekit"
+    if names & {"outcomes.csv.gz", "run.json"}:
+        return "derived"
+    return "first" if "train.log" in names or any(map(EVAL_FILE.fullmatch, names)) else None
+
+
+def load_first_runs() -> typing.Any:
+    """The reader of the first experiments. By name, as the command line does: nothing below depends on the audit."""
+    return importlib.import_module("bridgekit.audit.first_runs")
+
+
+# -- keeping one run ----------------------------------------------------------------------------------------
 
 
 def preserve(
@@ -45,12 +79,12 @@ def preserve(
     max_jsonl_mb: float = 1.5,
     max_checkpoint_mb: float = 2.0,
 ) -> Path:
-    """Keep one run; returns its folder. Compressed JSONL and checkpoint files above their limits stay out."""
-    record = read_run(run, name)
-    if record.outcomes.empty and record.losses.empty:
-        raise ValueError(f"{run}: neither evaluations nor losses could be read, so there is nothing to keep")
-    home = Path(root) / FIRST if record.generation != "bridgekit" else Path(root)
-    folder = home / record.name.replace('"', "").replace("'", "")
+    """Keep one run; returns its folder. Texts of a larger JSONL, and larger checkpoint files, stay out."""
+    run = Path(run)
+    own = run.is_dir() and generation_of(run) == "bridgekit"
+    record = None if own else load_first_runs().load_run(run, name)
+    home = Path(root) if own else Path(root) / FIRST
+    folder = home / (name or (run.resolve().name if own else record.name)).replace('"', "").replace("'", "")
     if folder.exists():
         raise ValueError(f"{folder}: already kept; what is preserved is never overwritten (another --name?)")
     home.mkdir(parents=True, exist_ok=True)
@@ -59,79 +93,48 @@ def preserve(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home) as partial:
         part = Path(partial) / folder.name
         part.mkdir()
-        if record.generation == "bridgekit":
-            _copy_run(record, part, max_jsonl_mb, max_checkpoint_mb)
+        if own:
+            _copy_run(run, part, max_jsonl_mb, max_checkpoint_mb)
         else:
-            write_tables(record, part)
-            _write_text_tables(record, part)
-            _compress_evaluations(record, part, max_jsonl_mb)
-        _write_checksums(record, part)
-        manifest.write_entry(part, read_run(part, folder.name))
+            load_first_runs().write_tables(record, part, max_jsonl_mb)
+        _write_checksums(run if own else record.folder, part)
+        refresh_entry(part)
         os.rename(part, folder)
     return folder
 
 
-def write_tables(record: RunRecord, folder: Path) -> None:
-    """Configuration, outcomes, curve and losses of a first-experiments run as compact tables."""
-    settings = record.facts.get("settings_text") or {k: str(v) for k, v in record.config.items()}
-    facts = {
-        "world_size": record.facts.get("world_size"),
-        "translator_params_m": record.facts.get("parameters_m"),
-        "gpu": record.facts.get("gpu"),
-    }
-    lines = [f"{k}: {v}" for k, v in {**settings, **facts}.items() if v is not None and k not in PATH_KEYS]
-    (folder / "config.yaml").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    known = ("started", "ended", "saved_best", "stopped_at", "crashes")
-    facts = {key: record.facts[key] for key in known if record.facts.get(key)}
-    facts["problems"] = record.problems
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if len(record.outcomes):
-        write_gzip(folder / OUTCOMES_FILE, record.outcomes.to_csv(index=False, lineterminator="\n").encode())
-        curve_of(record.outcomes).to_csv(folder / "curve.csv", index=False, float_format="%.4f")
-    if len(record.losses):
-        record.losses.to_csv(folder / "losses.csv", index=False)
-    if len(record.logged):
-        record.logged.to_csv(folder / "logged.csv", index=False)
+def _copy_run(run: Path, folder: Path, max_jsonl_mb: float, max_checkpoint_mb: float) -> None:
+    for path in sorted(found for pattern in SMALL_FILES for found in run.glob(pattern)):
+        if path.is_file() and not path.is_symlink():
+            kept = folder / path.relative_to(run)
+            kept.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, kept)
+    evaluated = compress_evaluation(run, folder, max_jsonl_mb)
+    if not evaluated and not (folder / "metrics.jsonl").is_file():
+        raise ValueError(f"{run}: neither evaluations nor losses could be read, so there is nothing to keep")
+    for name in CHECKPOINTS:
+        bridge = run / "checkpoint" / f"{name}.safetensors"
+        if bridge.is_file() and len(data := halve_checkpoint(bridge.read_bytes())) <= max_checkpoint_mb * 1e6:
+            (folder / "checkpoint").mkdir(exist_ok=True)
+            (folder / "checkpoint" / bridge.name).write_bytes(data)
 
 
-def _write_text_tables(record: RunRecord, folder: Path) -> None:
-    """What only the full texts tell: labels that move under each extraction rule, repeated questions."""
-    for name, read in (("rescored.csv", rescore), ("texts.csv", text_facts)):
-        frames = [read(path).assign(step=step) for step, path in evaluation_files(record.folder)]
-        frames = [frame for frame in frames if len(frame)]
-        if frames:
-            table = pd.concat(frames, ignore_index=True)
-            table[["step", *[c for c in table if c != "step"]]].to_csv(folder / name, index=False)
-
-
-def _compress_evaluations(record: RunRecord, folder: Path, max_jsonl_mb: float) -> bool:
-    """Copy the final evaluation as `.jsonl.gz`; False when it is larger than the limit or not there."""
-    finals = [path for step, path in evaluation_files(record.folder) if step == "final"]
+def compress_evaluation(run: Path, folder: Path, max_mb: float, without_texts: bool = True) -> bool:
+    """Keep the final evaluation as `.jsonl.gz`. Above the limit: without texts but the bridged answer's, or not."""
+    finals = [path for path in sorted(run.glob("eval_samples_step_final.jsonl*")) if EVAL_FILE.fullmatch(path.name)]
     if not finals or finals[0].is_symlink():
         return False
-    opener = gzip.open if finals[0].suffix == ".gz" else open
     kept = folder / "eval_samples_step_final.jsonl.gz"
-    with opener(finals[0], "rb") as source:
+    with (gzip.open if finals[0].suffix == ".gz" else open)(finals[0], "rb") as source:
         write_gzip(kept, source)
-    if kept.stat().st_size <= max_jsonl_mb * 1e6:
+    if kept.stat().st_size <= max_mb * 1e6:
         return True
     kept.unlink()
-    return False
-
-
-def _copy_run(record: RunRecord, folder: Path, max_jsonl_mb: float, max_checkpoint_mb: float) -> None:
-    for path in sorted(found for pattern in SMALL_FILES for found in record.folder.glob(pattern)):
-        if path.is_file() and not path.is_symlink():
-            shutil.copyfile(path, folder / path.name)
-    if not _compress_evaluations(record, folder, max_jsonl_mb) and len(record.outcomes):
-        write_gzip(folder / OUTCOMES_FILE, record.outcomes.to_csv(index=False, lineterminator="\n").encode())
-    for name in ("bridged", "constant"):  # the diagnostics set the one against the other
-        bridge = record.folder / "checkpoint" / f"{name}.safetensors"
-        if bridge.is_file():
-            data = halve_checkpoint(bridge.read_bytes())
-            if len(data) <= max_checkpoint_mb * 1e6:
-                (folder / "checkpoint").mkdir(exist_ok=True)
-                (folder / "checkpoint" / bridge.name).write_bytes(data)
+    if without_texts:
+        stays = ("bridged_full",)  # the value that an answer names is read from it
+        rows = load_jsonl(finals[0])
+        write_jsonl(kept, ({k: v for k, v in r.items() if k in stays or not k.endswith("_full")} for r in rows))
+    return without_texts
 
 
 def halve_checkpoint(data: bytes) -> bytes:
@@ -145,30 +148,72 @@ def halve_checkpoint(data: bytes) -> bytes:
     return safetensors.numpy.save(tensors, metadata)
 
 
-def _write_checksums(record: RunRecord, folder: Path) -> None:
+def _write_checksums(run: Path, folder: Path) -> None:
     """sha256 of every original file and of every file kept, so that both can be told from later changes."""
-    inside = record.folder.resolve()
-    original = [p for p in sorted(record.folder.rglob("*")) if p.is_file() and p.resolve().is_relative_to(inside)]
-    sums = {
-        "original": {p.relative_to(record.folder).as_posix(): hash_file(p) for p in original},
-        "kept": {p.relative_to(folder).as_posix(): hash_file(p) for p in sorted(folder.rglob("*")) if p.is_file()},
-    }
+    inside = run.resolve()
+    sums = {}
+    for name, place in (("original", run), ("kept", folder)):
+        files = [p for p in sorted(place.rglob("*")) if p.is_file()]
+        files = [p for p in files if name == "kept" or p.resolve().is_relative_to(inside)]
+        sums[name] = {p.relative_to(place).as_posix(): hash_file(p) for p in files}
     (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
 def changed_files(folder: Path) -> list[str]:
     """Kept files whose bytes are no longer those of the checksums, or that are gone."""
-    path = folder / "checksums.json"
-    if not path.is_file():
-        return []
-    kept = json.loads(path.read_text(encoding="utf-8"))["kept"]
+    kept = load_json(folder / "checksums.json").get("kept", {})
     return [n for n, digest in kept.items() if not (folder / n).is_file() or hash_file(folder / n) != digest]
 
 
-def write_gzip(path: Path, data) -> None:
+def write_gzip(path: Path, data: bytes | typing.BinaryIO) -> None:
     """Write bytes or a binary file compressed; the same data gives the same bytes."""
     with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
         file.write(data) if isinstance(data, bytes) else shutil.copyfileobj(data, file, 1 << 20)
+
+
+# -- the manifest -------------------------------------------------------------------------------------------
+
+
+def refresh_entry(folder: Path) -> Path:
+    """The manifest entry of a kept run, its generated parts recomputed."""
+    own = generation_of(folder) == "bridgekit"
+    return write_entry(folder, describe_run(folder) if own else load_first_runs().describe_run(folder))
+
+
+def write_manifest(root: str | Path, blocks: dict[str, str] | None = None) -> Path:
+    """Bring every entry and the README of `root` up to date; `blocks` are further generated blocks."""
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    groups: dict[str, dict] = {}
+    for folder in find_runs(root):
+        entry = refresh_entry(folder).read_text(encoding="utf-8")
+        place = folder.relative_to(root).as_posix()
+        name = re.sub(r"_seed\d+$", "", place)
+        group = groups.setdefault(name, {"name": name.split("/")[-1], "first": FIRST in place, "prose": {}, "runs": []})
+        prose = {part: _find_prose(entry, part) for part in ("Why it was run", "Publishability")}
+        group["prose"] |= {(part, text): None for part, text in prose.items() if text not in ("", UNWRITTEN)}
+        shares = dict(re.findall(r"^\| ([\w ,-]+) \| \d+/\d+ \| ([\d.]+) ", entry, re.MULTILINE))
+        group["runs"].append({"name": folder.name, "place": place, "shares": shares})
+    path = root / README
+    text = path.read_text(encoding="utf-8") if path.is_file() else render("preserved.md.j2")
+    listed = sorted(groups.values(), key=lambda group: group["first"])
+    for name, body in {"runs": render("preserved_runs.md.j2", groups=listed), **(blocks or {})}.items():
+        text = replace_block(text, name, body)
+    if "<!-- generated: contents -->" in text:
+        headings = re.findall(r"^(##+) (.+)$", text, re.MULTILINE)
+        lines = [f"{'  ' * (len(level) - 2)}- [{title}](#{_anchor(title)})" for level, title in headings]
+        text = replace_block(text, "contents", "\n".join(lines))
+    write_text_atomic(path, text)
+    return path
+
+
+def _find_prose(entry: str, part: str) -> str:
+    found = re.search(rf"\*\*{part}\.\*\*\s*(.*?)\s*(?=\n\*\*|\n<!--|\Z)", entry, re.DOTALL)
+    return " ".join(found[1].split()) if found else ""
+
+
+def _anchor(title: str) -> str:
+    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -186,28 +231,22 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.runs and not args.manifest and not args.study:
         parser.error("name a RUN, a --study, or ask for --manifest")
+    if args.study:
+        from bridgekit.results.archive import keep_study
+
+        path = keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
+        print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")
+        return 0
+    folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]
+    if args.name and len(folders) > 1:
+        raise ValueError(f"--name is for one run; {args.runs[0]} holds {len(folders)}")
     failed = 0
-    try:
-        if args.study:
-            path = keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
-            print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")
-            return 0
-        folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]
-        if args.name and len(folders) > 1:
-            raise ValueError(f"--name is for one run; {args.runs[0]} holds {len(folders)}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     for folder in folders:
         try:
             kept = preserve(folder, args.root, args.name, args.max_jsonl_mb, args.max_checkpoint_mb)
-            print(f"kept {kept}; now fill in the why and the publishability in {kept / manifest.ENTRY}")
+            print(f"kept {kept}; now fill in the why and the publishability in {kept / ENTRY}")
         except (ValueError, OSError) as error:
             failed = 2
             print(f"error: {error}", file=sys.stderr)
-    print(f"manifest: {manifest.write_manifest(args.root)}")
+    print(f"manifest: {write_manifest(args.root)}")
     return failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,6 +1,6 @@
 """How fast the readers are and how much memory they take, on inputs made here; run by hand, not by pytest.
 
-python tests/bench_readers.py [megabytes, default 500]
+python tests/audit/bench_readers.py [megabytes, default 500]
 """
 
 import json
@@ -10,12 +10,11 @@ import tempfile
 import time
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from first_generation import example, log_text  # noqa: E402
 
-from bridgekit.audit.outcomes import read_outcomes  # noqa: E402
-from bridgekit.audit.runlogs import read_log  # noqa: E402
+from bridgekit.audit.first_logs import load_log, load_outcomes  # noqa: E402
 
 
 def write_log(path: Path, size: int) -> None:
@@ -57,10 +56,10 @@ def main(megabytes: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         log, examples = Path(folder) / "train.log", Path(folder) / "eval_samples_step_final.jsonl"
         write_log(log, megabytes * 1_000_000)
-        measure("log", log, lambda path: f"{len(read_log(path).steps)} losses")
+        measure("log", log, lambda path: f"{len(load_log(path)['losses'])} losses")
         log.unlink()
         write_examples(examples, 1_000_000)
-        measure("JSONL", examples, lambda path: f"{len(read_outcomes(path, [], 'final'))} examples")
+        measure("JSONL", examples, lambda path: f"{len(load_outcomes(path, [], 'final'))} examples")
 
 
 if __name__ == "__main__":

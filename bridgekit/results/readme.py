@@ -1,0 +1,237 @@
+"""README.md and RESULTS.md from templates that call the recomputation: a number in them cannot be typed.
+
+    bridgekit readme            # write both files from results/templates/*.j2 and the kept runs
+    bridgekit readme --check    # compare, and name the first line that differs
+
+What a template may call is `Numbers`: `{{ share("phase1_cpu_seed1", "bridged", "source_only").interval }}`. A constant
+that no run gives (a threshold, a setting) is written as `{{ fixed("0.001", "weight in the plan") }}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import re
+import sys
+import typing
+from dataclasses import dataclass
+from decimal import ROUND_HALF_UP, Decimal
+from pathlib import Path
+
+from bridgekit.results import compare, table, verdict
+from bridgekit.results.reports import load_control_steps, render
+from bridgekit.runs import (
+    find_eval,
+    hash_file,
+    lexicon_seed_of,
+    load_eval,
+    load_run_config,
+    open_study,
+    write_text_atomic,
+)
+
+if typing.TYPE_CHECKING:
+    import pandas as pd
+
+DOCUMENTS = ("README.md", "RESULTS.md")
+TEMPLATES = Path(__file__).with_name("templates")
+_CALLS = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
+_TYPED = re.compile(r"(?<![\w./-])[-+]?\d+\.\d{2,}(?![\w.]*\.\d)|(?<![\w.])\d+(?:\.\d+)?\s?%")
+
+
+def round_number(value: float, signed: bool = False) -> str:
+    """Three decimals, halves away from zero: the one rounding of every printed share."""
+    rounded = Decimal(repr(round(float(value), 9))).quantize(Decimal("0.001"), ROUND_HALF_UP) + 0
+    return f"{rounded:+}" if signed else f"{rounded}"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A recomputed value; prints its point, `.interval` its interval too, `.percent` whole percent."""
+
+    point: float
+    low: float = float("nan")
+    high: float = float("nan")
+    n: int = 0
+    n_units: int = 0
+    signed: bool = False
+    smallest_effect: float = float("nan")
+    holds: bool = False  # after Holm's correction over its table
+
+    def __str__(self) -> str:
+        return round_number(self.point, self.signed)
+
+    @property
+    def interval(self) -> str:
+        low, high = (round_number(end, self.signed) for end in (self.low, self.high))
+        return f"{self} [{low}, {high}]"
+
+    @property
+    def percent(self) -> str:
+        return f"{Decimal(repr(round(100 * self.point, 7))).quantize(Decimal(1), ROUND_HALF_UP)}%"
+
+
+class Numbers:
+    """What a template may call. A name is a kept run (`phase1_cpu_seed1`) or all seeds of one (`headline_dit`)."""
+
+    def __init__(self, root: str | Path = "preserved_data") -> None:
+        self.root = Path(root)
+
+    @functools.cache  # noqa: B019 - one object for one rendering
+    def folders(self, name: str) -> list[Path]:
+        """The folders of a run, or of all its seeds: its own, or those in the study that its name begins with."""
+        pattern = name if re.search(r"_seed\d+$", name) else f"{name}_seed*"
+        found = sorted(self.root.glob(pattern))
+        for path in () if found else sorted(self.root.glob("studies/*.tar.xz")):
+            study = path.name.removesuffix(".tar.xz")
+            found += sorted(open_study(study, path.parent).glob(pattern)) if name.startswith(f"{study}_") else []
+        if not found:
+            raise ValueError(f"{self.root}: no run '{name}' is kept there, nor in one of its studies")
+        return found
+
+    @functools.cache  # noqa: B019
+    def answers(self, name: str) -> pd.DataFrame:
+        return table.load_answers(self.folders(name))
+
+    def share(self, name: str, condition: str = "bridged", subset: str = "all") -> Number:
+        """Share right, over all seeds."""
+        rows = table.select(self.answers(name), subset)
+        return _number(table.share(rows[rows["condition"] == condition]))
+
+    def shares(self, name: str, condition: str = "bridged", subset: str = "all") -> list[float]:
+        """Share right of each seed."""
+        rows = table.select(self.answers(name), subset)
+        return table.share(rows[rows["condition"] == condition], "seed")["point"].tolist()
+
+    def recovery(self, name: str, subset: str = "source_only_held_unit") -> Number:
+        """What the bridge has right as a share of what the target has right when told: mean and range of the seeds."""
+        rows = table.ratio(table.select(self.answers(name), subset), "bridged", "target_told", by="seed")
+        first = rows.iloc[0]
+        ends = (first["low"], first["high"]) if len(rows) == 1 else (rows["point"].min(), rows["point"].max())
+        return Number(float(rows["point"].mean()), *map(float, ends), int(first["n"]), int(first["n_units"]))
+
+    def difference(self, name: str, one: str = "bridged", other: str = "target", subset: str = "all") -> Number:
+        """Share right of one condition minus another's, paired by problem and seed."""
+        return _number(table.difference(table.select(self.answers(name), subset), one, other), signed=True)
+
+    @functools.cache  # noqa: B019
+    def verdict(self, name: str) -> verdict.Verdict:
+        """The claim rule on all seeds of a run."""
+        folders = self.folders(name)
+        frames = [load_eval(find_eval(folder), texts=False) for folder in folders]
+        return verdict.judge(frames, seeds=[int(folder.name.rsplit("_seed", 1)[1]) for folder in folders])
+
+    @functools.cache  # noqa: B019
+    def _compared(self, study: str, reference: str) -> pd.DataFrame:
+        answers = table.load_answers(open_study(study, self.root / "studies"))
+        return compare.compare_variants(answers, f"{study}_{reference}")
+
+    def change(self, study: str, variant: str, reference: str, subset: str = "source_only_held_unit") -> Number:
+        """Bridged accuracy of a variant minus the reference's, and the smallest effect that would have been found."""
+        rows = self._compared(study, reference)
+        return _number(rows[(rows["variant"] == f"{study}_{variant}") & (rows["subset"] == subset)], signed=True)
+
+    def intervention(self, name: str, taken_out: bool) -> dict[str, Number]:
+        """Held-out units after half of the values left the training: those values, or the others; before and after."""
+        from bridgekit.tasks.units import make_lexicon, pick_train_units
+
+        arms = {"before": f"{name}_units", "after": f"{name}_values"}
+        folder = self.folders(arms["after"])[0]
+        trained = [unit for unit in make_lexicon(lexicon_seed_of(folder)) if unit.split == "train"]
+        taught = {u.value for u in pick_train_units(trained, 1.0, load_run_config(folder).task.train_values_share)}
+        answers = table.load_answers({arm: self.folders(run) for arm, run in arms.items()})
+        rows = table.select(answers, "source_only_held_unit")
+        rows = rows[(rows["condition"] == "bridged") & (rows["value"].isin(taught) != taken_out)]
+        found = {arm: _number(table.share(rows[rows["variant"] == arm])) for arm in arms}
+        return found | {"change": _number(table.difference(rows, "after", "before", on="variant"), signed=True)}
+
+    def figure_data(self, name: str, column: str, **where) -> Number:
+        """A value of the data of a figure, for what needs a model; refused where an input of the figure has changed."""
+        import pandas as pd
+
+        base = self.root.parent / "figures" / name
+        facts = json.loads(base.with_name(f"{base.name}.json").read_text())
+        for part in (facts["data"], *facts["inputs"]):
+            if hash_file(base.parent / part["name"]) != part["sha256"]:
+                raise ValueError(f"figures/{name}: {part['name']} is not what it was drawn from; draw it again")
+        rows = pd.read_csv(base.with_name(f"{base.name}.csv"))
+        for key, value in where.items():
+            rows = rows[rows[key] == value]
+        if len(rows) != 1:
+            raise ValueError(f"figures/{name}: {len(rows)} rows where {where}; name one")
+        return Number(float(rows[column].iloc[0]))
+
+    def status(self, name: str) -> dict:
+        """What a run recorded of its end: `elapsed` seconds, trained `parameters`."""
+        return json.loads((self.folders(name)[0] / "status.json").read_text())
+
+    def example(self, name: str, conditions: list[str], skip: int = 0) -> dict:
+        """A source-only problem about a unit the bridge never met that it has right, with each condition's answer."""
+        frame = load_eval(find_eval(self.folders(name)[0]))
+        rows = verdict.select_subset(frame, "source_only_held_unit")
+        row = rows[rows["bridged_correct"] & ~rows["target_correct"]].iloc[skip]
+        answers = {condition: row[f"{condition}_full"].replace("\n", " ") for condition in conditions}
+        return {"question": row["question"], "unit": row["unit"], "value": row["value"], "answers": answers}
+
+    def trained_controls(self) -> dict[str, int]:
+        """How many trained controls are kept, and how many of them are weights from before the first step."""
+        steps = [s["mix"] for path in self.root.glob("*/config.yaml") for s in load_control_steps(path.parent).values()]
+        return {"all": len(steps), "untrained": steps.count(0)}
+
+    def lines_of_code(self) -> int:
+        """Lines of the package, in steps of 500, so that a small change does not make the page stale."""
+        lines = sum(len(path.read_text().splitlines()) for path in Path(__file__).parents[1].rglob("*.py"))
+        return 500 * round(lines / 500)
+
+
+def _number(rows: pd.DataFrame, signed: bool = False) -> Number:
+    """The one row of a table as a number."""
+    if len(rows) != 1:
+        raise ValueError(f"{len(rows)} rows where one number was asked for")
+    row = rows.iloc[0]
+    ends = float(row["point"]), float(row["low"]), float(row["high"])
+    effect, holds = float(row.get("smallest_effect", "nan")), bool(row.get("holds", False))
+    return Number(*ends, int(row["n"]), int(row["n_units"]), signed, effect, holds)
+
+
+def render_document(name: str, root: str | Path = "preserved_data") -> str:
+    """A document from its template; a template with a typed number is refused."""
+    if typed := find_typed((TEMPLATES / f"{name}.j2").read_text(encoding="utf-8")):
+        raise ValueError(f"{name}.j2: '{typed[0]}' is typed; call what recomputes it, or fixed('{typed[0]}', 'why')")
+    numbers = Numbers(root)
+    calls = {key: getattr(numbers, key) for key in dir(Numbers) if not key.startswith("_")}
+    return render(f"{name}.j2", _print, fixed=lambda text, why: text, **calls)
+
+
+def _print(value: object) -> object:
+    return round_number(value) if isinstance(value, float) else value
+
+
+def find_typed(template: str) -> list[str]:
+    """Numbers with two or more decimals, and percentages, that stand outside of any call."""
+    return [match[0] for match in _TYPED.finditer(_CALLS.sub("", template))]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `bridgekit readme` verb."""
+    parser = argparse.ArgumentParser(prog="bridgekit readme", description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=Path("preserved_data"), help="the kept runs (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is not current")
+    args = parser.parse_args(argv)
+    stale = 0
+    for name in DOCUMENTS:
+        path, text = args.root.parent / name, render_document(name, args.root)
+        old = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if not args.check:
+            write_text_atomic(path, text)
+        elif old != text:
+            pairs = zip([*old.splitlines(), "(end)"], [*text.splitlines(), "(end)"], strict=False)
+            number, (was, new) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+            print(f"{path}, line {number}: '{was}' should be '{new}' (bridgekit readme)", file=sys.stderr)
+            stale = 1
+    return stale
+
+
+if __name__ == "__main__":
+    sys.exit(main())
