@@ -302,6 +302,3 @@ def differences(a: dict[str, object], b: dict[str, object]) -> tuple[dict, dict]
     effective = {name: pair for name, pair in apart.items() if first.get(name) != second.get(name)}
     hidden = [name for name, known in KEYS.items() if known.metadata["matters_if"] == NEVER]
     return effective, {name: pair for name, pair in apart.items() if name not in effective and name not in hidden}
-
-
-read_parameters = load_parameters  # the former name, until all callers have changed

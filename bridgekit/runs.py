@@ -337,4 +337,3 @@ def watch_parent(folder: str | Path | None = None) -> None:
 
 
 # Names that other modules still use.
-read_jsonl, read_run_config, read_status, load_eval_once = load_jsonl, load_run_config, load_status, load_eval

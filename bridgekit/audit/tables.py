@@ -12,11 +12,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from bridgekit.audit.claims import VERDICTS, Verdict
-from bridgekit.audit.measures import Records, right_at
-from bridgekit.audit.outcomes import conditions_of, is_right
-from bridgekit.audit.runfolders import RunRecord, find_runs, read_run
-from bridgekit.effective import effective_settings, identity
+from bridgekit.audit.claims import VERDICTS, Records, Verdict, answers_at
+from bridgekit.audit.first_runs import (
+    Record,
+    conditions_of,
+    effective_settings,
+    find_runs,
+    identity,
+    is_right,
+    load_run,
+)
 from bridgekit.results.statistics import mcnemar_exact, minimum_detectable_effect, n_for_effect, wilson
 
 SIZES = (100, 200, 400, 800, 1600, 3200, 6400, 12800)
@@ -24,10 +29,10 @@ SIZES = (100, 200, 400, 800, 1600, 3200, 6400, 12800)
 
 def load_records(root: str | Path) -> Records:
     """Readable runs below `root` by name."""
-    return {record.name: record for record in map(read_run, find_runs(root))}
+    return {record.name: record for record in map(load_run, find_runs(root))}
 
 
-def direction_of(record: RunRecord) -> str:
+def direction_of(record: Record) -> str:
     """`Mistral-7B to Llama-3.1-8B`, from the logged model names."""
     names = [str(record.config.get(f"{role}_model", "unknown")).split("/")[-1] for role in ("source", "target")]
     return " to ".join(name.removeprefix("Meta-").split("-Instruct")[0] for name in names)
@@ -66,8 +71,8 @@ def label_runs(records: Records) -> dict[str, str]:
     return labels
 
 
-def _last_answers(records: Records, record: RunRecord) -> dict[str, pd.Series]:
-    return {c: right_at(records, record.name, c, record.steps()[-1]) for c in ("source", "target", "bridged")}
+def _last_answers(records: Records, record: Record) -> dict[str, pd.Series]:
+    return {c: answers_at(records, record.name, c, record.steps()[-1]) for c in ("source", "target", "bridged")}
 
 
 def gains_table(records: Records) -> pd.DataFrame:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from bridgekit.results.statistics import Interval
-from bridgekit.runs import read_jsonl
+from bridgekit.runs import load_jsonl
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +119,7 @@ def gates_from_metrics(path: str | Path) -> pd.DataFrame:
     """Columns step, gate, value from the rows of a metrics.jsonl that have `gates`; empty where none has."""
     import pandas as pd
 
-    rows = [(row["step"], gate, value) for row in read_jsonl(path) for gate, value in row.get("gates", {}).items()]
+    rows = [(row["step"], gate, value) for row in load_jsonl(path) for gate, value in row.get("gates", {}).items()]
     return pd.DataFrame(rows, columns=["step", "gate", "value"])
 
 

@@ -20,8 +20,7 @@ import torch
 from bridgekit.model.generation import pad_ids
 from bridgekit.model.pair import LanguageModel
 from bridgekit.results.statistics import wilson
-from bridgekit.tasks import units
-from bridgekit.tasks.base import CUE, Example, source_prompt
+from bridgekit.tasks import CUE, Example, source_prompt, units
 
 PLACES = ("word end", "next token", "last token")
 DIGITS = ("tens", "ones", "joint")

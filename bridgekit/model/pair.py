@@ -17,8 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bridgekit.config import Config, ConfigError
-from bridgekit.tasks import units
-from bridgekit.tasks.base import Prompt
+from bridgekit.tasks import Prompt, units
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 
 from bridgekit.model.generation import pad_ids
 from bridgekit.model.pair import LanguageModel, split_prompts
-from bridgekit.tasks.base import Example, literal_prompt, source_prompt
+from bridgekit.tasks import Example, literal_prompt, source_prompt
 
 
 def read_source(lm: LanguageModel, examples: list[Example], view: str, solutions: dict[str, str]) -> list[list[int]]:

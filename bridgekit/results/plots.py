@@ -17,7 +17,7 @@ from pathlib import Path
 from bridgekit.config import CONDITIONS
 from bridgekit.results.draw import INK, check_frame, lines, list_rows, open_panels, paper_figure, rows
 from bridgekit.results.style import COLORS, COLUMN, HATCHES, PAGE, words
-from bridgekit.runs import read_jsonl
+from bridgekit.runs import load_jsonl
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -58,7 +58,7 @@ def load_curve(metrics: list[dict] | str | Path) -> pd.DataFrame:
 
     if not isinstance(metrics, list):
         path, broken = Path(metrics), []
-        metrics = list(read_jsonl(path, broken)) if path.is_file() else []
+        metrics = list(load_jsonl(path, broken)) if path.is_file() else []
         if broken and broken[0] <= len(metrics):
             raise ValueError(f"{path}:{broken[0]}: not JSON; restore the file, or give the rows that can be read")
     found = []

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from bridgekit import extend
 from bridgekit.config import OPTIONS, Config, ConfigError, check_models, is_path, to_flat
-from bridgekit.runs import read_jsonl
+from bridgekit.runs import load_jsonl
 from bridgekit.tasks.answers import INVALID, answer_is_complete, extract_answer
 
 CUE = "\nAnswer:\n"
@@ -191,7 +191,7 @@ def from_jsonl(
 @lru_cache(maxsize=8)
 def _load_rows(path: Path, changed_ns: int, split: str, question: str, answer: str, name: str, extract: Callable):
     examples = []
-    for number, row in enumerate(read_jsonl(path), start=1):
+    for number, row in enumerate(load_jsonl(path), start=1):
         texts = row.get(question), row.get(answer)
         if not all(isinstance(text, str) and text.strip() for text in texts):
             raise ConfigError(f"task.data: {path}, row {number}: needs texts `{question}` and `{answer}`")

@@ -8,8 +8,7 @@ import json
 from pathlib import Path
 
 from bridgekit.config import SOFT_INJECTORS, Config, ConfigError
-from bridgekit.tasks import load_examples
-from bridgekit.tasks.base import literal_prompt, source_prompt
+from bridgekit.tasks import literal_prompt, load_examples, source_prompt
 
 EMBEDDED = Path(__file__).parents[1] / "model" / "embedded_pair"
 LONGEST_CUE = 16  # tokens, at most, of what `soft_only` leaves of a prompt

@@ -10,8 +10,7 @@ model mentions a unit it is not meant to know.
 
 import random
 
-from bridgekit.tasks import units
-from bridgekit.tasks.base import CUE
+from bridgekit.tasks import CUE, units
 
 KINDS = {"problem": 42, "fact": 32, "note": 15, "helper": 11}  # how many of 100 documents
 NOTE_FACTS = {  # how many facts a note states, each as often; the source, which must read contexts, sees longer ones

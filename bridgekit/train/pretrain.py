@@ -31,9 +31,8 @@ from bridgekit.config import ConfigError
 from bridgekit.inside.probe import probe_pair
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import LanguageModel, load_model
-from bridgekit.tasks import units
+from bridgekit.tasks import literal_prompt, source_prompt, told_prompt, units
 from bridgekit.tasks.answers import extract_answer
-from bridgekit.tasks.base import literal_prompt, source_prompt, told_prompt
 from bridgekit.train.corpus import KINDS, NOTE_FACTS, make_documents
 
 WINDOW = 1024

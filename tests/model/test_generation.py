@@ -29,8 +29,8 @@ from bridgekit.model.injectors import Prefix
 from bridgekit.model.message import Message, Soft, hashed_normal
 from bridgekit.model.pair import split_prompts
 from bridgekit.model.states import SourceStates, in_batches, read_source
+from bridgekit.tasks import literal_prompt, told_prompt
 from bridgekit.tasks.answers import answer_is_complete
-from bridgekit.tasks.base import literal_prompt, told_prompt
 
 N_NEW = 48
 

@@ -26,9 +26,8 @@ from bridgekit.model.pair import (
     split_prompts,
     word_tokens,
 )
-from bridgekit.tasks import load_examples
+from bridgekit.tasks import Prompt, literal_prompt, load_examples, relay_prompt, told_prompt
 from bridgekit.tasks.answers import extract_answer
-from bridgekit.tasks.base import Prompt, literal_prompt, relay_prompt, told_prompt
 
 ROLES = ("source", "target")
 

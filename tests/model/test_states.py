@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from bridgekit.model.states import Ragged, SourceStates, align_tokens, in_batches, read_source
-from bridgekit.tasks import load_examples
-from bridgekit.tasks.base import literal_prompt, source_prompt
+from bridgekit.tasks import literal_prompt, load_examples, source_prompt
 
 CPU = torch.device("cpu")
 LAYERS = (1, 2)

@@ -6,7 +6,7 @@ python -m pytest tests/train/test_real_questions.py
 import json
 
 from bridgekit.results import verdict
-from bridgekit.runs import create_run, find_eval, load_eval, read_status
+from bridgekit.runs import create_run, find_eval, load_eval, load_status
 from bridgekit.train.worker import open_job, run_training
 
 CONDITIONS = ("source", "target", "bridged", "target_suffix", "shuffled", "relay_full", "router", "union")
@@ -21,7 +21,7 @@ def test_a_run_on_real_questions_goes_through(tiny, tmp_path):
     folder = create_run(config)
     run_training(open_job(folder))
     frame = load_eval(find_eval(folder))
-    assert read_status(folder)["state"] == "finished" and len(frame) == 12
+    assert load_status(folder)["state"] == "finished" and len(frame) == 12
     assert {f"{c}_correct" for c in CONDITIONS if c != "union"} <= set(frame)
     judged = verdict.judge([frame], seeds=[1])
     assert "the source-only part (this task has no knowledge groups)" in judged.not_applicable
