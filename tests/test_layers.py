@@ -1,4 +1,4 @@
-"""The shape of the package: imports point downward, the bottom layer knows no torch, no file grows too long.
+"""The shape of the package: six folders, imports point downward, facts and edges know no torch, no file grows too long.
 
 python -m pytest tests/test_layers.py
 """
@@ -6,104 +6,96 @@ python -m pytest tests/test_layers.py
 import ast
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bridgekit"
-# Top-level modules and packages of bridgekit, bottom layer first. A new module is entered in one layer.
-LAYERS = (
-    """answers audit* browser capacity claims config corpus costs decision effective figures* findings gains headline
-    inside limits manifest measures outcomes own_claims preserve readings* report_entry reports runfolders runlogs runs
-    stats studies study tasks variants verdict""",
-    "bridges losses pair",
-    """attention batches causal checkpoints decoding diagnostics evaluator fetch finished generation pretrain probes
-    steps train trainer""",
-    "cli headless launch swap sweep",
-)
-HEAVY = {"torch", "transformers", "accelerate", "datasets", "peft"}
-LONGEST = 400
-MODULES = {
-    ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"): path
-    for path in sorted(PACKAGE.rglob("*.py"))
-    if path != PACKAGE / "__init__.py"
+# What a file of a place may import: {place: places below it}. Files at the package's top stand under their own name.
+BELOW = {
+    "keys": set(),
+    "config": {"keys"},
+    "runs": {"config", "keys"},
+    "extend": {"config", "runs"},
+    "tasks": {"config", "runs", "extend"},
+    "results": {"config", "runs", "tasks"},
+    "audit": {"config", "runs", "tasks", "results"},
+    "model": {"config", "runs", "extend", "tasks"},
+    "train": {"config", "runs", "extend", "tasks", "results", "model"},
+    "inside": {"config", "runs", "extend", "tasks", "results", "model", "train"},
 }
+EDGES = {"launch", "live", "runner", "study", "cli", "__init__", "__main__"}
+TENSORS = {"model", "train", "inside"}  # the only places that may import these:
+HEAVY = {"torch", "transformers", "accelerate", "peft"}
+LONGEST_FILE, MOST_LAYERS, MOST_AT_THE_TOP = 400, 8, 10
+FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
 
-def layers_of(module: str) -> list[int]:
-    """The layers that name `module` (`bridges.dit` counts as `bridges`): one, if all is well."""
-    top = module.split(".")[0]
-    return [n for n, names in enumerate(LAYERS) if any(fnmatch(top, pattern) for pattern in names.split())]
-
-
-def in_layer(layer: int) -> list[str]:
-    return [module for module in MODULES if layer in layers_of(module)]
+def place_of(module: str) -> str:
+    return module.split(".")[0]
 
 
 def imported_names(module: str) -> set[str]:
-    """Every module that a file imports anywhere, inside functions too; relative imports made absolute."""
-    package = ["bridgekit", *module.split(".")]
-    if MODULES[module].name != "__init__.py":
-        package.pop()
+    """Every module that a file imports anywhere, inside functions too."""
     names = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(), module)):
+    for node in ast.walk(ast.parse(FILES[module].read_text(), module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            base = ".".join([*base, *([node.module] if node.module else [])])
-            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+            assert not node.level, f"{module}: write imports from the package's root"
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
     return names
 
 
-def heavy_imports(module: str) -> set[str]:
-    return {name.split(".")[0] for name in imported_names(module)} & HEAVY
-
-
 def siblings(module: str) -> set[str]:
-    """The modules of this package that a module imports."""
+    """The files of this package that a file imports."""
     names = {name.removeprefix("bridgekit.") for name in imported_names(module) if name.startswith("bridgekit.")}
-    found = {name for name in names if name in MODULES}
-    # `from bridgekit.bridges import dit` names the package and the module; it is the module that is meant.
-    return {name for name in found if not any(other.startswith(name + ".") for other in found)} - {module}
+    found = {name if name in FILES else f"{name}.__init__" for name in names}
+    found = {name for name in found if name in FILES and name != module}
+    # `from bridgekit.tasks import units` names the folder and the file; it is the file that is meant.
+    folders = {name for name in found if name.endswith(".__init__")}
+    return {f for f in found if f not in folders or not any(o.startswith(f[: -len("__init__")]) for o in found - {f})}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_a_module_belongs_to_one_layer_and_imports_downward(module):
-    layers = layers_of(module)
-    assert layers, f"bridgekit/{module} is new: enter it in its layer, in LAYERS of tests/test_layers.py"
-    assert len(layers) == 1, f"bridgekit/{module} stands in the layers {layers}; it belongs to one"
-    for other in siblings(module):
-        above = [layer for layer in layers_of(other) if layer > layers[0]]
-        assert not above, f"{module} (layer {layers[0]}) imports {other} (layer {above[0]}): imports point downward"
+@pytest.mark.parametrize("module", FILES)
+def test_imports_point_downward(module):
+    place = place_of(module)
+    if place in EDGES:
+        return
+    assert place in BELOW, f"bridgekit/{place} is new: enter it in BELOW"
+    wrong = {other for other in siblings(module) if place_of(other) not in BELOW[place] | {place}}
+    assert not wrong, f"{module} imports {', '.join(sorted(wrong))}, which stand above it"
 
 
-@pytest.mark.parametrize("module", in_layer(0) + in_layer(3))
+@pytest.mark.parametrize("module", [m for m in FILES if place_of(m) not in TENSORS])
 def test_facts_and_edges_never_import_the_tensor_libraries(module):
-    assert not heavy_imports(module), f"bridgekit/{module} imports {', '.join(heavy_imports(module))}"
+    heavy = {name.split(".")[0] for name in imported_names(module)} & HEAVY
+    assert not heavy, f"{module} imports {', '.join(heavy)}"
 
 
-def test_no_circles():
-    """Follow imports from every module; meeting a module that is still open closes a circle."""
-    done: set[str] = set()
+def test_there_are_no_circles_and_few_layers():
+    depth: dict[str, int] = {}
 
-    def follow(module: str, trail: tuple[str, ...]) -> None:
+    def measure(module: str, trail: tuple[str, ...]) -> int:
         assert module not in trail, " imports ".join([*trail[trail.index(module) :], module])
-        if module not in done:
-            for other in sorted(siblings(module)):
-                follow(other, (*trail, module))
-            done.add(module)
+        if module not in depth:
+            depth[module] = 1 + max((measure(o, (*trail, module)) for o in sorted(siblings(module))), default=0)
+        return depth[module]
 
-    for module in MODULES:
-        follow(module, ())
-    assert done == set(MODULES)
+    deepest = max(FILES, key=lambda module: measure(module, ()))
+    assert depth[deepest] <= MOST_LAYERS, f"{deepest} stands on {depth[deepest]} layers of files"
 
 
-@pytest.mark.parametrize("module", MODULES)
+def test_the_package_has_six_folders_and_few_files_at_its_top():
+    folders = {name.split(".")[0] for name in FILES if "." in name}
+    assert folders == {"tasks", "model", "train", "results", "inside", "audit"}
+    assert len([name for name in FILES if "." not in name]) <= MOST_AT_THE_TOP
+
+
+@pytest.mark.parametrize("module", FILES)
 def test_a_file_stays_readable(module):
-    lines = len(MODULES[module].read_text().splitlines())
-    assert lines <= LONGEST, f"bridgekit/{module} has {lines} lines: split it (longest allowed: {LONGEST})"
+    lines = len(FILES[module].read_text().splitlines())
+    assert lines <= LONGEST_FILE, f"bridgekit/{module} has {lines} lines; the longest allowed has {LONGEST_FILE}"
 
 
 def loaded_by(*modules: str) -> set[str]:
@@ -114,10 +106,11 @@ def loaded_by(*modules: str) -> set[str]:
 
 
 def test_importing_the_package_is_cheap():
-    slow = HEAVY | {"numpy", "pandas", "scipy", "matplotlib", "seaborn", "IPython", "papermill"}
-    assert not loaded_by("bridgekit") & slow
+    slow = HEAVY | {"numpy", "pandas", "scipy", "matplotlib", "seaborn", "IPython", "papermill", "datasets"}
+    assert not loaded_by("bridgekit", "bridgekit.cli") & slow
 
 
 def test_facts_and_edges_load_no_tensor_library():
     """Also not through other packages: pandas or papermill must not be made to bring torch along."""
-    assert not loaded_by(*(f"bridgekit.{module}" for module in in_layer(0) + in_layer(3))) & HEAVY
+    names = [m.removesuffix(".__init__") for m in FILES if place_of(m) not in TENSORS and not m.startswith("__")]
+    assert not loaded_by(*(f"bridgekit.{name}" for name in names)) & HEAVY
