@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -128,14 +129,15 @@ def test_a_run_that_beats_the_target_gets_its_subsection_and_keeps_its_prose(add
                   "bridged, source-only problems |", "train.eval_every=300", "--stage train"):  # fmt: skip
         assert words in text, words
     assert not (runs / "loses/manifest.md").exists()
-    entry = runs / "wins/manifest.md"
-    entry.write_text(entry.read_text().replace("**Publishability.**", "## My reading\n\nIn the main table.\n\n**P.**"))
     (runs / "wins/figures").mkdir()
     (runs / "wins/figures/groups.png").write_bytes(b"x")
     report_end(runs / "wins")  # again, now that figures exist
+    assert "- `figures/groups.png` (0.0 kB)" in (runs / REPORT).read_text()
+    entry = runs / "wins/manifest.md"
+    entry.write_text(entry.read_text().replace("**Publishability.**", "## My reading\n\nIn the main table.\n\n**P.**"))
+    report_end(runs / "wins")
     text = (runs / REPORT).read_text()
     assert "#### My reading\n\nIn the main table." in text and text.count("### [`wins`]") == 1
-    assert "- `figures/groups.png` (0.0 kB)" in text
 
 
 def test_failed_runs_are_logged_and_have_no_row(tmp_path):
@@ -196,6 +198,17 @@ def test_a_stamp_in_local_time_is_shown_in_utc(tmp_path, monkeypatch):
     assert date == "2026-11-19 23:00"
 
 
+def test_a_report_waits_for_another_that_is_being_written(add_run):
+    folder = add_run("one", LOSES)
+    with reports.locked(folder.parent):
+        waiting = threading.Thread(target=report_end, args=(folder,))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and not (folder.parent / LOG).exists()
+    waiting.join(60)
+    assert "· `one` ·" in (folder.parent / LOG).read_text()
+
+
 # A process of its own: once all are ready each makes its runs and reports each of them a single time.
 REPORT_MANY = """
 import pathlib, shutil, sys, time
@@ -205,7 +218,7 @@ folder, go = map(pathlib.Path, sys.argv[1:])
 print("ready", flush=True)
 while not go.exists():
     time.sleep(0.001)
-for k in range(4):
+for k in range(2):
     shutil.copytree(folder, folder.with_name(f"{folder.name}_{k}"))
     reports.report_end(folder.with_name(f"{folder.name}_{k}"))
 """
@@ -225,7 +238,7 @@ def test_runs_that_end_at_once_lose_nothing(add_run, tmp_path):
     go.touch()
     assert [child.wait(120) for child in children] == [0] * len(names)
     together = load(runs)
-    for name in [f"{name}_{k}" for name in names for k in range(4)]:
+    for name in [f"{name}_{k}" for name in names for k in range(2)]:
         assert together[LOG].count(f"· `{name}` ·") == together[SUMMARY].count(f"| [`{name}`]") == 1
-    assert f"{5 * len(names)} runs in" in together[REPORT]
+    assert f"{3 * len(names)} runs in" in together[REPORT]
     assert not list(runs.glob(".*.md.*"))  # no half-written file is left
