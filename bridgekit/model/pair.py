@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridgekit.config import Config, ConfigError
+from bridgekit.config import EMBEDDED, Config, ConfigError, check_models, resolve_model_folder  # noqa: F401
 from bridgekit.tasks import Prompt, units
 
 
@@ -258,30 +258,3 @@ def load_lexicon_seed(config: Config) -> int | None:
         taught = " and ".join(f"{key} lexicon {seed}" for key, seed in seeds.items())
         raise ConfigError(f"pair.source_model: the models were taught different facts ({taught}): name one pair's two")
     return seeds.get("target_model")
-
-
-# ---- where a model lies (no torch) ----------------------------------------------------------------------------------
-
-EMBEDDED = Path(__file__).parent / "embedded_pair"
-
-
-def resolve_model_folder(key: str, model: str) -> Path | None:
-    """The local folder of a model, or None for a hub id; a folder that is not there is refused."""
-    if model == "embedded":
-        return EMBEDDED / key.split("_")[0]
-    path = Path(model)
-    looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_local and not (path / "config.json").is_file():
-        raise ConfigError(f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
-    return path if looks_local else None
-
-
-def check_models(config: Config) -> None:
-    """Refuse a missing pair before any run folder is made or GPU taken."""
-    for key in ("source_model", "target_model"):
-        folder = resolve_model_folder(key, getattr(config.pair, key))
-        if folder is not None and not any(folder.glob("*.safetensors")):
-            raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`")
-
-
-resolve_folder = resolve_model_folder
