@@ -118,11 +118,6 @@ def _apart(one: dict, other: dict) -> dict[str, tuple]:
 # -- run folders --------------------------------------------------------------------------------------------
 
 
-def load_records(root: str | Path) -> dict[str, Record]:
-    """Readable runs below `root` by name."""
-    return {record.name: record for record in map(load_run, find_runs(root))}
-
-
 def load_run(folder: str | Path, name: str | None = None) -> Record:
     """Read one run folder; `name` defaults to the stamped folder it lies in."""
     folder = Path(folder)

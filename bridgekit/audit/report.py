@@ -10,7 +10,6 @@ It only reads (except for that README and --output), needs no torch, and goes on
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from collections import Counter
@@ -83,21 +82,9 @@ def labels_moved(records: dict[str, Record]) -> pd.DataFrame:
 
 
 def format_text(audit: Audit) -> str:
-    counts = ", ".join(f"{n} {name}" for name, n in audit.counts.items())
-    lines = [f"{len(audit.records)} runs, {len(audit.verdicts)} claims of the first experiments: {counts}"]
-    by_kind = sorted(audit.findings, key=lambda f: [f.kind for f in audit.findings].index(f.kind))
-    for kind, group in itertools.groupby(by_kind, lambda finding: finding.kind):
-        lines += ["", kind.upper()] + [f"  {', '.join(dict.fromkeys(f.runs))}\n      {f.text}" for f in group]
-    for name in VERDICTS[1:]:
-        group = [verdict for verdict in audit.verdicts if verdict.verdict == name]
-        lines += ["", f"CLAIMS: {name} ({len(group)})"] if group else []
-        lines += [f"  {verdict.claim['id']}: {verdict.claim['says']}\n      {verdict.why}" for verdict in group]
     moved = labels_moved(audit.records)
-    if len(moved):
-        lines += ["", "LABELS MOVED BY EXTRACTION RULE", moved.to_string(index=False)]
-    if audit.problems:
-        lines += ["", "PROBLEMS WITH THE FILES"] + [f"  {problem}" for problem in audit.problems]
-    return "\n".join(lines)
+    table = moved.to_string(index=False) if len(moved) else ""
+    return render("audit.txt.j2", counts=audit.counts, moved=table, **vars(audit)).rstrip()
 
 
 def format_json(audit: Audit) -> str:
@@ -115,8 +102,11 @@ def format_json(audit: Audit) -> str:
 
 def format_html(audit: Audit) -> str:
     moved = labels_moved(audit.records)
-    content = vars(audit) | {"counts": audit.counts, "runs": len(audit.records)}
-    return render("audit.html.j2", moved=moved.to_html(index=False, border=0) if len(moved) else "", **content)
+    content = vars(audit) | {
+        "counts": audit.counts,
+        "moved": moved.to_html(index=False, border=0) if len(moved) else "",
+    }
+    return render("audit.html.j2", **content)
 
 
 def format_markdown(audit: Audit) -> str:

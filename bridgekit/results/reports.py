@@ -33,7 +33,6 @@ if typing.TYPE_CHECKING:
 LOG, SUMMARY, REPORT, RECORD = "LOG.md", "EXPERIMENTS_SUMMARY.md", "REPORT.md", "report.json"
 FILES = {LOG: "log.md.j2", SUMMARY: "summary.md.j2", REPORT: "report.md.j2"}
 ENTRY, UNWRITTEN = "manifest.md", "_Not written yet._"
-LATEST = 8  # runs that REPORT.md tells in words
 COLUMNS = ("run", "date (UTC)", "bridge", "direction", "seed", "n", "source", "target", "bridged",
            "recovered, held-out units", "verdict", "answers")  # fmt: skip
 _OLD_BLOCKS = re.compile(  # of an earlier form of these files
@@ -235,12 +234,12 @@ def write_reports(runs_dir: str | Path) -> tuple[int, int]:
         records, damaged = load_records(runs_dir)
         winners = [record["entry"] for record in records if record["entry"]]
         rows = [record["row"] for record in records if record["row"]]
+        counts = Counter(row["verdict"] for row in rows)
         blocks = {
             LOG: "\n\n".join(record["log"] for record in records),
             SUMMARY: _table(rows),
-            REPORT: "\n\n".join(["## Latest runs", _describe_latest(rows), "## Runs that beat the target",
-                                 *(winners or ["_None yet._"])]),
-        }  # fmt: skip
+            REPORT: render("report_runs.md.j2", rows=rows, counts=counts, winners=winners),
+        }
         for name, body in blocks.items():
             edit_file(runs_dir / name, lambda text, body=body: replace_block(_OLD_BLOCKS.sub("", text), "runs", body))
     return len(records), damaged
@@ -324,23 +323,6 @@ def _table(rows: list[dict[str, str]]) -> str:
     words = ("run", "date (UTC)", "bridge", "direction", "verdict", "answers")
     rule = ["---" if column in words else "---:" for column in COLUMNS]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, rule, *(row.values() for row in rows)))
-
-
-def _describe_latest(rows: list[dict[str, str]]) -> str:
-    """Outcomes counted, and the newest runs in words."""
-    if not rows:
-        return "_No run has a final evaluation yet._"
-    counts = Counter(row["verdict"] for row in rows)
-    order = [name for name in ("transfers", "unproven", "fails", "harms") if counts[name]]
-    runs = f"{len(rows)} run{'s' * (len(rows) != 1)} in [{SUMMARY}]({SUMMARY})"
-    lines = [f"{runs}: {', '.join(f'{counts[name]} {name}' for name in order)}.", ""]
-    for row in rows[:LATEST]:
-        lines.append(
-            f"- {row['run']} ({row['date (UTC)']}, {row['bridge']}, {row['direction']}, seed {row['seed']}): "
-            f"**{row['verdict']}**. Bridged {row['bridged']} where the target alone has {row['target']} and the source "
-            f"{row['source']}; recovered on held-out units {row['recovered, held-out units']}; n = {row['n']}."
-        )
-    return "\n".join(lines)
 
 
 def _one_line(text: str, longest: int = 1200) -> str:
