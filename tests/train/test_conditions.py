@@ -5,7 +5,7 @@ python -m pytest tests/train/test_conditions.py
 
 import itertools
 import json
-import multiprocessing
+import threading
 import time
 from dataclasses import replace
 
@@ -150,7 +150,7 @@ def append_one(path, n: int) -> None:
 def test_baselines_of_parallel_runs_are_all_kept(tmp_path):
     path = tmp_path / "cache" / "baselines.jsonl"
     baselines = Baselines(UNITS, 8, 4, path)
-    workers = [multiprocessing.get_context("fork").Process(target=append_one, args=(path, n)) for n in range(4)]
+    workers = [threading.Thread(target=append_one, args=(path, n)) for n in range(4)]
     with baselines._locked():  # whoever reads or writes now waits
         for worker in workers:
             worker.start()
