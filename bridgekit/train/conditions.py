@@ -128,13 +128,13 @@ TABLE: dict[str, Text | Bridged | Choice] = {  # in the order of tables; `union`
 
 def answer_row(
     experiment: Experiment, row: Text | Bridged | Choice, examples: list[Example], bridges: dict[str, Bridge],
-    answers: dict[str, list[Generated]] | None = None, donors: tuple | list = (), attention: dict | None = None,
+    answers: dict[str, list[Generated]] | None = None, attention: dict | None = None,
 ) -> list[Generated]:  # fmt: skip
     """What one row of the table says to each example; `answers` holds what other conditions said to the same ones."""
     answers = {} if answers is None else answers
 
     def answer_other(name: str) -> list[Generated]:
-        return answers.get(name) or answer_row(experiment, TABLE[name], examples, bridges, answers, donors)
+        return answers.get(name) or answer_row(experiment, TABLE[name], examples, bridges, answers)
 
     if isinstance(row, Choice):
         pairs = zip(answer_other(row.first), answer_other(row.second), strict=True)
@@ -145,8 +145,11 @@ def answer_row(
         return experiment.baselines.answer(getattr(experiment.pair, row.model), prompts)
     if row.bridge not in bridges:
         raise ValueError(f"no bridge '{row.bridge}': train one, load a run that has it, or pass bridges={{...}}")
-    by_id = {e.id: e for e in (*donors, *examples)}
-    state_examples = [row.reads(e, by_id) for e in examples] if row.reads else examples
+    state_examples = examples
+    if row.reads:  # whose states it reads may be any problem of the same split
+        splits = {e.split for e in examples} & {"val", "test"}
+        by_id = {e.id: e for e in (*(e for s in splits for e in experiment.examples(s)), *examples)}
+        state_examples = [row.reads(e, by_id) for e in examples]
     states = experiment.source_states(state_examples, row.bridge)
     return decode_messages(experiment, bridges[row.bridge], examples, states, row.change, attention)
 
@@ -258,22 +261,21 @@ class Baselines:
 
 def evaluate(
     experiment: Experiment, examples: list[Example], bridges: dict[str, Bridge], step: str | None,
-    conditions: tuple[str, ...] | dict, want_attention: bool = False,
-    report: Callable[[str], None] = lambda text: None, donors: tuple | list = (),
+    conditions: tuple[str, ...] | dict, want_attention: bool = False, stage: str = "",
 ) -> list[dict]:  # fmt: skip
     """Rows of all examples on the first process, an empty list on the others.
 
-    `conditions` are names, or rows by name; `donors` are problems whose states `shuffled` reads beside the examples'
-    own. With a `step` the first process writes eval_samples_step_<step>.jsonl into the run folder."""
+    `conditions` are names, or rows by name. With a `step` the first process writes eval_samples_step_<step>.jsonl into
+    the run folder; with a `stage` a watcher sees which condition is at work."""
     processes = experiment.processes
     local = examples[processes.rank :: processes.world]
-    donors = [*donors, *examples]
     answers: dict[str, list[Generated]] = {}
     attention: dict[str, np.ndarray] = {}
     for name, row in choose_rows(experiment, conditions, bridges).items():
-        report(name)
+        if stage:
+            experiment.report(f"{stage} {name}")
         store = attention if name == "bridged" and want_attention else None
-        answers[name] = answer_row(experiment, row, local, bridges, answers, donors, store)
+        answers[name] = answer_row(experiment, row, local, bridges, answers, store)
     lines = [make_row(experiment, e, {c: a[i] for c, a in answers.items()}) for i, e in enumerate(local)]
     everything = processes.gather_objects({"lines": lines, "attention": attention})
     if not processes.is_first:

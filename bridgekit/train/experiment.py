@@ -21,11 +21,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 
 from bridgekit import extend
 from bridgekit.config import Config, ConfigError, dump_config
-from bridgekit.model.bridge import Bridge, build_bridge, checkpoint_path, load_bridge, load_part, save_bridge
+from bridgekit.model.bridge import (
+    Bridge,
+    build_bridge,
+    checkpoint_path,
+    describe_card,
+    load_bridge,
+    load_part,
+    save_bridge,
+)
 from bridgekit.model.generation import Generated
 from bridgekit.model.message import Message
 from bridgekit.model.pair import Pair, load_pair, pick_layers
@@ -210,8 +217,7 @@ class Experiment:
             )
         if isinstance(row, Bridged) and row.bridge not in bridges and self.folder:
             bridges = {row.bridge: self._load_bridge(row.bridge)}
-        donors = [e for split in {e.split for e in examples} & {"val", "test"} for e in self.examples(split)]
-        return answer_row(self, row, examples, bridges, donors=donors)
+        return answer_row(self, row, examples, bridges)
 
     def ask(self, question: str, bridge: Bridge | None = None, names=("source", "target", "bridged"), **fields):
         """A question of one's own, answered side by side. -> DataFrame with condition, answer, extracted
@@ -289,14 +295,7 @@ class Experiment:
     def _load_bridge(self, name: str) -> Bridge:
         """A bridge with its kept weights, in evaluation mode."""
         bridge = self.build_bridge(name)
-        try:
-            load_bridge(bridge, self.folder, name)
-        except (RuntimeError, SafetensorError, OSError) as error:
-            reason = " ".join(str(error).split())[:160]
-            raise ConfigError(
-                f"{checkpoint_path(self.folder, name)}: does not fit the run's config.yaml ({reason}): restore both, "
-                "or name another run"
-            ) from None
+        bridge.metadata = load_bridge(bridge, self.folder, name)
         return bridge.eval().requires_grad_(False)
 
     def export(self, out: str | Path) -> Path:
@@ -305,42 +304,20 @@ class Experiment:
         if out.exists() and any(out.iterdir()):
             raise ConfigError(f"{out}: not empty: name a new folder")
         out.mkdir(parents=True, exist_ok=True)
-        bridge, record = self.bridges["bridged"], self.folder / "provenance.json" if self.folder else None
-        record = json.loads(record.read_text()) if record and record.is_file() else self.provenance()
-        save_bridge(bridge, out, "bridged", {"step": "exported"})
-        write_text_atomic(out / "config.yaml", dump_config(self.config))
-        write_text_atomic(out / "provenance.json", json.dumps(record, indent=1) + "\n")
+        run = self.folder or out  # a bridge trained in a notebook has no run folder, and no records yet
+        bridge, record, verdict = self.bridges["bridged"], self.provenance(), run / "verdict.json"
+        if (run / "provenance.json").is_file():
+            record = json.loads((run / "provenance.json").read_text())
+        outcome = json.loads(verdict.read_text())["outcome"] if verdict.is_file() else ""
         if self.code_dir:
             shutil.copytree(self.code_dir, out / "code")
-        write_text_atomic(out / "CARD.md", describe_artifact(self, bridge, record))
+        save_bridge(bridge, out, "bridged", {"step": bridge.metadata.get("step", "unknown")})
+        write_text_atomic(out / "config.yaml", dump_config(self.config))
+        write_text_atomic(out / "provenance.json", json.dumps(record, indent=1) + "\n")
+        card = describe_card(bridge, self.config, self.pair, self.layers, bridge.metadata, outcome)
+        write_text_atomic(out / "CARD.md", card)
         write_status(out, state="finished", stage="exported", parameters=bridge.n_parameters)
         return out
-
-
-def describe_artifact(experiment: Experiment, bridge: Bridge, record: dict) -> str:
-    """The CARD.md of an exported bridge: what it is, which pair it fits, how it is opened."""
-    settings, pair = experiment.config.bridge, experiment.config.pair
-    verdict = experiment.folder / "verdict.json" if experiment.folder else None
-    outcome = json.loads(verdict.read_text())["outcome"] if verdict and verdict.is_file() else "not judged"
-    return f"""# {experiment.folder.name if experiment.folder else experiment.config.run.name}
-
-A bridge of bridgekit: {settings.producer} x {settings.injector}, {settings.n_soft_tokens} soft tokens,
-{bridge.n_parameters:,} parameters. It carries hidden states of a frozen source model into a frozen target model.
-
-| | model | fingerprint |
-|---|---|---|
-| source | `{experiment.pair.source.origin}` | `{record["source"]}` |
-| target | `{experiment.pair.target.origin}` | `{record["target"]}` |
-
-Task {experiment.config.task.task}, direction {pair.direction}, commit `{record["commit"][:12]}`. Verdict: {outcome}.
-
-```python
-from bridgekit.train.experiment import Experiment
-
-experiment = Experiment.load(".", source_model="...", target_model="...")  # names only where they lie elsewhere
-experiment.ask("...")
-```
-"""
 
 
 def chunks(n: int) -> list[np.ndarray]:

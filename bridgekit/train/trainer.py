@@ -55,7 +55,8 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
     window: list[dict[str, torch.Tensor]] = []  # the values of the steps since the last line
     experiment.spend("prepare", started)
 
-    best.offer(bridge, 0, validate(experiment, name, bridge, 0, metrics))
+    if not best.first_step:
+        best.offer(bridge, 0, validate(experiment, name, bridge, 0, metrics))
     began = since = time.time()
     for step in range(settings.steps):
         bridge.train()
@@ -75,7 +76,7 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
             check_finite(name, done, window, values)
             window = []
             write_progress(experiment, name, metrics, done, values, began, best, bridge.injector.gates())
-        if done % settings.eval_every == 0 or done == settings.steps:
+        if (done % settings.eval_every == 0 or done == settings.steps) and done >= best.first_step:
             experiment.spend(f"train {name}", since)
             best.offer(bridge, done, validate(experiment, name, bridge, done, metrics))
             since = time.time()
@@ -87,14 +88,11 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
 
 def control_config(config: Config, name: str) -> Config:
     """The configuration of a control: the bridge's own, but for what makes it a control."""
-    plain = dict(
-        flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", producer_options=(),
-        dit_tokens="sampled",
-    )  # fmt: skip
-    if name in ("constant", "constant_natural"):
-        natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
-        config = config.with_(**plain, **natural)
-    return config
+    if name not in ("constant", "constant_natural"):
+        return config
+    idle = dict.fromkeys(("flow_weight", "info_nce_weight", "prompt_weight"), 0.0)
+    natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
+    return config.with_(producer="constant", producer_options=(), dit_tokens="sampled", **idle, **natural)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -184,8 +182,6 @@ class BestWeights:
 
     def offer(self, bridge: Bridge, step: int, shares: dict[str, float]) -> None:
         self.last = shares["mix"]
-        if step < self.first_step:
-            return
         self.waited = 0 if shares["mix"] > self.selections["mix"].accuracy else self.waited + 1
         for key, selection in self.selections.items():
             accuracy = shares.get(key, shares["mix"])
@@ -245,10 +241,8 @@ def step_losses(
                 alone = answer_logits(target, nothing, batch.literal, None, batch.labels, batch.labels_mask)
             result["kl"] = losses.kl_slice(logits, alone, batch.labels_mask, weights.kl_tokens)
         if extra:
-            result["extra"] = extra(
-                logits=logits, labels=batch.labels, labels_mask=batch.labels_mask, message=message, batch=batch,
-                target=target,
-            )  # fmt: skip
+            given = {"labels": batch.labels, "labels_mask": batch.labels_mask, "batch": batch, "target": target}
+            result["extra"] = extra(logits=logits, message=message, **given)
     if weights.prompt_weight:
         everywhere = {} if processes.world == 1 else {"reduce": lambda pair: tuple(map(processes.sum, pair))}
         result["prompt"] = losses.prompt_alignment(message.tokens, message.mask, *teacher, **everywhere)

@@ -86,9 +86,7 @@ def record_provenance(experiment: Experiment) -> None:
 
 def run_baselines(experiment: Experiment) -> None:
     """Source and target alone on all validation problems: the headroom, before anything is trained."""
-    rows = experiment.evaluate(
-        experiment.examples("val"), {}, None, ("source", "target"), report=lambda c: experiment.report(f"baseline {c}")
-    )
+    rows = experiment.evaluate(experiment.examples("val"), {}, None, ("source", "target"), stage="baseline")
     if rows:
         write_jsonl(experiment.folder / "headroom.jsonl", [row | {"eval_step": "headroom"} for row in rows])
 
@@ -106,10 +104,8 @@ def run_training(experiment: Experiment) -> None:
     for name in ("bridged", *config.train.controls):
         experiment.bridges |= train_bridge(experiment, name)
     since, test = time.time(), choose_test(experiment)
-    rows = experiment.evaluate(
-        test, None, "final", tuple(dict.fromkeys([*config.eval.conditions, *experiment.bridges])), want_attention=True,
-        donors=experiment.examples("test"), report=lambda c: experiment.report(f"test {c}"),
-    )  # fmt: skip
+    conditions = tuple(dict.fromkeys([*config.eval.conditions, *experiment.bridges]))
+    rows = experiment.evaluate(test, None, "final", conditions, want_attention=True, stage="test")
     experiment.spend("test", since)
     if not processes.is_first:
         return

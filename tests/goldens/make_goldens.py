@@ -148,10 +148,11 @@ def recovery_of(frame, subset: str):
 
 def make_studies() -> dict:
     """The tables of every kept study, each of its runs, and the tables of the paper notebook."""
-    from bridgekit import costs, headline, variants
-    from bridgekit.runs import find_eval, load_eval_once
     from bridgekit.studies import open_study
     from bridgekit.sweep import is_study
+
+    from bridgekit import costs, headline, variants
+    from bridgekit.runs import find_eval, load_eval_once
 
     studies = {}
     for path in sorted(Path("preserved_data/studies").glob("*.tar.xz")):
@@ -460,9 +461,10 @@ def make_trainings() -> dict:
 def train_tiny(changes: dict) -> dict:
     """One case, through the trainer's own functions; weights are hashed after building and after the last step."""
     import torch
+    from bridgekit.evaluator import Evaluator
+
     from bridgekit import train, trainer
     from bridgekit.config import ConfigError, build_config
-    from bridgekit.evaluator import Evaluator
     from bridgekit.runs import create_run, read_jsonl
 
     torch.set_num_threads(1)
@@ -590,6 +592,7 @@ def make_units() -> dict:
     from bridgekit.batches import indices_at, noise_seeds
     from bridgekit.bridges.base import hashed_normal, hashed_uniform
     from bridgekit.evaluator import sampler_seed
+
     from bridgekit.tasks import units
 
     examples, lexicons = {}, {}

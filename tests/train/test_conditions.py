@@ -98,15 +98,16 @@ def test_controls_that_were_not_trained_are_left_out(tiny, val, make_experiment,
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_evaluation_that_breaks_off_leaves_no_file_that_looks_finished(tiny, val, make_experiment, error):
+def test_an_evaluation_that_breaks_off_leaves_no_finished_file(tiny, val, make_experiment, error, monkeypatch):
     experiment = make_experiment(tiny(max_new_tokens=4))
 
-    def report(condition: str) -> None:
-        if condition == "target":
+    def break_off(stage: str) -> None:
+        if stage.endswith("target"):
             raise error
 
+    monkeypatch.setattr(experiment, "report", break_off)
     with pytest.raises(error):
-        experiment.evaluate(val, {}, "final", ("source", "target"), report=report)
+        experiment.evaluate(val, {}, "final", ("source", "target"), stage="test")
     assert not list(experiment.folder.glob("eval_samples*")) and not list(experiment.folder.glob("*.npz"))
 
 
@@ -219,11 +220,11 @@ def test_a_donor_need_not_be_among_the_problems_evaluated(tiny, val, make_experi
     experiment = make_experiment(tiny(max_new_tokens=8))
     bridges = build_bridges(experiment)
     all_rows = experiment.evaluate(val, bridges, None, ("shuffled",))[:3]
-    few = experiment.evaluate(val[:3], bridges, None, ("shuffled",), donors=val)
+    few = experiment.evaluate(val[:3], bridges, None, ("shuffled",))
     assert [r["shuffled_full"] for r in few] == [r["shuffled_full"] for r in all_rows]
     assert [r["shuffled_logprob"] for r in few] == pytest.approx([r["shuffled_logprob"] for r in all_rows], abs=2e-5)
     with pytest.raises(ValueError, match="shuffled.*donor"):
-        experiment.evaluate(val[:1], bridges, None, ("shuffled",))
+        experiment.evaluate([replace(val[0], donor_id="nobody")], bridges, None, ("shuffled",))
 
 
 def test_matched_noise_has_the_size_of_the_states():

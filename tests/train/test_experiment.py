@@ -121,10 +121,8 @@ def test_an_exported_bridge_opens_anywhere_and_says_the_same(run, pair, tmp_path
     again = Experiment.load(".")
     question = "Hal has 9 sisak of pins. How many pins?"
     assert again.ask(question).equals(opened.ask(question))
-    assert (
-        "Experiment.load" in (out / "CARD.md").read_text()
-        and opened.pair.source.fingerprint in (out / "CARD.md").read_text()
-    )
+    card = (out / "CARD.md").read_text()
+    assert opened.pair.source.fingerprint in card and "What it may claim" in card
     with pytest.raises(ConfigError, match="not empty"):
         opened.export(out)
 
