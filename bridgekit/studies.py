@@ -17,7 +17,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from bridgekit.results.capacity import said_value
+from bridgekit.results.table import said_value
 from bridgekit.runs import find_eval, read_jsonl, read_status, write_bytes_atomic
 
 ROOT = Path("preserved_data/studies")

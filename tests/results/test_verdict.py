@@ -1,6 +1,6 @@
 """The claim rule branch by branch, headroom, recovery and the table, on frames with known rates.
 
-python -m pytest tests/test_verdict.py
+python -m pytest tests/results/test_verdict.py
 """
 
 import json
@@ -65,7 +65,7 @@ def test_a_bridge_that_beats_every_control_in_every_seed_transfers(frames):
         for seed in (7, 8, 9)
     ]
     assert verdict.text.startswith("The bridge transfers: it beats every control in each of 3 training seeds.")
-    assert "450 problems about 150 units, 95% intervals" in verdict.text
+    assert "on 450 problems about 150 units (95% intervals)" in verdict.text
     assert "headline" not in verdict.text
     worst = min((c.difference for c in verdict.comparisons if c.control == "target"), key=lambda d: d.low)
     assert f"target {worst.difference:+.3f} [{worst.low:+.3f}, {worst.high:+.3f}]" in verdict.text
@@ -90,20 +90,20 @@ def test_a_control_that_was_not_run_is_named_and_leaves_no_proof(frames):
     assert not verdict.passes and not verdict.complete and verdict.outcome == "unproven"
     assert verdict.not_run == ["self_bridge"] and verdict.failed == []
     assert verdict.text.startswith(
-        "Not yet a proof that the bridge transfers. It beats every control that was run, in each of 3 "
-        "training seeds; not run: self_bridge."
+        "It is not yet proven that the bridge transfers: it beats every control that was run, in each of 3 "
+        "training seeds, but not run: self_bridge."
     )
     only = judge([frames[0], without(frames[1], "self_bridge", "shuffled"), frames[2]])
     assert only.not_run == ["shuffled (seed 2)", "self_bridge (seed 2)"] and not only.passes
     alone = judge([without(frames[0], *CONTROLS, "target")])
     assert alone.not_run == ["target", *CONTROLS] and not alone.passes
-    assert "No control was run" in alone.text
+    assert "no control was run" in alone.text
 
 
 def test_a_failing_run_says_so_whatever_was_not_run(frames):
     verdict = judge([without(make_frame(1, bridged=TARGET), "self_bridge")])
     assert verdict.outcome == "fails" and not verdict.complete
-    assert "could not be a complete proof either: self_bridge" in verdict.text
+    assert "Not run: self_bridge." in verdict.text
 
 
 def test_a_bridge_that_harms_is_said_to_harm(frames):
@@ -121,7 +121,7 @@ def test_the_first_experiment_harmed():
     verdict = judge([pd.DataFrame({"bridged_correct": bridged, "target_correct": target})])
     (against_target,) = verdict.comparisons
     assert (against_target.difference.gained, against_target.difference.lost) == (11, 36)
-    assert verdict.outcome == "harms" and "bridged 0.645 [0.577, 0.708]" in verdict.text
+    assert verdict.outcome == "harms" and "Bridged 0.645 [0.577, 0.708] on 200 questions" in verdict.text
     assert verdict.not_run == list(CONTROLS)
 
 
@@ -131,7 +131,14 @@ def test_without_groups_the_source_only_part_does_not_apply(frames):
         assert verdict.passes and {c.subset for c in verdict.comparisons} == {"all"}
         assert "Not applicable: the source-only part" in verdict.text
     nulls = judge([frame.assign(group=None, unit=None, novelty=None) for frame in frames])
-    assert nulls.passes and "On 450 questions" in nulls.text
+    assert nulls.passes and "on 450 questions" in nulls.text
+
+
+def test_a_seed_without_groups_leaves_the_source_only_part_not_run(frames):
+    verdict = judge([frames[0], frames[1].drop(columns="group"), frames[2]], seeds=[4, 5, 6])
+    assert verdict.not_run == ["the source-only part (no knowledge groups in seed 5)"]
+    assert verdict.outcome == "unproven" and verdict.not_applicable == []
+    assert {c.seed for c in verdict.comparisons if c.subset == "source_only"} == {4, 6}
 
 
 def test_source_only_problems_too_few_to_judge_are_not_run(frames):
@@ -180,6 +187,49 @@ def test_both_constants_must_be_beaten(frames):
     # the second constant is needed only where somebody trained one
     partly = judge([make_frame(1, constant_natural=TARGET), frames[1]])
     assert partly.not_run == ["constant_natural (seed 2)"]
+
+
+def with_selection(frame: pd.DataFrame, name: str, rates: dict, **controls) -> pd.DataFrame:
+    """The frame with another selection of a trained control, and the record of all controls' steps."""
+    other = make_frame(99, constant=rates)
+    frame = frame.assign(**{f"{name}_{key}": other[f"constant_{key}"] for key in ("correct", "extracted")})
+    frame.attrs = {"steps": 400} | ({"controls": controls} if controls else {})
+    return frame
+
+
+def test_each_selection_of_a_control_must_be_beaten(frames):
+    beaten = judge([with_selection(frames[0], "constant.last", TARGET, constant={"mix": 200, "last": 400})])
+    assert beaten.passes and "constant, last weights (weights of step 400) +0." in beaten.text
+    steps = {(c.control, c.subset): c.step for c in beaten.comparisons}
+    assert steps["constant", "all"] == 200 and steps["constant.last", "source_only"] == 400
+    assert steps["shuffled", "all"] is None
+    stronger = judge([with_selection(frames[0], "constant.source_only", EVERYTHING)])
+    label = "constant, best on source-only validation"
+    assert {c.label for c in stronger.failed} == {label, f"{label} on source-only problems"}
+    assert f"Not shown to beat {label} (seed 1 " in stronger.text and stronger.outcome == "fails"
+    assert list(stronger.table()["holds"]).count("no") == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "trained"), [(0, False), (199, False), (200, True), (400, True), (None, True)]
+)  # of 400; a run of before the record says nothing
+def test_a_control_with_weights_from_before_half_of_training_was_not_run(frames, step, trained):
+    record = {} if step is None else {"self_bridge": {"mix": step}}
+    verdict = judge([with_selection(frames[0], "constant.last", TARGET, **record)])
+    assert verdict.passes == trained and ("self_bridge" in {c.control for c in verdict.comparisons}) == trained
+    if not trained:
+        assert verdict.not_run == [f"self_bridge (not trained: weights of step {step})"]
+        assert verdict.outcome == "unproven" and "not run" in set(verdict.table()["holds"])
+    if step is None:
+        assert "weights of step" not in verdict.text
+
+
+def test_without_the_length_of_training_only_step_0_is_untrained(frames):
+    record = {"controls": {"constant": {"mix": 100}, "self_bridge": {"mix": 0}}}
+    frame = frames[0].copy()
+    frame.attrs = record
+    assert judge([frame]).not_run == ["self_bridge (not trained: weights of step 0)"]
+    assert len(judge([frame], steps=400).not_run) == 2
 
 
 def test_several_comparisons_at_the_edge_do_not_survive_holm():
@@ -249,7 +299,30 @@ def test_a_verdict_is_json_and_a_table(frames):
     assert stored["comparisons"][0]["difference"]["n_clusters"] == 150
     table = verdict.differences()
     assert table["label"].is_unique and table["holds"].all() and len(table) == 18
-    assert {"label", "difference", "low", "high", "n", "n_clusters", "holds"} <= set(table)
+    assert {"label", "point", "low", "high", "n", "n_units", "adjusted_p", "holds"} <= set(table)
+    short = verdict.table().set_index("control")
+    worst = min((c for c in verdict.comparisons if c.label == "target"), key=lambda c: c.difference.low)
+    assert len(short) == 6 and short.loc["target", "bridged minus control"] == str(worst.difference)
+    assert set(short["holds"]) == {"yes"}
+
+
+def test_one_run_given_twice_is_refused_and_two_that_answer_alike_are_not(frames):
+    """A kept run has no log-probabilities: its answers must show it, unless nearly all are right."""
+    again = frames[0].sample(frac=1, random_state=0)
+    with pytest.raises(ValueError, match="two frames are the same run"):
+        judge([frames[0], frames[1], again])
+    right = frames[0].assign(bridged_correct=True, bridged_extracted="12")
+    assert judge([right, right.copy()]).passes
+    told_apart = [f.assign(bridged_logprob=p) for f, p in ((frames[0], -0.25), (again, -0.5))]
+    assert len(judge(told_apart).seeds) == 2
+
+
+def test_seeds_are_those_that_the_frames_name(frames):
+    named = [frame.copy() for frame in frames]
+    for frame, seed in zip(named, (11, 12, 13), strict=True):
+        frame.attrs["seed"] = seed
+    assert judge(named).seeds == [11, 12, 13] and judge(frames).seeds == [1, 2, 3]
+    assert judge(named, seeds=[7, 8, 9]).seeds == [7, 8, 9]
 
 
 @settings(deadline=None, max_examples=8)
@@ -275,7 +348,7 @@ def questions(source_only: int, both: int, target_only: int, neither: int) -> pd
 
 def test_headroom_of_the_first_experiment():
     room = headroom(questions(7, 101, 53, 39))
-    assert (room.n, room.n_units, room.n_source_only_right) == (200, 200, 7)
+    assert (room.n, room.n_units, room.counts["source_only"]) == (200, 200, 7)
     assert (room.source.point, room.target.point, room.union.point) == (0.54, 0.77, 0.805)
     assert (room.union.low, room.union.high) == wilson(161, 200)
     assert room.gain_possible == pytest.approx(0.035)

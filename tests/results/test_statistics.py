@@ -1,7 +1,7 @@
 """Intervals, tests and power against published values, scipy and statsmodels; coverage by simulation.
 
-python -m pytest tests/test_stats.py    a sample of the cells
-python tests/test_stats.py              the table at the top of bridgekit/stats.py (fifteen minutes)
+python -m pytest tests/results/test_statistics.py    a sample of the cells
+python tests/results/test_statistics.py              the table at the top of results/statistics.py (fifteen minutes)
 """
 
 import itertools
@@ -17,6 +17,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import normal_sample_size_one_tail
 
 from bridgekit.results.statistics import (
+    clustered_mean,
     clustered_proportion,
     design_effect,
     holm,
@@ -26,7 +27,9 @@ from bridgekit.results.statistics import (
     n_for_effect,
     paired_difference,
     paired_ratio,
+    pooled_mean,
     read_correct,
+    student_quantile,
     wilson,
 )
 
@@ -96,6 +99,54 @@ def test_all_right_is_not_certainty():
     assert share.low == pytest.approx(wilson(100, 100)[0], abs=0.002)
     share = clustered_proportion([1, 1, 1], ["u", "u", "u"])
     assert (share.low, share.high) == (0, 1)
+
+
+def test_a_mean_of_independent_numbers_has_students_interval_and_copies_count_once():
+    numbers = np.random.default_rng(0).normal(3, 2, 50)
+    mean = clustered_mean(numbers)
+    theirs = scipy.stats.t.interval(0.95, 49, numbers.mean(), scipy.stats.sem(numbers))
+    assert (mean.low, mean.high) == pytest.approx(theirs)
+    four = clustered_mean(np.repeat(numbers, 4), np.repeat(np.arange(50), 4))
+    assert (four.low, four.high, four.n, four.n_clusters) == (
+        pytest.approx(mean.low),
+        pytest.approx(mean.high),
+        200,
+        50,
+    )
+    assert clustered_mean([1.0, 2.0], ["u", "u"]).high == np.inf
+    assert clustered_mean(numbers, [None] * 50) == mean
+
+
+# -- several training seeds ---------------------------------------------------------------------------------
+
+
+def test_equal_answers_have_an_uncertain_difference_all_the_same():
+    same = pooled_mean(np.zeros((200, 1)), np.arange(200), lowest=-1.0)
+    assert same.point == 0 and 2 / 200 < same.high < 4 / 200 and same.p == 1
+    assert pooled_mean(np.ones((200, 3)), np.arange(200)).high == 1
+
+
+@pytest.mark.parametrize(("n_seeds", "deviation"), [(1, 0.0), (3, 0.0), (3, 0.05), (5, 0.1)])
+def test_pooled_intervals_hold_for_other_problems_and_other_seeds(n_seeds, deviation):
+    """The differences of a seed deviate; the interval must cover the true difference of 0.1 about 95 times in 100."""
+    rng, hits, n = np.random.default_rng(1), 0, 300
+    units = pd.Series(np.repeat(np.arange(75), 2))
+    for _ in range(n):
+        shift = 0.1 + deviation * rng.standard_normal(n_seeds)
+        unit = np.repeat(rng.random((75, 1)), 2, axis=0) < 0.5  # half the units are right or wrong together
+        draws = [np.where(unit, np.repeat(rng.random((75, 1)), 2, axis=0), rng.random((150, 1))) for _ in "ab"]
+        found = pooled_mean((draws[0] < 0.6 + shift).astype(float) - (draws[1] < 0.6), units, lowest=-1.0)
+        hits += found.low <= 0.1 <= found.high
+        assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
+    assert 0.91 <= hits / n <= 1.0, hits / n
+
+
+def test_what_would_have_been_found_is_found_with_power_0_8():
+    """Differences drawn around the smallest effect are significant four times in five."""
+    rng, n, error, df = np.random.default_rng(2), 2000, 0.03, 200.0
+    effect = (student_quantile(0.975, df) + student_quantile(0.8, df)) * error
+    drawn = effect + error * rng.standard_normal(n)
+    assert (abs(drawn) > student_quantile(0.975, df) * error).mean() == pytest.approx(0.8, abs=0.03)
 
 
 # -- paired tests -------------------------------------------------------------------------------------------
@@ -291,6 +342,8 @@ def test_correlation_is_found_clipped_and_cautious():
         (lambda: minimum_detectable_effect(10, 0), "discordance=0"),
         (lambda: minimum_detectable_effect(10, 0.2, 11), "n_clusters=11"),
         (lambda: clustered_proportion([]), "`correct` is empty"),
+        (lambda: clustered_mean([]), "`values` is empty"),
+        (lambda: clustered_mean([1.0, np.inf]), "infinite number"),
         (lambda: clustered_proportion([1, None, 0]), "`correct` misses 1 of 3 values"),
         (lambda: clustered_proportion([0.5, 1.0]), "only right .True. and wrong"),
         (lambda: clustered_proportion([1, 0], [1]), "1 clusters for 2 values"),

@@ -1,0 +1,368 @@
+"""What several runs show together: a study's differences, its axes, the bits of a message, costs, the plan's rule.
+
+    answers = load_answers(folder)                              # of all runs of a study, by variant and seed
+    compared = compare_variants(answers, reference="base")      # Holm over the table, and the smallest effect
+    table = gains_table(answers, compared, load_costs(runs))    # of texts, for a paper: write_table(table, "table")
+    along = axis_table(answers, {variant: axis_settings(config) for variant, config in configs.items()})
+
+Everything is computed from the table of answers (`table.load_answers`); no number is stored here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+
+import numpy as np
+
+from bridgekit.config import Config, to_flat
+from bridgekit.results import statistics as stats
+from bridgekit.results import style, table, verdict
+from bridgekit.results.statistics import Interval
+from bridgekit.runs import write_text_atomic
+from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
+
+if typing.TYPE_CHECKING:
+    import pandas as pd
+
+SUBSETS = ("source_only_held_unit", "all")
+NONE: Mapping[str, str] = {}
+POWER, ALPHA = 0.8, 0.05
+REPLICATE_SHIFT = 100  # between the seeds of a variant and those of its first replicate
+AXES = {  # the figures of studies along an axis: {name: the key that must vary}
+    "capacity": "task.n_facts",
+    "generalisation": "task.train_units_share",
+    "compression": "bridge.n_soft_tokens",
+}
+
+# ---- a study with a reference ---------------------------------------------------------------------------------------
+
+
+def compare_variants(
+    answers: pd.DataFrame, reference: str, subsets: Sequence[str] = SUBSETS, replicates: Mapping[str, str] = NONE
+) -> pd.DataFrame:
+    """Bridged accuracy of each variant minus that of the reference, paired by problem and seed; a row for each subset.
+
+    variant reference subset point low high n n_units n_seeds p gained lost by_seed replicates adjusted_p holds, with
+    Holm over the whole table, and `smallest_effect`: what would have been found with power 0.8 at the strictest of
+    Holm's levels. `replicates` is {name: the variant it repeats}; their seeds are shifted by whole hundreds. A pair of
+    which one run is missing is left out; without a reference there are no rows.
+    """
+    import pandas as pd
+
+    bridged, rows = answers[answers["condition"] == "bridged"], []
+    shifts = bridged["variant"].map(_seed_shifts(replicates)).fillna(0).astype(int)
+    bridged = bridged.assign(seed=bridged["seed"] - shifts)  # so that a replicate meets its own pair
+    seeds = {variant: set(cell["seed"]) for variant, cell in bridged.groupby("variant", sort=False)}
+    for variant in seeds if reference in seeds else ():
+        for subset in subsets if variant != reference and seeds[variant] & seeds[reference] else ():
+            part = table.select(bridged, subset)
+            found = table.difference(part, variant, reference, on="variant").iloc[0].to_dict()
+            one, other, units = table.pair_seeds(part, variant, reference, on="variant")
+            pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
+            row = {"variant": variant, "reference": reference, "subset": subset} | found
+            row |= {"by_seed": (one - other).mean(axis=0).tolist(), "deviation": pooled.error, "df": pooled.df}
+            rows.append(row | {"replicates": replicates.get(variant, "")})
+    adjusted = stats.holm({str(i): row["p"] for i, row in enumerate(rows)})
+    for i, row in enumerate(rows):
+        quantiles = stats.student_quantile(1 - ALPHA / len(rows) / 2, row["df"])
+        quantiles += stats.student_quantile(POWER, row["df"])
+        row |= {"adjusted_p": adjusted[str(i)], "holds": adjusted[str(i)] <= ALPHA}
+        row["smallest_effect"] = min(1.0, quantiles * row["deviation"])
+    return pd.DataFrame(rows)
+
+
+def _seed_shifts(replicates: Mapping[str, str]) -> dict[str, int]:
+    """How far a replicate's seeds lie above those it is paired with: 100, for a second one of the same variant 200."""
+    ranks: dict[str, int] = {}
+    shifts = {}
+    for name, of in replicates.items():
+        ranks[of] = ranks.get(of, 0) + 1
+        shifts[name] = REPLICATE_SHIFT * ranks[of]
+    return shifts
+
+
+def gains_table(
+    answers: pd.DataFrame, compared: pd.DataFrame, costs: pd.DataFrame | None = None, subsets: Sequence[str] = SUBSETS
+) -> pd.DataFrame:
+    """The comparative gains as texts: a row for each variant; accuracy, difference and what could have been found.
+
+    `costs` has a row for each variant with `parameters` and `seconds` (`load_costs`).
+    """
+    import pandas as pd
+
+    bridged, none = answers[answers["condition"] == "bridged"], "\N{EN DASH}"
+    cells = {(r["variant"], r["subset"]): r for r in compared.to_dict("records")}
+    reference = compared["reference"].iloc[0] if len(compared) else None
+    rows = {v: {"variant": v, "seeds": cell["seed"].nunique()} for v, cell in bridged.groupby("variant", sort=False)}
+    for cost in costs.to_dict("records") if costs is not None else ():
+        rows[cost["variant"]] |= {k: f"{cost[k]:,.0f}" if cost[k] == cost[k] else "" for k in ("parameters", "seconds")}
+    for subset in subsets:
+        shares = table.share(table.select(bridged, subset), "variant")
+        sizes = " to ".join(dict.fromkeys(f"{n:,}" for n in (shares["n"].min(), shares["n"].max())))
+        for found in shares.itertuples():
+            row, cell = rows[found.variant], cells.get((found.variant, subset))
+            change = "reference" if found.variant == reference else none
+            if cell:
+                change = f"{cell['point']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}], p {cell['adjusted_p']:.2g}"
+                row["variant"] = found.variant + (f" (replicate of {of})" if (of := cell["replicates"]) else "")
+            row[f"{subset} (n = {sizes})"] = f"{found.point:.3f} [{found.low:.3f}, {found.high:.3f}]"
+            row[f"difference, {subset}"] = change
+            row[f"could be found from, {subset}"] = f"{cell['smallest_effect']:.3f}" if cell else none
+    return pd.DataFrame(rows.values())
+
+
+def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
+    """Trained parameters of each variant of {variant: run folders}, and the mean seconds that its steps took.
+
+    A module that is switched off is gone from the count. Seconds depend on what else ran on the same device.
+    """
+    import pandas as pd
+
+    def load(folder: str | Path, name: str, key: str) -> float:
+        path = Path(folder) / name
+        return json.loads(path.read_text()).get(key, math.nan) if path.is_file() else math.nan
+
+    rows = []
+    for variant, folders in runs.items():
+        seconds = [load(folder, "timing.json", "train bridged") for folder in folders]
+        parameters = load(folders[-1], "status.json", "parameters")
+        rows.append({"variant": variant, "parameters": parameters, "seconds": float(np.mean(seconds))})
+    return pd.DataFrame(rows)
+
+
+def write_table(frame: pd.DataFrame, path_without_suffix: str | Path) -> list[Path]:
+    """A table of texts as Markdown and as LaTeX, ready for a paper."""
+    base = Path(path_without_suffix)
+    base.parent.mkdir(parents=True, exist_ok=True)
+    written = {base.with_name(f"{base.name}.md"): style.markdown, base.with_name(f"{base.name}.tex"): style.latex}
+    for path, render in written.items():
+        write_text_atomic(path, render(frame))
+    return list(written)
+
+
+# ---- a study along an axis ------------------------------------------------------------------------------------------
+
+
+def swept_axis(configs: Iterable[Config]) -> str:
+    """Which figure these configurations make: capacity, generalisation or compression; empty if they lie on no axis."""
+    flats = [to_flat(config) for config in configs]
+    varied = {key for flat in flats for key in flat if flat[key] != flats[0][key] and not key.startswith("run.")}
+    found = [name for name, key in AXES.items() if key in varied]
+    return found[0] if found and varied <= {*AXES.values(), "bridge.producer"} else ""
+
+
+def axis_settings(config: Config) -> dict:
+    """Where a configuration lies on the axes; n_facts where the source has the facts in its context."""
+    group = "source_only" if config.pair.direction == "forward" else "target_only"
+    n_units = round(N_UNITS * GROUP_SHARES[group] * SPLIT_SHARES["train"])  # that the source alone knows
+    settings = {"producer": config.bridge.producer, "n_soft_tokens": config.bridge.n_soft_tokens}
+    settings["train_units"] = max(1, round(n_units * config.task.train_units_share))
+    if config.task.variant == "context":
+        settings |= {"n_facts": config.task.n_facts, "source_view": config.bridge.source_view}
+    return settings
+
+
+def axis_table(
+    answers: pd.DataFrame, settings: dict[str, dict], facts: dict[str, dict[str, str]] | None = None
+) -> pd.DataFrame:
+    """A row for each run: what it was, and the share of what the target gets right when told that it recovers.
+
+    Where the settings have n_facts: the bits of its message (all, and per soft token), and, with `facts` as
+    {variant: {id: text}}, how many answers name some value of their message.
+    """
+    import pandas as pd
+
+    rows = []
+    for (variant, seed), run in answers.groupby(["variant", "seed"], sort=False):
+        told = table.ratio(table.select(run, "source_only_held_unit"), "bridged", "target_told").iloc[0].to_dict()
+        row = {"variant": variant, "seed": seed} | settings[variant] | told
+        if "n_facts" in row:
+            part = table.select(run[run["condition"] == "bridged"], "source_only")
+            bits = carried_bits(part["value"], part["said"], VALUES, part["unit"])
+            # a message made from the facts alone, before the question, must hold each of them
+            times, k = row["n_facts"] if row["source_view"] == "facts" else 1, row["n_soft_tokens"]
+            row |= _prefixed("bits", bits, times) | _prefixed("bits_per_token", bits, times / k)
+            if facts:
+                named = names_a_fact(part["said"], [facts[variant][i] for i in part["id"]])
+                row |= _prefixed("in_message", stats.clustered_proportion(named, part["unit"]))
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _prefixed(name: str, found: Interval, times: float = 1.0) -> dict:
+    return {name: times * found.point, f"{name}_low": times * found.low, f"{name}_high": times * found.high}
+
+
+# ---- bits of a message ----------------------------------------------------------------------------------------------
+
+FOLDS = 10
+SMOOTHING = 0.1  # of an answer, added to each distance
+
+
+def carried_bits(
+    values: Sequence[int], said: Sequence[float | None], alphabet: Sequence[int], units: Sequence | None = None
+) -> Interval:
+    """Bits of the true value that an answer carries, a lower bound; interval over units.
+
+    `values` must have been drawn uniformly from `alphabet`; an answer that names no value carries none. The estimator
+    is a cross-fitted lower bound on the mutual information of true and said value (Barber and Agakov 2003): the mean of
+    log2 q(true | said) / p(true), with q fitted on nine tenths of the units and scored on the last, ten times: how much
+    more often than by chance a said value lies d beside the true one. A plug-in estimate would count noise as
+    information: 48 values make 2,304 cells, which 2,000 answers leave mostly empty. Answers that have nothing to do
+    with the truth, and perfect ones (log2 48 = 5.58), at n = 2,000: plug-in 0.91 and 5.57, Miller-Madow 0.47 and 5.59,
+    cross-fitted -0.04 and 5.58. The bound is below what is there where errors depend on more than the distance.
+    """
+    import pandas as pd
+
+    true, alphabet = np.asarray(values, dtype=int), np.asarray(sorted(alphabet), dtype=int)
+    if len(true) == 0 or len(said) != len(true):
+        raise ValueError(f"bits: {len(true)} values and {len(said)} answers: give one answer for each value")
+    if not np.isin(true, alphabet).all():
+        raise ValueError(f"bits: value {true[~np.isin(true, alphabet)][0]} is not in the alphabet it was drawn from")
+    codes = np.arange(len(true)) if units is None else pd.factorize(pd.Series(units))[0]
+    named, width = pd.Series(list(said), dtype=float), int(alphabet[-1] - alphabet[0])
+    answered = named.notna().to_numpy()
+    # beyond the alphabet's own width all said values are equally far off
+    guess = named.fillna(alphabet[0]).clip(alphabet[0] - width - 1, alphabet[-1] + width + 1).to_numpy().astype(int)
+    fold = np.random.default_rng(0).permutation(int(codes.max()) + 1)[codes] % FOLDS
+    scores = np.zeros(len(true))  # log2 q(true | said) / p(true)
+    for f in range(min(FOLDS, int(codes.max()) + 1)):
+        fit, test = answered & (fold != f), answered & (fold == f)
+        lift = _lift(true[fit], guess[fit], alphabet, width)
+        at = _distance(alphabet[None, :], guess[test][:, None], width)  # (answers, values)
+        chosen = _distance(true[test], guess[test], width)
+        scores[test] = np.log2(len(alphabet) * lift[chosen] / lift[at].sum(axis=1))
+    return stats.clustered_mean(scores, codes)
+
+
+def _distance(true: np.ndarray, said: np.ndarray, width: int) -> np.ndarray:
+    """True minus said value, as an index from 0 to 4 width + 2; said values lie at most width + 1 outside."""
+    return true - said + 2 * width + 1
+
+
+def _lift(true: np.ndarray, said: np.ndarray, alphabet: np.ndarray, width: int) -> np.ndarray:
+    """For each distance: how often it occurred, divided by how often it would if said values told nothing."""
+    n = 4 * width + 3
+    found = np.bincount(_distance(true, said, width), minlength=n)
+    by_chance = np.bincount(_distance(alphabet[None, :], said[:, None], width).ravel(), minlength=n) / len(alphabet)
+    return (found + SMOOTHING) / (by_chance + SMOOTHING)
+
+
+def names_a_fact(said: Sequence[float | None], facts: Sequence[str]) -> list[bool]:
+    """Whether each answer names the value of any fact that its message was made from, the one asked about or another.
+
+    A message may bring the values across and not which word has which: then this is near one, and bits are few.
+    """
+    stated = [{int(number) for number in re.findall(r" is (\d+)\.", text)} for text in facts]
+    return [value in values for value, values in zip(said, stated, strict=True)]
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------
+
+WRITERS = {  # whose texts an answer needs, and the model that writes them
+    "source": {"source": "source"},
+    "target": {"target": "target"},
+    "target_told": {"target_told": "target"},
+    "bridged": {"bridged": "target"},
+    "relay_full": {"source": "source", "relay_full": "target"},
+    "relay_cut": {"source": "source", "relay_cut": "target"},
+    "relay_answer": {"source": "source", "relay_answer": "target"},
+    "router": {"source": "source", "target": "target"},
+}
+
+
+def cost_table(answers: pd.DataFrame, pair: str | Path) -> pd.DataFrame:
+    """Tokens that the models of the folder `pair` write for an answer, beside its accuracy on held-out problems.
+
+    Written tokens decide how long an answer takes: each is a pass of its own, while a prompt and soft tokens are one
+    pass together. Counted are the target's own answer, and the source's where its text is used; a bridge reads the
+    source's states of the prompt, for which nothing is written. Needs answers with `texts=True`.
+    """
+    from tokenizers import Tokenizer
+
+    held, lengths = table.select(answers), {}
+    for condition, model in {pair for texts in WRITERS.values() for pair in texts.items()}:
+        texts = held.loc[held["condition"] == condition, "text"]
+        tokenizer = Tokenizer.from_file(str(Path(pair) / model / "tokenizer.json"))
+        encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False) if len(texts) else []
+        lengths[condition] = float(np.mean([len(one.ids) for one in encoded])) if encoded else math.nan
+    found = table.share(held[held["condition"].isin(WRITERS)], "condition")
+    tokens = [sum(lengths[text] for text in WRITERS[condition]) for condition in found["condition"]]
+    return found.assign(tokens=tokens)
+
+
+# ---- the plan's decision rule ---------------------------------------------------------------------------------------
+
+BRANCHES = {  # branch: (lowest accuracy in percent, the variants that are due)
+    "go on": (70, ()),
+    "B and C": (65, ("B", "C")),
+    "A, B and C": (0, ("A", "B", "C")),
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Which ablations the plan's rule asks for after one Phase 1 run, and how firm that is."""
+
+    right: int
+    accuracy: Interval  # bridged, over units
+    target: float  # the target alone, on the same problems
+    branch: str
+    variants: tuple[str, ...]  # that the plan asks for
+    replicate: dict[str, float]  # probability of each branch for a replicate of this run
+    judged: verdict.Verdict
+
+    @property
+    def differs(self) -> float:
+        """Probability that a replicate lands in another branch."""
+        return 1 - self.replicate[self.branch]
+
+
+def decide(frame: pd.DataFrame) -> Decision:
+    """The decision from one final evaluation with `bridged_correct`, `target_correct` and, if there, `unit`.
+
+    The rule looks at the final bridged accuracy alone: 0.70 and above goes on, from 0.65 the variants B and C are due,
+    below it A, B and C. The claim rule stands beside it, because a bridge that does nothing may pass 0.70.
+    """
+    rows = verdict.select_subset(frame)
+    correct = stats.read_correct(rows, "bridged")
+    right, n = int(correct.sum()), len(correct)
+    branch, error = choose_branch(right, n), stats.pooled_mean(correct[:, None].astype(float), rows.get("unit")).error
+    accuracy = stats.clustered_proportion(correct, rows.get("unit"))
+    target = float(stats.read_correct(rows, "target").mean())
+    chances = branch_probabilities(right, n, error)
+    return Decision(right, accuracy, target, branch, BRANCHES[branch][1], chances, verdict.judge([frame]))
+
+
+def choose_branch(right: int, n: int) -> str:
+    """The branch of `right` answers out of `n`, in whole numbers: 130 of 200 is 0.65, and no rounding moves an edge."""
+    if not 0 <= right <= n or n < 1:
+        raise ValueError(f"decision: {right} right of {n} is impossible")
+    return next(branch for branch, (percent, _) in BRANCHES.items() if 100 * right >= percent * n)
+
+
+def branch_probabilities(right: int, n: int, error: float) -> dict[str, float]:
+    """Probability of each branch for a replicate, whose number of right answers is as uncertain as this one's.
+
+    Normal, with the variance of both draws of problems; counts are whole, so an edge lies half an answer below it.
+    """
+    both, chances, above = NormalDist(right / n, 2**0.5 * error), {}, 0.0
+    for branch, (percent, _) in BRANCHES.items():
+        lowest = -(-percent * n // 100)  # the smallest count that reaches this branch
+        reached = 1.0 if percent == 0 else 1 - both.cdf((lowest - 0.5) / n)
+        chances[branch], above = reached - above, reached
+    return chances
+
+
+def due_variants(names: Sequence[str], decision: Decision | None) -> list[str]:
+    """Which of a study's variants to run: of the plan's A, B and C only those that its rule asks for."""
+    letters = BRANCHES["A, B and C"][1]
+    due = [name for name in names if decision is None or name not in letters or name in decision.variants]
+    return due if len(due) > 1 else []

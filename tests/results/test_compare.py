@@ -1,0 +1,273 @@
+"""A study's differences, its axes, bits on channels whose capacity is known, costs, and the plan's decision rule.
+
+python -m pytest tests/results/test_compare.py
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from tokenizers import Tokenizer
+
+from bridgekit.config import load_config
+from bridgekit.results import compare, table
+from bridgekit.results import statistics as stats
+from bridgekit.results.compare import branch_probabilities, carried_bits, choose_branch, decide
+from bridgekit.tasks import units
+from bridgekit.tasks.units import VALUES, state_facts
+
+ROOT = Path(__file__).parents[2]
+FULL = math.log2(len(VALUES))
+
+
+def draw_answers(seeds=(1, 2, 3), **rates: float) -> pd.DataFrame:
+    """Variants that are right with these rates, on 200 problems about 100 units of the source alone."""
+    rng, parts = np.random.default_rng(0), []
+    for variant, rate in rates.items():
+        for seed in seeds:
+            part = pd.DataFrame({"id": [f"p{i:03d}" for i in range(200)], "unit": np.repeat(np.arange(100), 2)})
+            part = part.assign(group="source_only", novelty="held_unit", gold="1", correct=rng.random(200) < rate)
+            parts.append(part.assign(variant=variant, seed=seed, condition="bridged", value=12 + part["unit"] % 48))
+    return pd.concat(parts, ignore_index=True)
+
+
+# -- a study with a reference -------------------------------------------------------------------------------
+
+
+def test_differences_are_paired_by_problem_and_seed():
+    answers = draw_answers(a=0.5, b=0.9, c=0.5)
+    compared = compare.compare_variants(answers, "a").set_index(["variant", "subset"])
+    row, means = compared.loc["b", "source_only_held_unit"], answers.groupby(["variant", "seed"])["correct"].mean()
+    assert row["by_seed"] == pytest.approx(list(means["b"] - means["a"]))
+    assert row["point"] == pytest.approx(np.mean(row["by_seed"])) and row["holds"] and row["low"] > 0
+    assert (row["n"], row["n_units"], row["n_seeds"]) == (200, 100, 3)
+    assert not compared.loc["c", "all"]["holds"] and compared.loc["c", "all"]["smallest_effect"] > 0.1
+    family = {str(i): p for i, p in enumerate(compared["p"])}
+    assert compared["adjusted_p"].tolist() == list(stats.holm(family).values())
+    strictest = stats.student_quantile(1 - 0.05 / 4 / 2, row["df"]) + stats.student_quantile(0.8, row["df"])
+    assert row["smallest_effect"] == pytest.approx(strictest * row["deviation"])  # of four comparisons
+
+
+def test_a_missing_run_leaves_its_pair_out_and_other_problems_are_refused():
+    answers = draw_answers(a=0.5, b=0.9)
+    missing = answers[(answers["variant"] != "a") | (answers["seed"] != 2)]
+    assert set(compare.compare_variants(missing, "a")["n_seeds"]) == {2}
+    assert compare.compare_variants(answers[answers["variant"] == "b"], "a").empty
+    answers.loc[answers["variant"] == "b", "gold"] = "2"
+    with pytest.raises(ValueError, match="not tested on the same problems .gold of p000 differs"):
+        compare.compare_variants(answers, "a")
+
+
+def test_a_replicate_is_paired_with_its_own_seeds():
+    again = [draw_answers((101, 102, 103), a=0.5), draw_answers((201, 202), d=0.6)]
+    answers = pd.concat([draw_answers(b=0.5, c=0.9), *again], ignore_index=True)
+    compared = compare.compare_variants(answers, "b", replicates={"a": "b", "d": "b"})
+    rows = compared[compared["subset"] == "all"].set_index("variant")
+    assert rows["n_seeds"].to_dict() == {"c": 3, "a": 3, "d": 2}
+    assert rows["replicates"].to_dict() == {"c": "", "a": "b", "d": "b"}
+    assert list(compare.compare_variants(answers, "b")["variant"].unique()) == ["c"]  # undeclared: no seed in common
+
+
+def test_the_table_of_gains_says_what_was_measured(tmp_path):
+    for seed in (1, 2):
+        (tmp_path / f"b{seed}").mkdir()
+        (tmp_path / f"b{seed}" / "status.json").write_text(json.dumps({"parameters": 12345}))
+        (tmp_path / f"b{seed}" / "timing.json").write_text(json.dumps({"train bridged": 10.0 * seed}))
+    costs = compare.load_costs({"b": [tmp_path / "b1", tmp_path / "b2"], "a": [tmp_path / "none"]})
+    assert costs["seconds"].tolist()[0] == 15 and math.isnan(costs["parameters"][1])
+    answers = pd.concat([draw_answers(a=0.5, b=0.9), draw_answers((101, 102, 103), c=0.5)], ignore_index=True)
+    compared = compare.compare_variants(answers, "a", replicates={"c": "a"})
+    gains = compare.gains_table(answers, compared, costs).set_index("variant")
+    share = table.share(answers[answers["variant"] == "b"]).iloc[0]
+    assert gains.loc["b", "all (n = 200)"] == f"{share.point:.3f} [{share.low:.3f}, {share.high:.3f}]"
+    row = compared[(compared["variant"] == "b") & (compared["subset"] == "all")].iloc[0]
+    assert gains.loc["b", "difference, all"].startswith(f"{row.point:+.3f} [{row.low:+.3f}")
+    assert (gains.loc["b", "parameters"], gains.loc["b", "seconds"]) == ("12,345", "15")
+    assert gains.loc["a", "difference, all"] == "reference" and gains.loc["a", "parameters"] == ""
+    assert list(gains.index) == ["a", "b", "c (replicate of a)"]
+    alone = compare.gains_table(answers, compare.compare_variants(answers, "nothing"))
+    assert set(alone["difference, all"]) == {"\N{EN DASH}"}
+
+
+# -- axes ---------------------------------------------------------------------------------------------------
+
+
+def test_axes_are_found_from_what_varies():
+    def axis(*changes: dict) -> str:
+        return compare.swept_axis([load_config(seed=i, **values) for i, values in enumerate(changes)])
+
+    assert axis({"n_soft_tokens": 4}, {"n_soft_tokens": 8, "producer": "dit"}) == "compression"
+    assert axis({"variant": "context", "n_facts": 2}, {"variant": "context", "n_facts": 4}) == "capacity"
+    assert axis({"train_units_share": 0.5}, {"train_units_share": 1.0}) == "generalisation"
+    assert axis({"lr": 0.1}, {"lr": 0.2}) == axis({}, {}) == axis({"n_soft_tokens": 4, "lr": 0.1}, {}) == ""
+
+
+def test_train_units_are_counted_as_the_task_takes_them():
+    for direction, share in (("forward", 0.2), ("swapped", 1.0)):
+        config = load_config(direction=direction, train_units_share=share, n_train=20_000)
+        lexicon = units.make_lexicon(2)
+        lexicon = units.swap_roles(lexicon) if direction == "swapped" else lexicon
+        examples = units.make_examples(lexicon, "train", 20_000, 1, share=0.9, train_units_share=share)
+        met = {e.unit for e in examples if e.group == "source_only"}
+        assert compare.axis_settings(config)["train_units"] == len(met)
+
+
+def test_a_row_of_an_axis_is_a_run_with_its_recovery_and_its_bits():
+    bridged = draw_answers((1, 2), k4=0.7)
+    bridged["said"] = np.where(bridged["correct"], bridged["value"], np.nan)
+    told = bridged.assign(condition="target_told", correct=True)
+    settings = {"n_soft_tokens": 4, "n_facts": 2, "source_view": "facts", "producer": "resampler"}
+    facts = {i: state_facts([("tob", v), ("gaf", 99)]) for i, v in zip(bridged["id"], bridged["value"], strict=True)}
+    along = compare.axis_table(pd.concat([bridged, told]), {"k4": settings}, {"k4": facts})
+    row, run = along.iloc[1], bridged[bridged["seed"] == 2]
+    assert (row.variant, row.seed, row.n_soft_tokens) == ("k4", 2, 4) and row.point == run["correct"].mean()
+    bits = carried_bits(run["value"], run["said"], VALUES, run["unit"])
+    assert (row.bits, row.bits_per_token_low) == (2 * bits.point, pytest.approx(2 * bits.low / 4))
+    assert row.in_message == run["correct"].mean() < row.in_message_high
+    plain = compare.axis_table(pd.concat([bridged, told]), {"k4": {"n_soft_tokens": 4}})
+    assert "bits" not in plain and list(plain["point"]) == list(along["point"])
+
+
+# -- bits ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def channel():
+    """`channel(n, right)`: n values, said right with this probability and at random otherwise."""
+
+    def make(n, right, seed=0):
+        rng = np.random.default_rng(seed)
+        true, other = rng.choice(VALUES, n), rng.choice(VALUES, n)
+        return true, np.where(rng.random(n) < right, true, other)
+
+    return make
+
+
+def plug_in(true, said):
+    """Mutual information of the counts as they are, and with Miller and Madow's correction, in bits."""
+
+    def entropy(*columns):
+        counts = np.unique(np.stack(columns), axis=1, return_counts=True)[1]
+        return -(counts / len(true) * np.log2(counts / len(true))).sum(), len(counts)
+
+    (h_x, k_x), (h_y, k_y), (h_xy, k_xy) = entropy(true), entropy(said), entropy(true, said)
+    raw = h_x + h_y - h_xy
+    return raw, raw + (k_x + k_y - k_xy - 1) / (2 * len(true) * math.log(2))
+
+
+@pytest.mark.parametrize("right", [0.0, 0.3, 0.6, 0.9, 1.0])
+def test_known_channels(channel, right):
+    """A symmetric channel's information is log2 48 - H(hit) - P(miss) log2 47."""
+    hit = right + (1 - right) / len(VALUES)
+    miss = 1 - hit
+    truth = FULL - sum(-p * math.log2(p) for p in (hit, miss) if p > 1e-12) - miss * math.log2(len(VALUES) - 1)
+    bits = carried_bits(*channel(20_000, right), VALUES)
+    assert bits.point == pytest.approx(truth, abs=0.05)
+    assert bits.low <= truth + 0.02
+
+
+def test_noise_is_not_counted_as_information(channel):
+    """The numbers in the docstring of `carried_bits`, recomputed."""
+    for right, raw, corrected, ours in ((0.0, 0.91, 0.47, -0.04), (1.0, 5.57, 5.59, 5.58)):
+        true, said = channel(2000, right)
+        assert plug_in(true, said) == pytest.approx((raw, corrected), abs=0.02)
+        assert carried_bits(true, said, VALUES).point == pytest.approx(ours, abs=0.02)
+
+
+def test_near_misses_carry_something_and_silence_nothing(channel):
+    true, _ = channel(5000, 0.0)
+    near = true + np.random.default_rng(3).integers(-1, 2, len(true))
+    assert math.log2(48 / 3) - 0.1 < carried_bits(true, near, VALUES).point < math.log2(48 / 3) + 0.1
+    silent = [None if i % 2 else int(v) for i, v in enumerate(true)]
+    assert carried_bits(true, silent, VALUES).point == pytest.approx(FULL / 2, abs=0.1)
+    assert carried_bits(true, [None] * len(true), VALUES).point == 0
+    assert carried_bits(true, np.full(len(true), 10**9), VALUES).point == pytest.approx(0, abs=0.05)
+
+
+def test_units_not_answers_are_what_counts(channel):
+    true, said = channel(400, 0.5)
+    alone = carried_bits(true, said, VALUES)
+    five = carried_bits(np.repeat(true, 5), np.repeat(said, 5), VALUES, np.repeat(np.arange(400), 5))
+    assert (five.n, five.n_clusters) == (2000, 400)
+    assert five.high - five.low == pytest.approx(alone.high - alone.low, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("values", "said", "named"),
+    [([], [], "one answer for each"), ([12], [12, 13], "one answer for each"), ([11, 12], [1, 1], "value 11")],
+)
+def test_bits_of_what_was_not_drawn_are_refused(values, said, named):
+    with pytest.raises(ValueError, match=named):
+        carried_bits(values, said, VALUES)
+
+
+def test_a_value_of_the_message_is_told_from_one_that_is_not():
+    note = state_facts([("tob", 12), ("gaf", 34)])
+    assert compare.names_a_fact([12, 34.0, 13, 1, None, np.nan], [note] * 6) == [True, True, *[False] * 4]
+
+
+# -- costs --------------------------------------------------------------------------------------------------
+
+
+def test_costs_count_the_tokens_that_somebody_has_to_write():
+    answers = table.load_answers(ROOT / "preserved_data/headline_resampler_seed1", texts=True)
+    pair, held = ROOT / "bridgekit/model/embedded_pair", table.select(answers)
+    costs = compare.cost_table(answers, pair).set_index("condition")
+
+    def written(model: str, condition: str) -> float:
+        tokenizer = Tokenizer.from_file(str(pair / model / "tokenizer.json"))
+        texts = held.loc[held["condition"] == condition, "text"]
+        return texts.map(lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids)).mean()
+
+    assert costs["tokens"]["bridged"] == pytest.approx(written("target", "bridged"))
+    assert costs["tokens"]["relay_full"] == pytest.approx(written("source", "source") + written("target", "relay_full"))
+    assert costs["point"]["router"] == pytest.approx(held.loc[held["condition"] == "router", "correct"].mean())
+    assert set(costs.index) == set(compare.WRITERS)
+
+
+# -- the plan's decision rule -------------------------------------------------------------------------------
+
+
+def make_frame(right: int, n: int) -> pd.DataFrame:
+    """`right` of `n` answers bridged, spread evenly."""
+    order = np.random.default_rng(0).permutation(n)
+    return pd.DataFrame({"bridged_correct": order < right, "target_correct": np.arange(n) < n / 2})
+
+
+@pytest.mark.parametrize(("percent", "above", "below"), [(70, "go on", "B and C"), (65, "B and C", "A, B and C")])
+def test_edges_are_exact_for_every_n(percent, above, below):
+    """0.65 and 0.70 in whole numbers; 0.7 * n is not a whole number in floating point for every n."""
+    for n in range(20, 3000):
+        lowest = -(-percent * n // 100)
+        assert (choose_branch(lowest, n), choose_branch(lowest - 1, n)) == (above, below)
+
+
+@pytest.mark.parametrize(("right", "n"), [(-1, 10), (11, 10), (0, 0)])
+def test_impossible_counts_are_refused(right, n):
+    with pytest.raises(ValueError, match="impossible"):
+        choose_branch(right, n)
+
+
+def test_probabilities_are_those_of_a_simulated_replicate():
+    """A true accuracy drawn around the run's own, a replicate drawn around that."""
+    rng, n = np.random.default_rng(0), 200
+    decided = decide(make_frame(129, n))  # as the first experiment
+    assert (decided.right, decided.branch, decided.target) == (129, "A, B and C", 0.5)
+    error = stats.pooled_mean(make_frame(129, n)[["bridged_correct"]].to_numpy(float)).error
+    again = rng.binomial(n, (129 / n + error * rng.standard_normal(100_000)).clip(0, 1))
+    assert sum(decided.replicate.values()) == pytest.approx(1) and 0.3 < decided.differs < 0.6
+    for branch, (low, high) in {"go on": (140, 201), "B and C": (130, 140), "A, B and C": (0, 130)}.items():
+        assert decided.replicate[branch] == pytest.approx(((again >= low) & (again < high)).mean(), abs=0.01)
+    assert branch_probabilities(129, n, error) == decided.replicate
+
+
+def test_only_the_letters_that_are_due_run():
+    names = ["phase1", "B", "A", "C"]
+    low, middle, high = (decide(make_frame(k, 200)) for k in (100, 135, 190))
+    assert compare.due_variants(names, None) == compare.due_variants(names, low) == names
+    assert compare.due_variants(names, middle) == ["phase1", "B", "C"]
+    assert compare.due_variants(names, high) == []  # phase1 alone compares with nothing
+    assert compare.due_variants(["base", "kl"], high) == ["base", "kl"]
