@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from bridgekit import tasks
 from bridgekit.config import Config, ConfigError, dump_config
 from bridgekit.model.bridge import Bridge, build_bridge, checkpoint_path, load_bridge, save_bridge
-from bridgekit.model.generation import Generated
+from bridgekit.model.generation import Generated, evaluating
 from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import Message
 from bridgekit.model.pair import Pair, load_pair, pick_layers
@@ -162,11 +162,17 @@ class Experiment:
         bridge = build_bridge(self.config_of(name), len(layers), lm.hidden_size, self.pair.target, **code)
         return bridge.to(self.device)
 
+    def find_bridge(self, bridge: str | Bridge) -> tuple[str, Bridge]:
+        """One of the bridges by its name, or any other, which reads what `bridged` reads."""
+        return (bridge, self.bridges[bridge]) if isinstance(bridge, str) else ("bridged", bridge)
+
     @torch.no_grad()
-    def encode(self, examples: list[Example], name: str = "bridged") -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, examples: list[Example], bridge: str | Bridge = "bridged") -> tuple[torch.Tensor, torch.Tensor]:
         """The messages' tokens and mask. -> (N, K, D_t), (N, K)"""
-        states, seeds, bridge = self.source_states(examples, name), self.seeds(examples), self.bridges[name]
-        made = [encode_chunk(bridge, states, chunk, seeds, self.device) for chunk in chunks(len(examples))]
+        name, bridge = self.find_bridge(bridge)
+        states, seeds = self.source_states(examples, name), self.seeds(examples)
+        with evaluating(bridge):
+            made = [encode_chunk(bridge, states, chunk, seeds, self.device) for chunk in chunks(len(examples))]
         width, pad = max(m.tokens.shape[1] for m in made), torch.nn.functional.pad
         tokens = torch.cat([pad(m.tokens.float(), (0, 0, 0, width - m.tokens.shape[1])) for m in made])
         return tokens, torch.cat([pad(m.mask, (0, width - m.mask.shape[1])) for m in made])
@@ -195,7 +201,9 @@ class Experiment:
         """The examples of a training step, as tensors."""
         return step_batch(self.config, self._data, step, self.processes.rank, self.processes.world)
 
-    def step_losses(self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged") -> dict[str, torch.Tensor]:
+    def step_losses(
+        self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged"
+    ) -> dict[str, torch.Tensor]:
         """The mean of each loss that has a weight, and their weighted sum as `loss`, which has the gradient."""
         totals = trainer.step_losses(self, bridge, batch, step, name)
         means = trainer.mean_losses(totals, self.processes)
@@ -221,7 +229,9 @@ class Experiment:
         if isinstance(row, Choice) and self.router_threshold is None:
             file = self.folder / "headroom.jsonl" if self.folder else None
             known = list(read_jsonl(file)) if file and file.exists() else None
-            self.router_threshold = tune_router(known or self.evaluate(self.examples("val"), {}, None, ("source", "target")))
+            self.router_threshold = tune_router(
+                known or self.evaluate(self.examples("val"), {}, None, ("source", "target"))
+            )
         if isinstance(row, Bridged) and row.bridge not in bridges and self.folder:
             bridges = {row.bridge: self._load_bridge(row.bridge)}
         donors = [e for split in {e.split for e in examples} & {"val", "test"} for e in self.examples(split)]
@@ -374,11 +384,14 @@ def chunks(n: int) -> list[np.ndarray]:
     return [np.arange(i, min(i + BATCH, n)) for i in range(0, n, BATCH)]
 
 
-def encode_chunk(bridge: Bridge, states: SourceStates, chunk: np.ndarray, seeds: np.ndarray, device) -> Message:
+def encode_chunk(
+    bridge: Bridge, states: SourceStates, chunk: np.ndarray, seeds: np.ndarray, device, want_attention: bool = False
+) -> Message:
     """The messages of some examples, each with its own sampler noise."""
     hidden, mask = states.batch(chunk, device)
     noise = torch.from_numpy(seeds[chunk]).to(device)
-    return bridge.encode(hidden, mask, noise, alignment=states.alignment(chunk, device))
+    alignment = states.alignment(chunk, device)
+    return bridge.encode(hidden, mask, noise, alignment=alignment, want_attention=want_attention)
 
 
 def check_finished(run: Path) -> None:
