@@ -317,7 +317,7 @@ class Experiment:
         """A bridge with its kept weights, in evaluation mode."""
         bridge = self.build_bridge(name)
         try:
-            load_bridge(bridge, self.folder, name)
+            bridge.metadata = load_bridge(bridge, self.folder, name)  # the step its weights are of
         except (RuntimeError, SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())[:160]
             raise ConfigError(

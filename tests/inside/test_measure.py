@@ -26,7 +26,8 @@ def test_picked_examples_ask_each_unit_once_before_any_twice(open_fresh):
     assert len(set(words[:n])) == n < len(words)
 
 
-def test_messages_do_not_depend_on_the_batch_and_an_unnamed_bridge_gives_its_own(experiment):
+def test_messages_do_not_depend_on_the_batch_nor_on_whether_the_bridge_is_in_training(open_fresh):
+    experiment = open_fresh(state_dropout=0.5)
     examples = experiment.test[:70]  # more than one batch
     tokens, mask = experiment.encode(examples)
     alone, _ = experiment.encode(examples[66:67])

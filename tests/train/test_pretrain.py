@@ -141,9 +141,9 @@ def test_a_pair_is_made_by_two_children_that_end_with_it_and_its_record_comes_la
 
 def test_what_a_model_knows_is_measured_on_validation_units(pair):
     lexicon = units.make_lexicon(pair.lexicon_seed)
-    shares = pretrain.measure_knowledge(pair.source, lexicon, "source", n=60)
+    shares = pretrain.measure_knowledge(pair.source, lexicon, "source", n=30)
     assert set(shares) == {"known", "unknown", "told", "among_4", "among_16", "among_64"}
     assert shares["known"] > 0.9 > 0.3 > shares["unknown"] and shares["told"] > 0.9
-    probe = pretrain.measure_probe(pair.source, lexicon[::4], "source")
+    probe = pretrain.measure_probe(pair.source, lexicon[::12], "source")
     assert list(probe) == [0, 1, 2, 3, 4, 5] and set(probe[0]) == {"held_unit", "held_value"}
     json.dumps(probe)
