@@ -3,6 +3,9 @@
 Nothing here imports torch before a test asks for it, so that the tests of facts and tables stay quick.
 """
 
+import itertools
+from pathlib import Path
+
 import pytest
 
 from bridgekit.config import load_config
@@ -72,7 +75,13 @@ def make_experiment(pair, accelerator):
     from bridgekit.runs import create_run
     from bridgekit.train.experiment import Experiment
 
-    return lambda config: Experiment(config, create_run(config), accelerator, pair)
+    numbers = itertools.count(1)
+
+    def make(config) -> Experiment:
+        folder = Path(config.run.runs_dir) / f"{config.run.name}_{next(numbers)}"
+        return Experiment(config, create_run(config, folder), accelerator, pair)
+
+    return make
 
 
 @pytest.fixture(scope="session")

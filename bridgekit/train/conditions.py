@@ -1,7 +1,7 @@
 """The conditions as one table: who answers, what it reads, whose message it gets; and the evaluation of all of them.
 
-    rows = experiment.evaluate(examples, {"bridged": bridge}, step="final")        # one dict, one JSONL line, per example
-    mine = TABLE | {"same_unit": Bridged("bridged", reads=another_question)}       # a control of one's own
+    rows = experiment.evaluate(examples, {"bridged": bridge}, step="final")  # a dict, and a JSONL line, per example
+    mine = TABLE | {"same_unit": Bridged("bridged", reads=another_question)}  # a control of one's own
     experiment.evaluate(examples, bridges, conditions=mine)
 
 Each process answers every n-th example, the first writes all rows in order. A row depends on its example alone: the
@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import inspect
 import io
 import json
+import typing
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -31,13 +30,13 @@ from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import Generated, decode_bridged, generate_batch
 from bridgekit.model.message import Message, hashed_normal
 from bridgekit.model.pair import LanguageModel, split_prompts
-from bridgekit.model.states import SourceStates
-from bridgekit.runs import read_jsonl, write_bytes_atomic, write_jsonl
+from bridgekit.model.states import SourceStates, in_batches
+from bridgekit.runs import write_bytes_atomic, write_jsonl
+from bridgekit.tasks import Example, Prompt, Task, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.tasks.answers import INVALID
-from bridgekit.tasks.base import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.train.data import split_rows
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
 
 FULL_MAPS = 16  # whole attention maps kept of each evaluation
@@ -72,10 +71,6 @@ class Choice:
 
     first: str
     second: str
-
-
-def hand_over_whole(experiment: Experiment, texts: list[str]) -> list[str]:
-    return texts
 
 
 def cut_to_soft_tokens(experiment: Experiment, texts: list[str]) -> list[str]:
@@ -121,7 +116,7 @@ TABLE: dict[str, Text | Bridged | Choice] = {  # in the order of tables; `union`
     "constant": Bridged("constant"),
     "constant_natural": Bridged("constant_natural"),
     "self_bridge": Bridged("self_bridge"),
-    "relay_full": Text("target", relay_prompt, relay=hand_over_whole),
+    "relay_full": Text("target", relay_prompt, relay=lambda experiment, texts: texts),
     "relay_cut": Text("target", relay_prompt, relay=cut_to_soft_tokens),
     "relay_answer": Text("target", relay_prompt, relay=answer_alone),
     "router": Choice("source", "target"),
@@ -196,28 +191,20 @@ def decode_messages(
         )  # fmt: skip
         if attention is not None:
             keep_attention(attention, message, chunk, [examples[i] for i in chunk], states)
-        texts = [before[i] for i in chunk], [after[i] for i in chunk]
-        ends = experiment.baselines.ends
-        for i, g in zip(chunk, decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, **ends), strict=True):
-            results[i] = g
+        texts, ends = ([before[i] for i in chunk], [after[i] for i in chunk]), experiment.task.is_complete
+        decoded = decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, is_complete=ends)
+        for i, generated in zip(chunk, decoded, strict=True):
+            results[i] = generated
     return results
 
 
-def in_batches(lengths: list[int], size: int) -> list[np.ndarray]:
-    """Indices in batches of like length, so that little is padding."""
-    order = np.argsort(lengths, kind="stable")
-    return [order[i : i + size] for i in range(0, len(order), size)]
-
-
 class Baselines:
-    """Answers of frozen models by content: a hash of weights, numbers, decode settings and text.
+    """Answers of frozen models by content: a hash of weights, end tokens, decode settings and text.
 
     With a `path` they are shared: every process of every run appends what it has made, under a lock."""
 
-    def __init__(self, max_new_tokens: int, batch_size: int, is_complete: Callable, path: Path | None = None):
-        self.max_new_tokens, self.batch_size, self.path = max_new_tokens, batch_size, path
-        known = inspect.signature(generate_batch).parameters
-        self.ends = {"is_complete": is_complete} if "is_complete" in known else {}
+    def __init__(self, task: Task, max_new_tokens: int, batch_size: int, path: Path | None = None):
+        self.task, self.max_new_tokens, self.batch_size, self.path = task, max_new_tokens, batch_size, path
         self.known: dict[str, Generated] = self._load() if path else {}
 
     def answer(self, lm: LanguageModel, prompts: list[Prompt]) -> list[Generated]:
@@ -226,46 +213,43 @@ class Baselines:
         rows = [lm.bos + p.all for p in split_prompts(lm, [prompts[i] for i in missing])]
         for chunk in in_batches([len(r) for r in rows], self.batch_size):
             texts = [rows[i] for i in chunk]
-            made = generate_batch(lm, texts, [[] for _ in texts], max_new_tokens=self.max_new_tokens, **self.ends)
+            options = dict(max_new_tokens=self.max_new_tokens, is_complete=self.task.is_complete)
+            made = generate_batch(lm, texts, [[] for _ in texts], **options)
             self.known |= {keys[missing[i]]: g for i, g in zip(chunk, made, strict=True)}
         if missing and self.path:
             self._append({keys[i]: self.known[keys[i]] for i in missing})
         return [self.known[k] for k in keys]
 
     def key(self, lm: LanguageModel, prompt: Prompt) -> str:
-        parts = [lm.fingerprint, str(lm.dtype), lm.device.type, self.max_new_tokens, "greedy 1", prompt.text]
-        parts += [lm.decode_key] if hasattr(lm, "decode_key") else []
+        settings = self.task.name, self.max_new_tokens, "greedy 1"
+        parts = [lm.decode_key, str(lm.dtype), lm.device.type, *settings, prompt.text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[typing.TextIO]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as file:
+        with self.path.open("a+", encoding="utf-8") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            yield
+            yield file
 
     def _load(self) -> dict[str, Generated]:
         """What is known already; a damaged file is set aside, and its answers are made again."""
-        with self._locked():
-            if not self.path.exists():
-                return {}
-            damaged: list[int] = []
+        with self._locked() as file:
             try:
-                rows = list(read_jsonl(self.path, damaged))
-                known = {r["key"]: Generated(r["text"], r["logprob"], r["n"]) for r in rows}
-            except KeyError:
-                damaged = [0]
-            if not damaged:
-                return known
-            aside = self.path.with_suffix(".damaged")
-            self.path.replace(aside)
-            print(f"{self.path}: damaged, set aside as {aside.name}; its answers are made again", flush=True)
-            return {}
+                file.seek(0)
+                rows = [json.loads(line) for line in file]
+                return {r["key"]: Generated(r["text"], r["logprob"], r["n"]) for r in rows}
+            except (ValueError, KeyError, TypeError):
+                aside = self.path.with_suffix(".damaged")
+                write_bytes_atomic(aside, self.path.read_bytes())
+                file.truncate(0)
+                print(f"{self.path}: damaged, set aside as {aside.name}; its answers are made again", flush=True)
+                return {}
 
     def _append(self, fresh: dict[str, Generated]) -> None:
         rows = ({"key": k, "text": g.text, "logprob": g.logprob, "n": g.n_tokens} for k, g in fresh.items())
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        with self._locked(), self.path.open("a", encoding="utf-8") as file:
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        with self._locked() as file:
             file.write(lines)
 
 
@@ -304,15 +288,16 @@ def evaluate(
 
 
 def choose_rows(experiment: Experiment, conditions: tuple[str, ...] | dict, bridges: dict) -> dict:
-    """Rows by name, in the table's order; without controls that were not trained and a router without threshold."""
+    """Rows by name; without controls that were not trained and a router without threshold."""
     table = TABLE | conditions if isinstance(conditions, dict) else TABLE
-    order = list(table)
-    chosen = {n: find_row(n, table) for n in conditions if n != "union"}
-    for name, row in list(chosen.items()):
-        untrained = isinstance(row, Bridged) and row.bridge.split(".")[0] in CONTROLS and row.bridge not in bridges
-        if untrained or isinstance(row, Choice) and experiment.router_threshold is None:
-            del chosen[name]
-    return dict(sorted(chosen.items(), key=lambda item: order.index(item[0].split(".")[0])))
+
+    def is_ready(row: Text | Bridged | Choice) -> bool:
+        if isinstance(row, Choice):
+            return experiment.router_threshold is not None
+        return isinstance(row, Text) or row.bridge in bridges or row.bridge.split(".")[0] not in CONTROLS
+
+    rows = {name: find_row(name, table) for name in conditions if name != "union"}
+    return {name: row for name, row in rows.items() if is_ready(row)}
 
 
 def find_row(name: str, table: dict = TABLE) -> Text | Bridged | Choice:

@@ -14,7 +14,7 @@ import torch
 from bridgekit.config import Config
 from bridgekit.model.pair import LanguageModel, Pieces, split_at_soft, split_prompts
 from bridgekit.model.states import Ragged, SourceStates
-from bridgekit.tasks.base import Example, literal_prompt
+from bridgekit.tasks import Example, literal_prompt
 
 
 def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -104,10 +104,9 @@ def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str
 def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:
     """Answer ids ending in the end token, and for each token whether it belongs to the `####` marker."""
     encoded = lm.tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
-    end = getattr(lm, "end_id", min(lm.eos_ids))
     answers, markers = [], []
     for text, ids, offsets in zip(solutions, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         start = text.rfind("####")
-        answers.append([*ids, end])
+        answers.append([*ids, lm.end_id])
         markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])
     return answers, markers

@@ -17,24 +17,21 @@ import time
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
 from safetensors import SafetensorError
 
-from bridgekit import tasks
+from bridgekit import extend
 from bridgekit.config import Config, ConfigError, dump_config
-from bridgekit.model.bridge import Bridge, build_bridge, checkpoint_path, load_bridge, save_bridge
+from bridgekit.model.bridge import Bridge, build_bridge, checkpoint_path, load_bridge, load_part, save_bridge
 from bridgekit.model.generation import Generated, evaluating
-from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import Message
 from bridgekit.model.pair import Pair, load_pair, pick_layers
 from bridgekit.model.states import SourceStates, align_tokens, read_source
-from bridgekit.runs import provenance, read_jsonl, read_run_config, read_status, write_status, write_text_atomic
-from bridgekit.tasks.answers import INVALID, answer_is_complete, extract_answer
-from bridgekit.tasks.base import Example, source_prompt
+from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
+from bridgekit.tasks import Example, get_task, source_prompt, units
 from bridgekit.train import trainer
 from bridgekit.train.conditions import (
     TABLE,
@@ -71,8 +68,7 @@ class Experiment:
         self.started = time.time()
         name = f"{self.pair.source.fingerprint}_{self.pair.target.fingerprint}".replace("/", "-")
         shared = Path(config.run.cache_dir) / f"baselines_{name}.jsonl" if accelerator else None
-        settings = config.eval.max_new_tokens, config.eval.eval_batch_size, self.task.is_complete
-        self.baselines = Baselines(*settings, shared)
+        self.baselines = Baselines(self.task, config.eval.max_new_tokens, config.eval.eval_batch_size, shared)
         self._examples: dict[tuple, list[Example]] = {}
         self._texts: dict[float, TrainingTexts] = {}
         self._configs: dict[str, Config] = {}
@@ -84,7 +80,7 @@ class Experiment:
     # ---- the questions ----------------------------------------------------------------------------------------------
 
     def examples(self, split: str, share: float | None = None) -> list[Example]:
-        """Problems of `train`, `val` or `test`; `share` of source-only ones in the training mix, if not the config's."""
+        """Problems of `train`, `val` or `test`; `share`: of source-only ones in training, where not the config's."""
         if (split, share) not in self._examples:
             made = self.task.examples(self.config, self.pair.lexicon_seed, split, share)
             self._examples[split, share] = made
@@ -107,8 +103,8 @@ class Experiment:
 
     @cached_property
     def lexicon(self) -> tuple:
-        lexicon = tasks.units.make_lexicon(self.pair.lexicon_seed)
-        return tasks.units.swap_roles(lexicon) if self.config.pair.direction == "swapped" else lexicon
+        lexicon = units.make_lexicon(self.pair.lexicon_seed)
+        return units.swap_roles(lexicon) if self.config.pair.direction == "swapped" else lexicon
 
     def seeds(self, examples: list[Example]) -> np.ndarray:
         """The sampler's seed of each example. (N,)"""
@@ -136,31 +132,20 @@ class Experiment:
         if view == "solution":
             texts = self.baselines.answer(lm, [source_prompt(e) for e in examples])
             solutions = {e.id: g.text for e, g in zip(examples, texts, strict=True)}
-        spans = align_tokens(lm, pair.target, examples) if self.is_aligned else None
+        aligned = load_part(self.config, "injector", self.code_dir)[0].aligned
+        spans = align_tokens(lm, pair.target, examples) if aligned else None
         rows = read_source(lm, examples, view, solutions)
         # A constant looks at nothing: it gets one token per prompt, and the source hardly runs.
         if settings.producer == "constant" and settings.n_soft_tokens != -1:
             rows = [row[:1] for row in rows]
         return SourceStates(lm, rows, layers, cache_gb, spans)
 
-    @cached_property
-    def is_aligned(self) -> bool:
-        """Does the injector need to know which source token stands for which target token?"""
-        wanted = self.config.bridge.injector
-        if wanted not in INJECTORS:
-            from bridgekit import extend
-
-            return extend.load_object("bridge.injector", wanted, self.code_dir).aligned
-        return INJECTORS[wanted].aligned
-
     def build_bridge(self, name: str = "bridged") -> Bridge:
         """A fresh bridge on the target's device, with the initial weights that the run's seed gives."""
         is_self = name.split(".")[0] == "self_bridge"
         layers, lm = (self.self_layers, self.pair.target) if is_self else (self.layers, self.pair.source)
-        code = {"code_dir": self.code_dir} if self.code_dir else {}
         set_seed(self.config.run.seed)
-        bridge = build_bridge(self.config_of(name), len(layers), lm.hidden_size, self.pair.target, **code)
-        return bridge.to(self.device)
+        return build_bridge(self.config_of(name), len(layers), lm.hidden_size, self.pair.target, self.code_dir)
 
     def find_bridge(self, bridge: str | Bridge) -> tuple[str, Bridge]:
         """One of the bridges by its name, or any other, which reads what `bridged` reads."""
@@ -207,18 +192,15 @@ class Experiment:
         """The mean of each loss that has a weight, and their weighted sum as `loss`, which has the gradient."""
         totals = trainer.step_losses(self, bridge, batch, step, name)
         means = trainer.mean_losses(totals, self.processes)
-        return means | {"loss": trainer.weigh(self.config_of(name), means)} if means else {}
+        return means | {"loss": trainer.weigh(self.config_of(name), means)}
 
     @cached_property
     def extra_loss(self):
         """The user's own loss (`loss.extra`), or None."""
-        text = getattr(self.config.loss, "extra", "")
-        if not text or not self.config.loss.extra_weight:
+        if not self.config.loss.extra_weight:
             return None
-        from bridgekit import extend
-
-        loss = extend.load_object("loss.extra", text, self.code_dir)
-        return trainer.wrap_extra_loss(loss, extend.parse_options("loss.extra", loss, self.config.loss.extra_options))
+        loss, options = extend.load_checked(self.config, "loss.extra", self.code_dir)
+        return trainer.wrap_extra_loss(loss, options)
 
     # ---- answering --------------------------------------------------------------------------------------------------
 
@@ -228,7 +210,7 @@ class Experiment:
         bridges = self.bridges if bridges is None else bridges
         if isinstance(row, Choice) and self.router_threshold is None:
             file = self.folder / "headroom.jsonl" if self.folder else None
-            known = list(read_jsonl(file)) if file and file.exists() else None
+            known = list(load_jsonl(file)) if file and file.exists() else None
             self.router_threshold = tune_router(
                 known or self.evaluate(self.examples("val"), {}, None, ("source", "target"))
             )
@@ -299,12 +281,9 @@ class Experiment:
         code/ holds a user's own Python and is opened only with `trust_code`."""
         run = Path(run)
         check_finished(run)
-        if (run / "code").is_dir():
-            from bridgekit import extend
-
-            extend.check_trust(run, trust_code)
+        extend.check_trust(run, trust_code)
         models = {k: v for k, v in (("source_model", source_model), ("target_model", target_model)) if v}
-        config = read_run_config(run).with_(**models, source_device=device, target_device=device, dtype="auto")
+        config = load_run_config(run).with_(**models, source_device=device, target_device=device, dtype="auto")
         pair = pair or load_pair(config)
         check_same_pair(run, pair)
         experiment = cls(config, run, pair=pair)
@@ -370,16 +349,6 @@ experiment.ask("...")
 """
 
 
-def get_task(config: Config, code_dir: Path | None):
-    """The task with its own scoring."""
-    if hasattr(tasks, "get_task"):
-        return tasks.get_task(config, code_dir)
-    return SimpleNamespace(
-        examples=tasks.load_examples, extract=extract_answer, is_complete=answer_is_complete,
-        is_right=lambda extracted, gold: extracted == gold != INVALID,
-    )  # fmt: skip
-
-
 def chunks(n: int) -> list[np.ndarray]:
     return [np.arange(i, min(i + BATCH, n)) for i in range(0, n, BATCH)]
 
@@ -399,7 +368,7 @@ def check_finished(run: Path) -> None:
         raise ConfigError(
             f"{run}: no run here (config.yaml not found): name a folder of runs/ or preserved_data/ with a checkpoint"
         )
-    state = read_status(run).get("state", "never started")
+    state = load_status(run).get("state", "never started")
     if state != "finished":
         raise ConfigError(f"{run}: this run is not finished ({state}): let it end, or start it again, then look inside")
     if not checkpoint_path(run, "bridged").is_file():

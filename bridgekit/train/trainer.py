@@ -1,6 +1,6 @@
 """Train one bridge or one trained control: the loop, a step's losses, validation and the best weights.
 
-    bridges = train_bridge(experiment, "bridged")     # {"bridged": best weights}, also in checkpoint/bridged.safetensors
+    bridges = train_bridge(experiment, "bridged")  # {"bridged": the best}, also in checkpoint/bridged.safetensors
 
 The examples of a step are a function of (seed, step, slot), and every loss is a mean over the step's global batch, so
 the number of processes changes neither what is read nor what is learned.
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from accelerate.utils import gather_object
 
-from bridgekit.config import Config, ConfigError
+from bridgekit.config import Config
 from bridgekit.model import losses
 from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
 from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, pad_ids, unpad
@@ -63,15 +63,14 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
             group["lr"] = settings.lr * learning_rate(config, step)
         batch = step_batch(config, data, step, processes.rank, processes.world)
         means = experiment.step_losses(bridge, batch, step, name)
-        if means:  # in a step without any loss that is due, nothing moves
-            means["loss"].backward()
-            sum_gradients(bridge, processes)
-            norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), settings.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            window.append({k: v.detach() for k, v in {**means, "grad_norm": norm}.items()})
+        means["loss"].backward()
+        sum_gradients(bridge, processes)
+        norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), settings.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        window.append({k: v.detach() for k, v in {**means, "grad_norm": norm}.items()})
         done = step + 1
-        if window and (done % log_every == 0 or done == settings.steps):
+        if done % log_every == 0 or done == settings.steps:
             values = average(window, processes)
             check_finite(name, done, window, values)
             window = []
@@ -88,22 +87,14 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
 
 def control_config(config: Config, name: str) -> Config:
     """The configuration of a control: the bridge's own, but for what makes it a control."""
-    plain = dict(flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", dit_tokens="sampled")
+    plain = dict(
+        flow_weight=0.0, info_nce_weight=0.0, prompt_weight=0.0, producer="constant", producer_options=(),
+        dit_tokens="sampled",
+    )  # fmt: skip
     if name in ("constant", "constant_natural"):
         natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
         config = config.with_(**plain, **natural)
     return config
-
-
-def check_losses(config: Config) -> None:
-    """Refuse a training that has nothing to learn from."""
-    weights = [f"{k}_weight" for k in ("nll", "kl", "format", "prompt", "info_nce", "flow", "decode", "extra")]
-    for name in ("bridged", *config.train.controls):
-        if not any(getattr(control_config(config, name).loss, w, 0) for w in weights):
-            raise ConfigError(
-                f"loss.nll_weight: '{name}' has no loss with a weight above 0 (a constant has none of those that speak "
-                "of the source): set loss.nll_weight, or leave it out of train.controls"
-            )
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -142,7 +133,7 @@ def write_progress(experiment, name, metrics: Path, step: int, values: dict, beg
     )  # fmt: skip
 
 
-# ---- validation, and which weights are the best -----------------------------------------------------------------------
+# ---- validation, and which weights are the best ---------------------------------------------------------------------
 
 
 def validate(experiment: Experiment, name: str, bridge: Bridge, step: int, metrics: Path) -> dict[str, float]:
@@ -226,7 +217,7 @@ class BestWeights:
         return bridges
 
 
-# ---- the losses of one step -------------------------------------------------------------------------------------------
+# ---- the losses of one step -----------------------------------------------------------------------------------------
 
 
 def step_losses(
@@ -325,7 +316,7 @@ def own_steps(target: LanguageModel, generated: Generated) -> list[int]:
     return ids[: next((n for n, piece in enumerate(pieces) if "#" in piece), len(ids))]
 
 
-# ---- what crosses processes -------------------------------------------------------------------------------------------
+# ---- what crosses processes -----------------------------------------------------------------------------------------
 
 
 class Processes:
@@ -362,8 +353,6 @@ class Processes:
 
 def mean_losses(totals: dict[str, losses.Total], processes: Processes) -> dict[str, torch.Tensor]:
     """This process's part of each loss's mean over the global batch."""
-    if not totals:
-        return {}
     counts = processes.sum(torch.stack([count.float() for _, count in totals.values()])).clamp(min=1)
     return {k: total / count for (k, (total, _)), count in zip(totals.items(), counts, strict=True)}
 
@@ -390,5 +379,6 @@ def average(window: list[dict[str, torch.Tensor]], processes: Processes) -> dict
     names = list(dict.fromkeys(k for row in window for k in row))
     columns = {k: [row[k] for row in window if k in row] for k in names}
     values = torch.stack([sum(columns[k]).float() for k in names])
-    summed = torch.where(torch.tensor([k == "grad_norm" for k in names], device=values.device), values, processes.sum(values))
+    same_on_all = torch.tensor([k == "grad_norm" for k in names], device=values.device)
+    summed = torch.where(same_on_all, values, processes.sum(values))
     return {k: total / len(columns[k]) for k, total in zip(names, summed.tolist(), strict=True)}

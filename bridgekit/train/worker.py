@@ -17,29 +17,30 @@ import torch
 from accelerate import Accelerator
 
 from bridgekit.config import ConfigError
+from bridgekit.model.pair import split_prompts
 from bridgekit.runs import (
     append_jsonl,
     load_eval,
-    read_jsonl,
-    read_run_config,
-    read_status,
+    load_jsonl,
+    load_run_config,
+    load_status,
     watch_parent,
     write_jsonl,
     write_status,
     write_text_atomic,
 )  # fmt: skip
-from bridgekit.tasks import Example
+from bridgekit.tasks import Example, literal_prompt, source_prompt
+from bridgekit.tasks.positions import check_positions
 from bridgekit.train.conditions import count_flips, tune_router
 from bridgekit.train.experiment import Experiment
-from bridgekit.train.trainer import check_losses, train_bridge
+from bridgekit.train.trainer import train_bridge
 
 
-def open_run(folder: Path, stage: str = "train") -> Experiment:
+def open_job(folder: Path) -> Experiment:
     """The run's experiment on all its processes; what cannot work is refused before anything is trained."""
-    config = read_run_config(folder)
-    if read_status(folder).get("state") == "finished":
+    config = load_run_config(folder)
+    if load_status(folder).get("state") == "finished":
         raise ConfigError(f"run '{folder}' is finished, and its test set is read once: open a new run")
-    check_losses(config)
     accelerator = Accelerator(cpu=not torch.cuda.is_available() or config.pair.target_device == "cpu")
     if accelerator.num_processes != config.train.num_processes:
         raise ConfigError(
@@ -49,9 +50,19 @@ def open_run(folder: Path, stage: str = "train") -> Experiment:
     experiment = Experiment(config, folder, accelerator)
     if "shuffled" in config.eval.conditions and any(e.donor_id is None for e in experiment.examples("test")):
         raise ConfigError("task.n_test: too few problems for each to have a donor: more, or no `shuffled` condition")
+    check_lengths(experiment)
     if experiment.processes.is_first:
-        record_provenance(experiment, stage)
+        record_provenance(experiment)
     return experiment
+
+
+def check_lengths(experiment: Experiment) -> None:
+    """Refuse prompts, messages and answers that the target has no positions for."""
+    pair, examples = experiment.pair, experiment.examples("val") + experiment.examples("test")
+    longest_prompt = max(len(p.all) for p in split_prompts(pair.target, [literal_prompt(e) for e in examples]))
+    prompts = [source_prompt(e) for e in examples]
+    longest_source = max(len(p.all) for p in split_prompts(pair.source, prompts))
+    check_positions(experiment.config, pair.target.max_positions, longest_prompt, longest_source)
 
 
 def choose_test(experiment: Experiment) -> list[Example]:
@@ -62,15 +73,15 @@ def choose_test(experiment: Experiment) -> list[Example]:
     return experiment.test[:n] + [e for e in test if e.novelty == "seen"]
 
 
-def record_provenance(experiment: Experiment, stage: str) -> None:
-    """Every stage says where its numbers come from, if that has changed since the stage before."""
-    path, record = experiment.folder / "provenance.json", experiment.provenance() | {"stage": stage}
-    first = json.loads(path.read_text()) if path.exists() else record
-    later = first.get("later", [])
-    latest = (later or [first])[-1]
-    if any(record[k] != latest.get(k) for k in ("commit", "dirty", "versions", "processes", "gpus")):
-        first["later"] = [*later, record]
-    write_text_atomic(path, json.dumps(first, indent=1) + "\n")
+def record_provenance(experiment: Experiment) -> None:
+    """Where this stage's numbers come from; one on other code or elsewhere is added, the earlier ones stay."""
+    path, record = experiment.folder / "provenance.json", experiment.provenance()
+    if path.is_file():
+        old = json.loads(path.read_text())
+        if all(old.get(key) == record[key] for key in record.keys() - {"command", "started"}):
+            return
+        record["earlier"] = [*old.pop("earlier", []), old]
+    write_text_atomic(path, json.dumps(record, indent=1) + "\n")
 
 
 def run_baselines(experiment: Experiment) -> None:
@@ -91,7 +102,7 @@ def run_training(experiment: Experiment) -> None:
         for stale in [*folder.glob("metrics*.jsonl"), folder / "controls.json"]:
             stale.unlink(missing_ok=True)
     processes.wait()
-    experiment.router_threshold = tune_router(list(read_jsonl(folder / "headroom.jsonl")))
+    experiment.router_threshold = tune_router(list(load_jsonl(folder / "headroom.jsonl")))
     for name in ("bridged", *config.train.controls):
         experiment.bridges |= train_bridge(experiment, name)
     since, test = time.time(), choose_test(experiment)
@@ -135,7 +146,7 @@ def mark_failed(folder: Path, stage: str, error: Exception) -> None:
     from bridgekit.results.reports import report_end
 
     with contextlib.suppress(OSError):  # a full disk: the line on standard error says it
-        if folder.is_dir() and read_status(folder).get("state") != "finished":
+        if folder.is_dir() and load_status(folder).get("state") != "finished":
             write_status(folder, state="failed", stage=stage, error=str(error))
             report_end(folder)
 
@@ -145,10 +156,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", choices=("baselines", "train"), default="train")
     args = parser.parse_args(argv)
-    watch_parent()
+    watch_parent(args.run_dir)
     experiment = None
     try:
-        experiment = open_run(args.run_dir, args.stage)
+        experiment = open_job(args.run_dir)
         (run_baselines if args.stage == "baselines" else run_training)(experiment)
         experiment.processes.wait()
     except Exception as error:
