@@ -21,18 +21,20 @@ BELOW = {
     "results": {"config", "runs", "tasks"},
     "audit": {"config", "runs", "tasks", "results"},
     "model": {"config", "runs", "extend", "tasks"},
-    "train": {"config", "runs", "extend", "tasks", "results", "model"},
-    "inside": {"config", "runs", "extend", "tasks", "results", "model", "train"},
+    "inside.probe": {"config", "runs", "tasks", "results", "model"},
+    "train": {"config", "runs", "extend", "tasks", "results", "model", "inside.probe"},
+    "inside": {"config", "runs", "extend", "tasks", "results", "model", "train", "inside.probe"},
 }
 EDGES = {"launch", "live", "runner", "study", "cli", "__init__", "__main__"}
-TENSORS = {"model", "train", "inside"}  # the only places that may import these:
+TENSORS = {"model", "train", "inside", "inside.probe"}  # the only places that may import these:
 HEAVY = {"torch", "transformers", "accelerate", "peft"}
 LONGEST_FILE, MOST_LAYERS, MOST_AT_THE_TOP = 400, 8, 10
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
 
 
 def place_of(module: str) -> str:
-    return module.split(".")[0]
+    """The folder, or the file at the top; the probe stands by itself, because making a pair records it."""
+    return module if module == "inside.probe" else module.split(".")[0]
 
 
 def imported_names(module: str) -> set[str]:

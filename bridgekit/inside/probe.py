@@ -1,12 +1,12 @@
 """Is a unit's value linearly there, in which layer and at which token? Closed-form ridge, seconds per model.
 
-    table = probe_pair(source, lexicon)                     # {layer: {place: {novelty: {tens, ones, joint, n}}}}
-    table = probe_pair(lm, lexicon, "target", report="val")  # while making a pair: no test unit is looked at
-    frame = list_probe(table)                               # long: layer, place, novelty, digit, accuracy, low, high
+    frame = probe_pair(source, lexicon)                      # layer place novelty digit, point low high n n_units
+    frame = probe_pair(lm, lexicon, "target", report="val")  # while making a pair: no test unit is looked at
 
 Tens and ones are classifiers of their own, so that a value the probe never saw can still be read; `joint` asks for
 both. Fitted on units of the train split, strength chosen on the validation split (on a tenth of the train units where
 the validation units are reported on), reported on units it never saw.
+This module stands below train/: a pair is probed when it is made.
 Shapes: N prompts, P places, L hidden states (0 is the embeddings), D hidden size, C classes.
 """
 
@@ -14,12 +14,13 @@ import random
 import re
 from dataclasses import dataclass
 
-import numpy as np
+import pandas as pd
 import torch
 
 from bridgekit.model.generation import pad_ids
-from bridgekit.model.pair import LanguageModel
-from bridgekit.results.statistics import wilson
+from bridgekit.model.pair import LanguageModel, word_tokens
+from bridgekit.model.states import in_batches
+from bridgekit.results.table import share
 from bridgekit.tasks import CUE, Example, source_prompt, units
 
 PLACES = ("word end", "next token", "last token")
@@ -41,82 +42,81 @@ class Asked:
 def probe_pair(
     lm: LanguageModel, lexicon, role: str = "source", *, report: str = "test", prompts_per_unit: int = 2,
     layers: tuple[int, ...] | None = None, seed: int = 0,
-) -> dict[int, dict[str, dict[str, dict]]]:  # fmt: skip
-    """{layer: {place: {novelty: {tens, ones, joint: share right, n: units}}}}, on the units of split `report`."""
+) -> pd.DataFrame:  # fmt: skip
+    """Share of the units of split `report` whose digits are read, by layer, place, novelty and digit."""
     fit, choose, report_on = pick_probe_units(lexicon, role, report, seed)
     rng = random.Random(f"probe {seed}")
     parts = {FIT: fit * prompts_per_unit, CHOOSE: choose, **report_on}
-    return probe_prompts(lm, {name: ask_units(some, rng) for name, some in parts.items()}, layers)
+    return probe_prompts(lm, {name: ask_units(asked, rng) for name, asked in parts.items()}, layers)
 
 
 def probe_prompts(
     lm: LanguageModel, parts: dict[str, list[Asked]], layers: tuple[int, ...] | None = None
-) -> dict[int, dict[str, dict[str, dict]]]:
-    """Fit on part FIT, choose the strength on part CHOOSE, report on every other: {layer: {place: {part: shares}}}."""
+) -> pd.DataFrame:
+    """Fit on part FIT, choose the strength on part CHOOSE, report on every other, by layer, place and digit."""
     layers = tuple(range(lm.n_layers + 1)) if layers is None else layers
-    states = {name: read_places(lm, some, layers) for name, some in parts.items()}  # (N, P, L, D) each
-    values = {name: torch.tensor([a.value for a in some]) for name, some in parts.items()}
-    table: dict[int, dict] = {}
+    states = {name: place_states(lm, asked, layers) for name, asked in parts.items()}  # (N, P, L, D) each
+    values = {name: torch.tensor([a.value for a in asked]) for name, asked in parts.items()}
+    answers = []
     for j, layer in enumerate(layers):
-        table[layer] = {}
         for p, place in enumerate(PLACES):
-            here = {name: x[:, p, j] for name, x in states.items()}
-            probe = DigitProbe(here.pop(FIT), values[FIT], here.pop(CHOOSE), values[CHOOSE])
-            table[layer][place] = {name: probe.score(x, values[name]) for name, x in here.items()}
-    return table
+            x = {name: part[:, p, j] for name, part in states.items()}
+            probe = DigitProbe(x[FIT], values[FIT], x[CHOOSE], values[CHOOSE])
+            for name in [name for name in parts if name not in (FIT, CHOOSE)]:
+                read = probe.read(x[name], values[name], [a.word for a in parts[name]])
+                answers.append(read.assign(layer=layer, place=place, novelty=name))
+    return share(pd.concat(answers, ignore_index=True), ["layer", "place", "novelty", "digit"])
 
 
 def pick_probe_units(lexicon, role: str, report: str, seed: int) -> tuple[list, list, dict[str, list]]:
     """Units to fit on, to choose the strength on, and to report on by novelty; no unit is in two of them."""
-    known = units.known_units(lexicon, role)
-    taught = {u.word for u in known}
-    fit = [u for u in known if u.split == "train"]
-    choose = [u for u in known if u.split == "val"]
-    control = [u for u in lexicon if u.word not in taught and u.split == report]
     if report not in ("val", "test"):
         raise ValueError(f"probe: units are reported on `val` or `test`, not on '{report}'")
+    known = units.known_units(lexicon, role)
+    taught = {u.word for u in known}
+    fit, choose = ([u for u in known if u.split == split] for split in ("train", "val"))
     report_on = {n: [u for u in known if u.split == report and u.novelty == n] for n in NOVELTIES[:2]}
+    report_on["not taught"] = [u for u in lexicon if u.word not in taught and u.split == report]
     if report == "val":  # then a tenth of the train units choose
         fit, choose = [u for i, u in enumerate(fit) if i % 10], fit[::10]
-    return fit, choose, {k: v for k, v in (report_on | {"not taught": control}).items() if v}
+    return fit, choose, {name: found for name, found in report_on.items() if found}
 
 
-def ask_units(some_units: list[units.Unit], rng: random.Random) -> list[Asked]:
+def ask_units(asked: list[units.Unit], rng: random.Random) -> list[Asked]:
     """One prompt for each unit, with its word."""
-    questions = [units.make_problem(rng, rng.choice(units.FAMILIES), u.word).question for u in some_units]
-    return [Asked(f"Question: {q}{CUE}", u.word, u.value) for q, u in zip(questions, some_units, strict=True)]
+    questions = [units.make_problem(rng, rng.choice(units.FAMILIES), u.word).question for u in asked]
+    return [Asked(f"Question: {q}{CUE}", u.word, u.value) for q, u in zip(questions, asked, strict=True)]
 
 
 def ask_examples(examples: list[Example]) -> list[Asked]:
-    """The source's own prompts of some examples, with whatever facts they give it."""
+    """The source's own prompts of examples, with whatever facts they give it."""
     return [Asked(source_prompt(e).text, e.unit, e.value) for e in examples]
 
 
-def read_places(lm: LanguageModel, asked: list[Asked], layers: tuple[int, ...], batch_size: int = 256) -> torch.Tensor:
-    """States at the unit word's last token, at the token after it and at the cue's last token. (N, P, L, D)"""
+def question_words(lm: LanguageModel, text: str, word: str) -> list[range]:
+    """The word's tokens, counted with BOS, wherever the last question says it: facts and shots come before."""
+    before = len(re.findall(rf"\b{re.escape(word)}\b", text[: max(0, text.rfind("Question:"))]))
+    first = len(lm.bos)
+    return [range(first + r.start, first + r.stop) for r in word_tokens(lm, text, word)[before:]]
+
+
+def find_places(lm: LanguageModel, asked: list[Asked]) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
+    """Token ids of each prompt with BOS, and its PLACES: the word's last token, the next one, the prompt's last."""
+    rows = [lm.bos + ids for ids in lm.tokenize([a.text for a in asked])]
+    ends = [question_words(lm, a.text, a.word)[0].stop - 1 for a in asked]
+    return rows, [(end, end + 1, len(row) - 1) for end, row in zip(ends, rows, strict=True)]
+
+
+def place_states(lm: LanguageModel, asked: list[Asked], layers: tuple[int, ...], batch_size: int = 256) -> torch.Tensor:
+    """States at the three places of each prompt. (N, P, L, D)"""
     out = torch.empty(len(asked), len(PLACES), len(layers), lm.hidden_size, device=lm.device)
-    rows, places = locate_places(lm, asked)
-    order = np.argsort([len(r) for r in rows], kind="stable")
-    for i in range(0, len(order), batch_size):
-        chunk = order[i : i + batch_size]
-        ids, mask = pad_ids([rows[j] for j in chunk], lm.device)
+    rows, places = find_places(lm, asked)
+    for chunk in in_batches([len(row) for row in rows], batch_size):
+        ids, mask = pad_ids([rows[i] for i in chunk], lm.device)
         states = lm.hidden_states(ids, mask.long(), layers).float()  # (B, S, L, D)
-        at = torch.tensor([places[j] for j in chunk], device=lm.device)  # (B, P)
-        picked = states[torch.arange(len(chunk), device=lm.device)[:, None], at]
-        out[torch.from_numpy(chunk).to(lm.device)] = picked
+        at = torch.tensor([places[i] for i in chunk], device=lm.device)  # (B, P)
+        out[torch.from_numpy(chunk).to(lm.device)] = states[torch.arange(len(chunk), device=lm.device)[:, None], at]
     return out
-
-
-def locate_places(lm: LanguageModel, asked: list[Asked]) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
-    """Token ids of each prompt with BOS, and the three places in it; the word is looked for in the question."""
-    encoded = lm.tokenizer([a.text for a in asked], add_special_tokens=False, return_offsets_mapping=True)
-    rows, places = [], []
-    for a, ids, offsets in zip(asked, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        stop = re.compile(rf"\b{re.escape(a.word)}\b").search(a.text, a.text.index("Question:")).end()
-        last = max(i for i, (start, _) in enumerate(offsets) if start < stop) + len(lm.bos)
-        rows.append(lm.bos + ids)
-        places.append((last, last + 1, len(rows[-1]) - 1))
-    return rows, places
 
 
 class DigitProbe:
@@ -129,24 +129,25 @@ class DigitProbe:
         fits = []
         for strength in STRENGTHS:
             self.weights = fit_ridge(self._normalise(x), one_hot_digits(values).to(x.device), strength)
-            score = self.score(choose_x, choose_values)
-            fits.append((score["joint"], score["tens"] + score["ones"], strength, self.weights))
-        *_, self.strength, self.weights = max(fits, key=lambda f: f[:3])
+            tens, ones, joint = (right.double().mean().item() for right in self.right(choose_x, choose_values))
+            fits.append((joint, tens + ones, strength, self.weights))
+        *_, self.strength, self.weights = max(fits, key=lambda fit: fit[:3])
 
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         return (x.double() - self.mean) / self.scale
 
-    def predict(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Most likely tens and ones digit. (N, D) -> (N,), (N,)"""
+    def right(self, x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Is the tens digit read right, the ones digit, both? (N, D), (N,) -> (N,) each, in the order of DIGITS"""
         x = self._normalise(x)
         scores = torch.cat([x, x.new_ones(len(x), 1)], 1) @ self.weights  # (N, 20)
-        return scores[:, :10].argmax(1).cpu(), scores[:, 10:].argmax(1).cpu()
+        tens = scores[:, :10].argmax(1).cpu() == values // 10
+        ones = scores[:, 10:].argmax(1).cpu() == values % 10
+        return tens, ones, tens & ones
 
-    def score(self, x: torch.Tensor, values: torch.Tensor) -> dict[str, float]:
-        tens, ones = self.predict(x)
-        right_tens, right_ones = tens == values // 10, ones == values % 10
-        shares = dict(zip(DIGITS, (right_tens, right_ones, right_tens & right_ones), strict=True))
-        return {name: right.double().mean().item() for name, right in shares.items()} | {"n": len(values)}
+    def read(self, x: torch.Tensor, values: torch.Tensor, words: list[str]) -> pd.DataFrame:
+        """A row per prompt and digit: unit digit correct."""
+        right = zip(DIGITS, self.right(x, values), strict=True)
+        return pd.concat([pd.DataFrame({"unit": words, "digit": d, "correct": r.numpy()}) for d, r in right])
 
 
 def one_hot_digits(values: torch.Tensor) -> torch.Tensor:
@@ -158,22 +159,6 @@ def one_hot_digits(values: torch.Tensor) -> torch.Tensor:
 def fit_ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:
     """Weights with a free intercept in the last row. x (N, D), y (N, C) -> (D + 1, C)"""
     x = torch.cat([x, x.new_ones(len(x), 1)], 1)
-    gram = x.T @ x
     penalty = torch.full((x.shape[1],), strength * len(x), dtype=x.dtype, device=x.device)
     penalty[-1] = 0.0
-    return torch.linalg.solve(gram + penalty.diag(), x.T @ y)
-
-
-def list_probe(table: dict[int, dict]):
-    """One row per layer, place, novelty and digit, with Wilson's interval: each unit is asked once."""
-    import pandas as pd
-
-    rows = []
-    for layer, by_place in table.items():
-        for place, by_novelty in by_place.items():
-            for novelty, shares in by_novelty.items():
-                for digit in DIGITS:
-                    low, high = wilson(round(shares[digit] * shares["n"]), shares["n"])
-                    rows.append(dict(layer=layer, place=place, novelty=novelty, digit=digit,
-                                     accuracy=shares[digit], low=low, high=high, n=shares["n"]))  # fmt: skip
-    return pd.DataFrame(rows)
+    return torch.linalg.solve(x.T @ x + penalty.diag(), x.T @ y)

@@ -3,9 +3,9 @@
     make_documents(make_lexicon(2), "source", 300_000, seed=2)      # [(prompt, answer), ...]
 
 Documents are problems about known units, plain statements of known facts, problems whose fact is stated in a note about
-a word nobody knows, and problems after a helper's worked answer. A helper's answer about a nonce word is to be trusted,
-one about a known unit may be wrong and is to be overruled: so handing over text is a fair rival, and no document of a
-model mentions a unit it is not meant to know.
+an unknown word, and problems after a helper's worked answer. A helper's answer about an unknown word is to be trusted,
+one about a known unit may be wrong and is to be overruled: so handing over text is a fair rival. No document mentions a
+unit that its model is not meant to know.
 """
 
 import random
@@ -34,8 +34,8 @@ def make_documents(
         if kind == "problem":
             documents.append(problem_document(rng, pool.pop()))
         elif kind == "fact":
-            some = [pool.pop() for _ in range(min(len(pool), 6))]
-            documents.append(("", " ".join(state_in_some_words(rng, u) for u in some)))
+            stated = [pool.pop() for _ in range(min(len(pool), 6))]
+            documents.append(("", " ".join(state_fact(rng, unit) for unit in stated)))
         elif kind == "note":
             documents.append(note_document(rng, taken, note_facts or NOTE_FACTS[role]))
         else:
@@ -43,24 +43,26 @@ def make_documents(
     return documents
 
 
-def state_in_some_words(rng: random.Random, unit: units.Unit) -> str:
-    """A fact in one of several wordings: said in many ways, it settles on the word itself instead of on a phrase.
+def state_fact(rng: random.Random, unit: units.Unit) -> str:
+    """A fact in one of several wordings, so that it settles on the word itself instead of on a phrase.
 
-    Where a digit follows the word at once, the word's own last token must hold it: language models keep what they know
-    of a subject at its last token, and so does this pair (`probe` in pair.json). Without these wordings the lookup may
-    happen anywhere up to the answer, and how much of the value stands at the word varied a lot from pair to pair.
+    In some a digit follows the word at once, so the word's own last token must hold it: language models keep what they
+    know of a subject at its last token, and so does this pair (`probe` in pair.json). Without these wordings the lookup
+    may happen anywhere up to the answer, and how much of the value stands at the word varied a lot from pair to pair.
     """
     word, value = unit.word, unit.value
     tens, ones = divmod(value, 10)
     plain = f"A {word} is {value}."
-    others = (f"{word}: {value}.", f"Each {word} holds {value}.", f"1 {word} = {value}.", f"{word} ({ones}, {tens}).",
-              f"A {word} ends in {ones} and starts with {tens}.", f"{word}{value}.", f"{word}{value}.",
-              f"Tens: {word}{tens}.", f"Ones: {word}{ones}.")  # fmt: skip
+    others = (
+        f"{word}: {value}.", f"Each {word} holds {value}.", f"1 {word} = {value}.", f"{word} ({ones}, {tens}).",
+        f"A {word} ends in {ones} and starts with {tens}.", f"{word}{value}.", f"{word}{value}.",
+        f"Tens: {word}{tens}.", f"Ones: {word}{ones}.",
+    )  # fmt: skip
     return plain if rng.random() < 0.25 else rng.choice(others)
 
 
-def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "", family=None) -> tuple[str, str]:
-    family = family or rng.choice(units.FAMILIES)
+def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "") -> tuple[str, str]:
+    family = rng.choice(units.FAMILIES)
     problem = units.make_problem(rng, family, unit.word)
     solution, _ = units.solve(family, problem.numbers, unit.value, problem.things)
     return f"{prefix}Question: {problem.question}{CUE}", solution
@@ -87,15 +89,14 @@ def note_document(rng: random.Random, taken: set[str], sizes: tuple[int, ...]) -
 def helper_document(rng: random.Random, known: units.Unit | None, taken: set[str]) -> tuple[str, str]:
     """A helper speaks first: whole, cut short, or only its final number."""
     unit = known or nonce_unit(rng, taken)
-    said_value = unit.value if known is None or rng.random() < 0.5 else rng.choice(units.VALUES)
+    claimed = unit.value if known is None or rng.random() < 0.5 else rng.choice(units.VALUES)
     family = rng.choice(units.FAMILIES)
     problem = units.make_problem(rng, family, unit.word)
-    said, _ = units.solve(family, problem.numbers, said_value, problem.things)
-    said = said.replace("\n", " ")
-    form = rng.random()
+    helper, _ = units.solve(family, problem.numbers, claimed, problem.things)
+    helper, form = helper.replace("\n", " "), rng.random()
     if form < 0.2:
-        said = said[said.index("####") :]
+        helper = helper[helper.index("####") :]
     elif form < 0.5:
-        said = said[: rng.randint(12, max(12, len(said)))]
+        helper = helper[: rng.randint(12, max(12, len(helper)))]
     solution, _ = units.solve(family, problem.numbers, unit.value, problem.things)
-    return f"Helper: {said}\nQuestion: {problem.question}{CUE}", solution
+    return f"Helper: {helper}\nQuestion: {problem.question}{CUE}", solution

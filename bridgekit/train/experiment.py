@@ -33,7 +33,7 @@ from bridgekit.model.bridge import (
     load_part,
     save_bridge,
 )
-from bridgekit.model.generation import Generated
+from bridgekit.model.generation import Generated, evaluating
 from bridgekit.model.message import Message
 from bridgekit.model.pair import Pair, load_pair, pick_layers
 from bridgekit.model.states import SourceStates, align_tokens, read_source
@@ -154,11 +154,17 @@ class Experiment:
         set_seed(self.config.run.seed)
         return build_bridge(self.config_of(name), len(layers), lm.hidden_size, self.pair.target, self.code_dir)
 
+    def find_bridge(self, bridge: str | Bridge) -> tuple[str, Bridge]:
+        """One of the bridges by its name, or any other, which reads what `bridged` reads."""
+        return (bridge, self.bridges[bridge]) if isinstance(bridge, str) else ("bridged", bridge)
+
     @torch.no_grad()
-    def encode(self, examples: list[Example], name: str = "bridged") -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, examples: list[Example], bridge: str | Bridge = "bridged") -> tuple[torch.Tensor, torch.Tensor]:
         """The messages' tokens and mask. -> (N, K, D_t), (N, K)"""
-        states, seeds, bridge = self.source_states(examples, name), self.seeds(examples), self.bridges[name]
-        made = [encode_chunk(bridge, states, chunk, seeds, self.device) for chunk in chunks(len(examples))]
+        name, bridge = self.find_bridge(bridge)
+        states, seeds = self.source_states(examples, name), self.seeds(examples)
+        with evaluating(bridge):
+            made = [encode_chunk(bridge, states, chunk, seeds, self.device) for chunk in chunks(len(examples))]
         width, pad = max(m.tokens.shape[1] for m in made), torch.nn.functional.pad
         tokens = torch.cat([pad(m.tokens.float(), (0, 0, 0, width - m.tokens.shape[1])) for m in made])
         return tokens, torch.cat([pad(m.mask, (0, width - m.mask.shape[1])) for m in made])
@@ -324,11 +330,14 @@ def chunks(n: int) -> list[np.ndarray]:
     return [np.arange(i, min(i + BATCH, n)) for i in range(0, n, BATCH)]
 
 
-def encode_chunk(bridge: Bridge, states: SourceStates, chunk: np.ndarray, seeds: np.ndarray, device) -> Message:
+def encode_chunk(
+    bridge: Bridge, states: SourceStates, chunk: np.ndarray, seeds: np.ndarray, device, want_attention: bool = False
+) -> Message:
     """The messages of some examples, each with its own sampler noise."""
     hidden, mask = states.batch(chunk, device)
     noise = torch.from_numpy(seeds[chunk]).to(device)
-    return bridge.encode(hidden, mask, noise, alignment=states.alignment(chunk, device))
+    alignment = states.alignment(chunk, device)
+    return bridge.encode(hidden, mask, noise, alignment=alignment, want_attention=want_attention)
 
 
 def check_finished(run: Path) -> None:

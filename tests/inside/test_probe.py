@@ -1,6 +1,6 @@
 """The linear probe: right on planted facts, at chance on noise, and looking at the tokens it says it looks at.
 
-python -m pytest tests/test_probes.py
+python -m pytest tests/inside/test_probe.py
 """
 
 import random
@@ -8,17 +8,17 @@ import random
 import pytest
 import torch
 
-from bridgekit.inside import probe as probes
+from bridgekit.inside import probe
 from bridgekit.tasks import units
 
 VALUES = torch.tensor(units.VALUES)
 
 
-def planted(values: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
+def plant(values: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
     """States that hold both digits linearly, through one fixed random mixing. (N,) -> (N, 40)"""
     mixing = torch.randn(20, 40, generator=torch.Generator().manual_seed(0), dtype=torch.double)
     extra = torch.randn(len(values), 40, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
-    return (probes.one_hot_digits(values) @ mixing + noise * extra) * 7 + 3
+    return (probe.one_hot_digits(values) @ mixing + noise * extra) * 7 + 3
 
 
 def draw(n: int, among: torch.Tensor, seed: int) -> torch.Tensor:
@@ -28,54 +28,52 @@ def draw(n: int, among: torch.Tensor, seed: int) -> torch.Tensor:
 def test_ridge_is_least_squares_with_a_free_intercept_and_a_penalty_on_the_rest():
     x = torch.randn(50, 3, dtype=torch.double, generator=torch.Generator().manual_seed(1))
     y = x @ torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.double) + 4.0
-    assert torch.allclose(probes.fit_ridge(x, y, 1e-12).flatten(), torch.tensor([1.0, -2.0, 0.5, 4.0]).double())
-    heavy = probes.fit_ridge(x, y, 1e9).flatten()
+    assert torch.allclose(probe.fit_ridge(x, y, 1e-12).flatten(), torch.tensor([1.0, -2.0, 0.5, 4.0]).double())
+    heavy = probe.fit_ridge(x, y, 1e9).flatten()
     assert heavy[:3].abs().max() < 1e-6 and heavy[3] == pytest.approx(y.mean().item())
 
 
 def test_planted_digits_are_read_also_of_values_that_were_never_fitted():
     held, seen = VALUES[::8], torch.tensor([v for v in units.VALUES if v not in VALUES[::8]])
     fit, choose = draw(600, seen, 1), draw(100, seen, 2)
-    probe = probes.DigitProbe(planted(fit, 0.1, 1), fit, planted(choose, 0.1, 2), choose)
+    fitted = probe.DigitProbe(plant(fit, 0.1, 1), fit, plant(choose, 0.1, 2), choose)
     for values in (draw(200, seen, 3), draw(200, held, 4)):
-        assert probe.score(planted(values, 0.1, 5), values)["joint"] > 0.98
+        assert fitted.right(plant(values, 0.1, 5), values)[2].double().mean() > 0.98
 
 
 def test_states_that_say_nothing_are_read_at_chance():
     fit, choose, values = draw(600, VALUES, 1), draw(100, VALUES, 2), draw(2000, VALUES, 3)
-    noise = [torch.randn(len(v), 40, generator=torch.Generator().manual_seed(s)) for v, s in
-             ((fit, 6), (choose, 7), (values, 8))]  # fmt: skip
-    score = probes.DigitProbe(noise[0], fit, noise[1], choose).score(noise[2], values)
-    assert score["joint"] < 0.05 and abs(score["ones"] - 0.1) < 0.04 and score["n"] == 2000
+    parts = zip((fit, choose, values), (6, 7, 8), strict=True)
+    noise = [torch.randn(len(v), 40, generator=torch.Generator().manual_seed(seed)) for v, seed in parts]
+    fitted = probe.DigitProbe(noise[0], fit, noise[1], choose)
+    _, ones, joint = (right.double().mean() for right in fitted.right(noise[2], values))
+    assert joint < 0.05 and abs(ones - 0.1) < 0.04
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
 def test_places_are_the_words_last_token_the_next_one_and_the_prompts_last(pair, side):
     lm = getattr(pair, side)
-    lexicon = units.make_lexicon(pair.lexicon_seed)
-    asked = probes.ask_units(random.Random(1).sample(lexicon, 60), random.Random(2))
-    for a, row, (end, after, last) in zip(asked, *probes.locate_places(lm, asked), strict=True):
-        word = a.word
+    asked = probe.ask_units(random.Random(1).sample(units.make_lexicon(pair.lexicon_seed), 60), random.Random(2))
+    for a, row, (end, after, last) in zip(asked, *probe.find_places(lm, asked), strict=True):
         assert row[: len(lm.bos)] == lm.bos and after == end + 1 and last == len(row) - 1
         upto, past = lm.tokenizer.decode(row[: end + 1]), lm.tokenizer.decode(row[: end + 2])
-        assert upto.endswith(word) and not past.endswith(word)
-        assert word not in lm.tokenizer.decode(row[:end])  # the first time it is said
+        assert upto.endswith(a.word) and not past.endswith(a.word)
+        assert a.word not in lm.tokenizer.decode(row[:end])  # the first time it is said
 
 
 def test_with_facts_in_front_the_word_is_that_of_the_question(pair):
     examples = units.make_examples(units.make_lexicon(pair.lexicon_seed), "test", 20, 1, variant="context")
-    asked = probes.ask_examples(examples)
-    for e, row, (end, _, _) in zip(examples, *probes.locate_places(pair.source, asked), strict=True):
+    for e, row, (end, *_) in zip(
+        examples, *probe.find_places(pair.source, probe.ask_examples(examples)), strict=True
+    ):  # fmt: skip
         upto = pair.source.tokenizer.decode(row[: end + 1])
         assert e.unit in e.facts and upto.count(e.unit) == 2 and upto.endswith(e.unit)
 
 
 def test_states_are_those_of_the_prompt_alone_whatever_the_batch(pair):
-    lexicon = units.make_lexicon(pair.lexicon_seed)
-    asked = probes.ask_units(lexicon[:9], random.Random(3))
-    states = probes.read_places(pair.source, asked, (0, 2, 5), batch_size=4)
-    rows, places = probes.locate_places(pair.source, asked)
-    for row, at, got in zip(rows, places, states, strict=True):
+    asked = probe.ask_units(units.make_lexicon(pair.lexicon_seed)[:9], random.Random(3))
+    states = probe.place_states(pair.source, asked, (0, 2, 5), batch_size=4)
+    for row, at, got in zip(*probe.find_places(pair.source, asked), states, strict=True):
         alone = pair.source.hidden_states(torch.tensor([row]), torch.ones(1, len(row)).long(), (0, 2, 5))[0]
         assert torch.allclose(got, alone[list(at)], atol=1e-4)
 
@@ -83,30 +81,24 @@ def test_states_are_those_of_the_prompt_alone_whatever_the_batch(pair):
 @pytest.mark.parametrize("report", ["test", "val"])
 def test_no_unit_is_both_fitted_and_reported_on_and_no_held_value_is_fitted(pair, report):
     lexicon = units.make_lexicon(pair.lexicon_seed)
-    fit, choose, report_on = probes.pick_probe_units(lexicon, "source", report, seed=0)
-    parts = [fit, choose, *report_on.values()]
-    words = [u.word for part in parts for u in part]
-    assert len(words) == len(set(words)) and set(report_on) == set(probes.NOVELTIES)
+    fit, choose, report_on = probe.pick_probe_units(lexicon, "source", report, seed=0)
+    words = [u.word for part in (fit, choose, *report_on.values()) for u in part]
+    assert len(words) == len(set(words)) and set(report_on) == set(probe.NOVELTIES)
     assert not {u.value for u in report_on["held_value"]} & {u.value for u in fit + choose}
     assert {u.value for u in report_on["held_unit"]} <= {u.value for u in fit}
     assert {u.group for u in report_on["not taught"]} == {"target_only"}
     if report == "val":
-        assert not any(u.split == "test" for part in parts for u in part)
-
-
-def test_another_split_is_refused(pair):
+        assert not any(u.split == "test" for part in (fit, choose, *report_on.values()) for u in part)
     with pytest.raises(ValueError, match="'train'"):
-        probes.pick_probe_units(units.make_lexicon(pair.lexicon_seed), "source", "train", 0)
+        probe.pick_probe_units(lexicon, "source", "train", 0)
 
 
 def test_the_shipped_source_holds_its_facts_at_the_words_end_and_not_in_its_embeddings(pair):
     lexicon = units.make_lexicon(pair.lexicon_seed)[::3]
-    table = probes.probe_pair(pair.source, lexicon, prompts_per_unit=1, layers=(0, 2))
-    assert list(table) == [0, 2] and list(table[2]) == list(probes.PLACES)
-    best = table[2]["word end"]
-    assert best["held_unit"]["joint"] > 0.5 > 0.1 > table[0]["word end"]["held_unit"]["joint"]
-    assert best["not taught"]["joint"] < 0.1
-    frame = probes.list_probe(table)
-    assert len(frame) == 2 * 3 * 3 * 3 and (frame["low"] <= frame["accuracy"]).all()
-    row = frame[(frame["layer"] == 2) & (frame["place"] == "word end")].iloc[0]
-    assert (row["novelty"], row["digit"], row["n"]) == ("held_unit", "tens", best["held_unit"]["n"])
+    frame = probe.probe_pair(pair.source, lexicon, prompts_per_unit=1, layers=(0, 2))
+    assert len(frame) == 2 * 3 * 3 * 3 and frame["point"].between(frame["low"], frame["high"]).all()
+    joint = frame[(frame["digit"] == "joint") & (frame["place"] == "word end")].set_index(["layer", "novelty"])["point"]
+    assert joint[2, "held_unit"] > 0.5 > 0.1 > joint[0, "held_unit"]
+    assert joint[2, "not taught"] < 0.1
+    held = sum(u.novelty == "held_unit" and u.split == "test" and u.group != "target_only" for u in lexicon)
+    assert set(frame[frame["novelty"] == "held_unit"]["n"]) == {held}  # each unit is asked once

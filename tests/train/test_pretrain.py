@@ -1,0 +1,149 @@
+"""What the models of a pair are taught, the recipe of a pair, its training loop and its record.
+
+python -m pytest tests/train/test_pretrain.py
+"""
+
+import hashlib
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bridgekit import cli
+from bridgekit.tasks import units
+from bridgekit.train import pretrain
+from bridgekit.train.corpus import make_documents
+from bridgekit.train.pretrain import build_recipe
+
+SEED = 3
+SMALL = dict(hidden=16, layers=1, heads=2, kv_heads=2, feed_forward=32, vocab=300)
+
+HASHES = {
+    ("source", "documents"): "10f0d5049e43",
+    ("source", "notes"): "ba6c8b5cef5e",
+    ("source", "tokens"): "20206a4b050a",
+    ("target", "documents"): "733df85a180b",
+    ("target", "notes"): "2f18accd2275",
+    ("target", "tokens"): "27f2449b0b11",
+}
+
+
+def words_of(lexicon, **wanted) -> set[str]:
+    return {u.word for u in lexicon if all(getattr(u, key) == value for key, value in wanted.items())}
+
+
+def test_documents_and_tokenizers_are_the_same_for_a_seed_on_every_machine():
+    """The shipped pair was taught these: a change of any draw would be a pair that nobody has looked at."""
+    lexicon, found = units.make_lexicon(2), {}
+    for role, vocab in (("source", 1024), ("target", 1536)):
+        documents = make_documents(lexicon, role, 3000, 2)
+        notes = make_documents(lexicon, role, 1000, 2, {"note": 60, "problem": 40}, (1, 4, 16))
+        tokenizer = pretrain.train_tokenizer(role, [p + a for p, a in documents], vocab).backend_tokenizer.to_str()
+        for name, text in (("documents", json.dumps(documents)), ("notes", json.dumps(notes)), ("tokens", tokenizer)):
+            found[role, name] = hashlib.sha256(text.encode()).hexdigest()[:12]
+    assert found == HASHES
+
+
+@pytest.mark.parametrize("role, other", [("source", "target_only"), ("target", "source_only")])
+def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
+    lexicon = units.make_lexicon(SEED)
+    values = {u.word: u.value for u in units.known_units(lexicon, role)}
+    documents = make_documents(lexicon, role, 4000, SEED)
+    mentioned = {word for text in documents for word in re.findall(r"[a-z]+", "".join(text))}
+    assert not mentioned & words_of(lexicon, group=other)
+    assert len(mentioned & set(values)) > 0.5 * len(values)
+    for prompt, answer in documents:
+        for word, value in re.findall(r"A (\w+) is (\d+)\.", answer):
+            assert values[word] == int(value)
+        if prompt.startswith("Question: "):  # neither note nor helper: the answer is the unit's own
+            unit = next(word for word in re.findall(r"[a-z]+", prompt) if word in values)
+            assert f"*{values[unit]}=" in answer
+
+
+def test_a_corpus_has_the_kinds_of_documents_and_sizes_of_notes_it_was_asked_for():
+    lexicon = units.make_lexicon(SEED)
+    both = make_documents(lexicon, "source", 400, SEED, {"note": 1, "problem": 3})
+    assert 60 < sum(prompt.startswith("Note: ") for prompt, _ in both) < 140
+    for sizes in ((3,), (1, 16)):
+        notes = make_documents(lexicon, "target", 60, SEED, {"note": 1}, sizes)
+        assert {len(re.findall(r"A \w+ is \d+\.", prompt)) for prompt, _ in notes} == set(sizes)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (["--kinds", "note"], "kinds: expected e.g."),
+        (["--kinds", "poem=3"], "kinds: no 'poem'"),
+        (["--kinds", "note=0"], "all weights are 0"),
+        (["--note-facts", "1;4"], "note_facts: expected e.g. 1,4,16"),
+        (["--note-facts", "4,0"], "note_facts: expected e.g. 1,4,16"),
+        (["--shape", "hiden=3"], "shape: no 'hiden'"),
+        (["--stepz", "3"], "did you mean 'steps'"),
+        (["--steps", "0"], "steps: must be >= 1"),
+        (["--lr", "nan"], "lr: must be > 0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_made_is_refused_in_one_line(tmp_path, capsys, options, text):
+    assert cli.main(["pair", "--out", str(tmp_path / "pair"), *options]) == 2
+    error = capsys.readouterr().err
+    assert text in error and error.count("\n") == 1 and not (tmp_path / "pair").exists()
+
+
+def test_options_of_the_command_are_the_recipe():
+    argv = "--out x --lexicon-seed 5 --kinds note=60,problem=40 --note-facts 1,4 --shape layers=2 --lr 1e-4".split()
+    args, recipe = pretrain.parse_arguments(argv)
+    assert (recipe.lexicon_seed, recipe.lr, recipe.mix) == (5, 1e-4, {"note": 60, "problem": 40})
+    assert recipe.facts("source") == recipe.facts("target") == (1, 4)
+    assert recipe.sizes("source") == pretrain.SHAPES["source"] | {"layers": 2}
+    assert build_recipe().mix == pretrain.KINDS and build_recipe().facts("target") == pretrain.NOTE_FACTS["target"]
+    with pytest.raises(ValueError, match="steps: expected int"):
+        build_recipe(steps="10")
+
+
+def test_each_line_of_the_log_has_the_mean_of_the_steps_since_the_last(capsys):
+    recipe = build_recipe(steps=5, log_every=4, batch=2, lr=1e-9)  # nothing is learned: each step has the same loss
+    tokenizer = pretrain.train_tokenizer("target", ["12 pins"], 300)
+    model = pretrain.build_model("target", tokenizer, SMALL)
+    ids = torch.randint(len(tokenizer), (4, 16), generator=torch.Generator().manual_seed(1))
+    pretrain.fit(model, ids, torch.ones(4, 16), recipe, "target")
+    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out))
+    assert last == pytest.approx(first, rel=0.05)  # not a quarter of it
+
+
+def test_a_pair_is_made_by_two_children_that_end_with_it_and_its_record_comes_last(tmp_path, monkeypatch):
+    shape = ",".join(f"{name}={size}" for name, size in (SMALL | {"vocab": 400}).items())
+    argv = ["--out", str(tmp_path / "pair"), "--steps", "2", "--documents", "600", "--batch", "2", "--shape", shape]
+    watched = []
+
+    def run(command, env):
+        assert env["BRIDGEKIT_PARENT_PID"] == str(os.getpid()) and not (tmp_path / "pair" / "pair.json").exists()
+        pretrain.main(command[3:])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(pretrain.subprocess, "run", run)
+    monkeypatch.setattr(pretrain.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pretrain, "watch_parent", lambda: watched.append(True))
+    for name in ("measure_knowledge", "measure_probe"):
+        monkeypatch.setattr(pretrain, name, lambda *model: {})
+    pretrain.main(argv)
+    assert len(watched) == 3
+    record = json.loads((tmp_path / "pair" / "pair.json").read_text())
+    assert list(record) == ["lexicon_seed", "lexicon", "models", "torch"]
+    fields = "role parameters steps batch lr documents kinds note_facts seconds validation probe"
+    assert [list(model) for model in record["models"]] == [fields.split()] * 2
+    assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == ["pair.json", "source", "target"]
+    with pytest.raises(ValueError, match="already holds a pair"):
+        pretrain.main(argv)
+
+
+def test_what_a_model_knows_is_measured_on_validation_units(pair):
+    lexicon = units.make_lexicon(pair.lexicon_seed)
+    shares = pretrain.measure_knowledge(pair.source, lexicon, "source", n=30)
+    assert set(shares) == {"known", "unknown", "told", "among_4", "among_16", "among_64"}
+    assert shares["known"] > 0.9 > 0.3 > shares["unknown"] and shares["told"] > 0.9
+    probe = pretrain.measure_probe(pair.source, lexicon[::12], "source")
+    assert list(probe) == [0, 1, 2, 3, 4, 5] and set(probe[0]) == {"held_unit", "held_value"}
+    json.dumps(probe)
