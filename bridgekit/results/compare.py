@@ -8,18 +8,19 @@
 Everything is computed from the table of answers (`table.load_answers`); no number is stored here.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
-import typing
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
 
 from bridgekit.config import Config, to_flat
 from bridgekit.results import statistics as stats
@@ -28,24 +29,18 @@ from bridgekit.results.statistics import Interval
 from bridgekit.runs import write_text_atomic
 from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
 
-if typing.TYPE_CHECKING:
-    import pandas as pd
-
 SUBSETS = ("source_only_held_unit", "all")
-NONE: Mapping[str, str] = {}
 POWER, ALPHA = 0.8, 0.05
-REPLICATE_SHIFT = 100  # between the seeds of a variant and those of its first replicate
+REPLICATE_SHIFT = 100  # between the seeds of a variant and those of its first replicate; of its second, twice that
 AXES = {  # the figures of studies along an axis: {name: the key that must vary}
     "capacity": "task.n_facts",
     "generalisation": "task.train_units_share",
     "compression": "bridge.n_soft_tokens",
 }
 
-# ---- a study with a reference ---------------------------------------------------------------------------------------
-
 
 def compare_variants(
-    answers: pd.DataFrame, reference: str, subsets: Sequence[str] = SUBSETS, replicates: Mapping[str, str] = NONE
+    answers: pd.DataFrame, reference: str, replicates: Mapping[str, str] | None = None
 ) -> pd.DataFrame:
     """Bridged accuracy of each variant minus that of the reference, paired by problem and seed; a row for each subset.
 
@@ -54,67 +49,54 @@ def compare_variants(
     Holm's levels. `replicates` is {name: the variant it repeats}; their seeds are shifted by whole hundreds. A pair of
     which one run is missing is left out; without a reference there are no rows.
     """
-    import pandas as pd
-
-    bridged, rows = answers[answers["condition"] == "bridged"], []
-    shifts = bridged["variant"].map(_seed_shifts(replicates)).fillna(0).astype(int)
-    bridged = bridged.assign(seed=bridged["seed"] - shifts)  # so that a replicate meets its own pair
-    seeds = {variant: set(cell["seed"]) for variant, cell in bridged.groupby("variant", sort=False)}
-    for variant in seeds if reference in seeds else ():
-        for subset in subsets if variant != reference and seeds[variant] & seeds[reference] else ():
-            part = table.select(bridged, subset)
-            found = table.difference(part, variant, reference, on="variant").iloc[0].to_dict()
-            one, other, units = table.pair_seeds(part, variant, reference, on="variant")
-            pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
-            row = {"variant": variant, "reference": reference, "subset": subset} | found
-            row |= {"by_seed": (one - other).mean(axis=0).tolist(), "deviation": pooled.error, "df": pooled.df}
-            rows.append(row | {"replicates": replicates.get(variant, "")})
-    adjusted = stats.holm({str(i): row["p"] for i, row in enumerate(rows)})
-    for i, row in enumerate(rows):
-        quantiles = stats.student_quantile(1 - ALPHA / len(rows) / 2, row["df"])
-        quantiles += stats.student_quantile(POWER, row["df"])
-        row |= {"adjusted_p": adjusted[str(i)], "holds": adjusted[str(i)] <= ALPHA}
-        row["smallest_effect"] = min(1.0, quantiles * row["deviation"])
-    return pd.DataFrame(rows)
-
-
-def _seed_shifts(replicates: Mapping[str, str]) -> dict[str, int]:
-    """How far a replicate's seeds lie above those it is paired with: 100, for a second one of the same variant 200."""
-    ranks: dict[str, int] = {}
-    shifts = {}
+    replicates, ranks, shifts, rows = replicates or {}, Counter(), {}, []
     for name, of in replicates.items():
-        ranks[of] = ranks.get(of, 0) + 1
+        ranks[of] += 1
         shifts[name] = REPLICATE_SHIFT * ranks[of]
-    return shifts
+    bridged = answers[answers["condition"] == "bridged"]
+    # so that a replicate meets its own pair
+    bridged = bridged.assign(seed=bridged["seed"] - bridged["variant"].map(shifts).fillna(0).astype(int))
+    seeds = {variant: set(cell["seed"]) for variant, cell in bridged.groupby("variant", sort=False)}
+    paired = [v for v in seeds if v != reference and seeds[v] & seeds.get(reference, set())]
+    for variant, subset in product(paired, SUBSETS):
+        part = table.select(bridged, subset)
+        found = table.difference(part, variant, reference, on="variant").iloc[0].to_dict()
+        one, other, units = table.pair_seeds(part, variant, reference, on="variant")
+        pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
+        row = {"variant": variant, "reference": reference, "subset": subset} | found
+        row |= {"by_seed": (one - other).mean(axis=0).tolist(), "deviation": pooled.error, "df": pooled.df}
+        rows.append(row | {"replicates": replicates.get(variant, "")})
+    compared = pd.DataFrame(rows)
+    if rows:
+        compared["adjusted_p"] = stats.holm(compared["p"].to_dict())
+        compared["holds"] = compared["adjusted_p"] <= ALPHA
+        quantiles = stdtrit(compared["df"], 1 - ALPHA / len(rows) / 2) + stdtrit(compared["df"], POWER)
+        compared["smallest_effect"] = (quantiles * compared["deviation"]).clip(upper=1.0)
+    return compared
 
 
-def gains_table(
-    answers: pd.DataFrame, compared: pd.DataFrame, costs: pd.DataFrame | None = None, subsets: Sequence[str] = SUBSETS
-) -> pd.DataFrame:
+def gains_table(answers: pd.DataFrame, compared: pd.DataFrame, costs: pd.DataFrame | None = None) -> pd.DataFrame:
     """The comparative gains as texts: a row for each variant; accuracy, difference and what could have been found.
 
     `costs` has a row for each variant with `parameters` and `seconds` (`load_costs`).
     """
-    import pandas as pd
-
     bridged, none = answers[answers["condition"] == "bridged"], "\N{EN DASH}"
     cells = {(r["variant"], r["subset"]): r for r in compared.to_dict("records")}
     reference = compared["reference"].iloc[0] if len(compared) else None
     rows = {v: {"variant": v, "seeds": cell["seed"].nunique()} for v, cell in bridged.groupby("variant", sort=False)}
     for cost in costs.to_dict("records") if costs is not None else ():
         rows[cost["variant"]] |= {k: f"{cost[k]:,.0f}" if cost[k] == cost[k] else "" for k in ("parameters", "seconds")}
-    for subset in subsets:
+    for subset in SUBSETS:
         shares = table.share(table.select(bridged, subset), "variant")
-        sizes = " to ".join(dict.fromkeys(f"{n:,}" for n in (shares["n"].min(), shares["n"].max())))
+        accuracy, change, least = f"{subset} ({style.format_size(shares)})", f"difference, {subset}", f"could be found from, {subset}"
         for found in shares.itertuples():
             row, cell = rows[found.variant], cells.get((found.variant, subset))
-            change = "reference" if found.variant == reference else none
+            row[accuracy] = style.format_interval(found.point, found.low, found.high)
+            row |= {change: "reference" if found.variant == reference else none, least: none}
             if cell:
-                change = f"{cell['point']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}], p {cell['adjusted_p']:.2g}"
+                interval = style.format_interval(cell["point"], cell["low"], cell["high"], signed=True)
+                row |= {change: f"{interval}, p {cell['adjusted_p']:.2g}", least: style.format_share(cell["smallest_effect"])}
                 row["variant"] = found.variant + (f" (replicate of {of})" if (of := cell["replicates"]) else "")
-            row[f"{subset} (n = {sizes})"] = f"{found.point:.3f} [{found.low:.3f}, {found.high:.3f}]"
-            row[f"difference, {subset}"] = change
-            row[f"could be found from, {subset}"] = f"{cell['smallest_effect']:.3f}" if cell else none
     return pd.DataFrame(rows.values())
 
 
@@ -123,7 +105,6 @@ def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
 
     A module that is switched off is gone from the count. Seconds depend on what else ran on the same device.
     """
-    import pandas as pd
 
     def load(folder: str | Path, name: str, key: str) -> float:
         path = Path(folder) / name
@@ -131,20 +112,18 @@ def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
 
     rows = []
     for variant, folders in runs.items():
-        seconds = [load(folder, "timing.json", "train bridged") for folder in folders]
+        seconds = float(np.mean([load(folder, "timing.json", "train bridged") for folder in folders]))
         parameters = load(folders[-1], "status.json", "parameters")
-        rows.append({"variant": variant, "parameters": parameters, "seconds": float(np.mean(seconds))})
+        rows.append({"variant": variant, "parameters": parameters, "seconds": seconds})
     return pd.DataFrame(rows)
 
 
-def write_table(frame: pd.DataFrame, path_without_suffix: str | Path) -> list[Path]:
+def write_table(frame: pd.DataFrame, path_without_suffix: str | Path) -> None:
     """A table of texts as Markdown and as LaTeX, ready for a paper."""
     base = Path(path_without_suffix)
     base.parent.mkdir(parents=True, exist_ok=True)
-    written = {base.with_name(f"{base.name}.md"): style.markdown, base.with_name(f"{base.name}.tex"): style.latex}
-    for path, render in written.items():
-        write_text_atomic(path, render(frame))
-    return list(written)
+    write_text_atomic(base.with_name(f"{base.name}.md"), style.markdown(frame))
+    write_text_atomic(base.with_name(f"{base.name}.tex"), style.latex(frame))
 
 
 # ---- a study along an axis ------------------------------------------------------------------------------------------
@@ -175,14 +154,13 @@ def axis_table(
     """A row for each run: what it was, and the share of what the target gets right when told that it recovers.
 
     Where the settings have n_facts: the bits of its message (all, and per soft token), and, with `facts` as
-    {variant: {id: text}}, how many answers name some value of their message.
+    {variant: {id: text}}, how many answers name some value of their message (a message may bring the values across
+    and not which word has which: then nearly all do, and bits are few).
     """
-    import pandas as pd
-
     rows = []
     for (variant, seed), run in answers.groupby(["variant", "seed"], sort=False):
-        told = table.ratio(table.select(run, "source_only_held_unit"), "bridged", "target_told").iloc[0].to_dict()
-        row = {"variant": variant, "seed": seed} | settings[variant] | told
+        recovered = table.ratio(table.select(run, "source_only_held_unit"), "bridged", "target_told").iloc[0].to_dict()
+        row = {"variant": variant, "seed": seed} | settings[variant] | recovered
         if "n_facts" in row:
             part = table.select(run[run["condition"] == "bridged"], "source_only")
             bits = carried_bits(part["value"], part["said"], VALUES, part["unit"])
@@ -190,7 +168,8 @@ def axis_table(
             times, k = row["n_facts"] if row["source_view"] == "facts" else 1, row["n_soft_tokens"]
             row |= _prefixed("bits", bits, times) | _prefixed("bits_per_token", bits, times / k)
             if facts:
-                named = names_a_fact(part["said"], [facts[variant][i] for i in part["id"]])
+                stated = [map(int, re.findall(r" is (\d+)\.", facts[variant][i])) for i in part["id"]]
+                named = [value in values for value, values in zip(part["said"], stated, strict=True)]
                 row |= _prefixed("in_message", stats.clustered_proportion(named, part["unit"]))
         rows.append(row)
     return pd.DataFrame(rows)
@@ -219,49 +198,26 @@ def carried_bits(
     with the truth, and perfect ones (log2 48 = 5.58), at n = 2,000: plug-in 0.91 and 5.57, Miller-Madow 0.47 and 5.59,
     cross-fitted -0.04 and 5.58. The bound is below what is there where errors depend on more than the distance.
     """
-    import pandas as pd
-
     true, alphabet = np.asarray(values, dtype=int), np.asarray(sorted(alphabet), dtype=int)
     if len(true) == 0 or len(said) != len(true):
         raise ValueError(f"bits: {len(true)} values and {len(said)} answers: give one answer for each value")
     if not np.isin(true, alphabet).all():
         raise ValueError(f"bits: value {true[~np.isin(true, alphabet)][0]} is not in the alphabet it was drawn from")
-    codes = np.arange(len(true)) if units is None else pd.factorize(pd.Series(units))[0]
     named, width = pd.Series(list(said), dtype=float), int(alphabet[-1] - alphabet[0])
-    answered = named.notna().to_numpy()
+    answered, codes = named.notna().to_numpy(), stats.cluster_codes(units, len(true))
     # beyond the alphabet's own width all said values are equally far off
     guess = named.fillna(alphabet[0]).clip(alphabet[0] - width - 1, alphabet[-1] + width + 1).to_numpy().astype(int)
+    n_distances = 4 * width + 3
+    distance = true - guess + 2 * width + 1  # as an index from 0: how far the true value lies from the said one
+    distances = alphabet - guess[:, None] + 2 * width + 1  # (answers, values): and how far each other one
     fold = np.random.default_rng(0).permutation(int(codes.max()) + 1)[codes] % FOLDS
     scores = np.zeros(len(true))  # log2 q(true | said) / p(true)
     for f in range(min(FOLDS, int(codes.max()) + 1)):
         fit, test = answered & (fold != f), answered & (fold == f)
-        lift = _lift(true[fit], guess[fit], alphabet, width)
-        at = _distance(alphabet[None, :], guess[test][:, None], width)  # (answers, values)
-        chosen = _distance(true[test], guess[test], width)
-        scores[test] = np.log2(len(alphabet) * lift[chosen] / lift[at].sum(axis=1))
+        by_chance = np.bincount(distances[fit].ravel(), minlength=n_distances) / len(alphabet)
+        lift = (np.bincount(distance[fit], minlength=n_distances) + SMOOTHING) / (by_chance + SMOOTHING)
+        scores[test] = np.log2(len(alphabet) * lift[distance[test]] / lift[distances[test]].sum(axis=1))
     return stats.clustered_mean(scores, codes)
-
-
-def _distance(true: np.ndarray, said: np.ndarray, width: int) -> np.ndarray:
-    """True minus said value, as an index from 0 to 4 width + 2; said values lie at most width + 1 outside."""
-    return true - said + 2 * width + 1
-
-
-def _lift(true: np.ndarray, said: np.ndarray, alphabet: np.ndarray, width: int) -> np.ndarray:
-    """For each distance: how often it occurred, divided by how often it would if said values told nothing."""
-    n = 4 * width + 3
-    found = np.bincount(_distance(true, said, width), minlength=n)
-    by_chance = np.bincount(_distance(alphabet[None, :], said[:, None], width).ravel(), minlength=n) / len(alphabet)
-    return (found + SMOOTHING) / (by_chance + SMOOTHING)
-
-
-def names_a_fact(said: Sequence[float | None], facts: Sequence[str]) -> list[bool]:
-    """Whether each answer names the value of any fact that its message was made from, the one asked about or another.
-
-    A message may bring the values across and not which word has which: then this is near one, and bits are few.
-    """
-    stated = [{int(number) for number in re.findall(r" is (\d+)\.", text)} for text in facts]
-    return [value in values for value, values in zip(said, stated, strict=True)]
 
 
 # ---- the plan's decision rule ---------------------------------------------------------------------------------------
@@ -283,12 +239,8 @@ class Decision:
     branch: str
     variants: tuple[str, ...]  # that the plan asks for
     replicate: dict[str, float]  # probability of each branch for a replicate of this run
+    differs: float  # probability that a replicate lands in another branch
     judged: verdict.Verdict
-
-    @property
-    def differs(self) -> float:
-        """Probability that a replicate lands in another branch."""
-        return 1 - self.replicate[self.branch]
 
 
 def decide(frame: pd.DataFrame) -> Decision:
@@ -298,19 +250,17 @@ def decide(frame: pd.DataFrame) -> Decision:
     below it A, B and C. The claim rule stands beside it, because a bridge that does nothing may pass 0.70.
     """
     rows = verdict.select_subset(frame)
-    correct = stats.read_correct(rows, "bridged")
+    correct, units = stats.read_correct(rows, "bridged"), rows.get("unit")
+    accuracy, target = stats.clustered_proportion(correct, units), float(stats.read_correct(rows, "target").mean())
     right, n = int(correct.sum()), len(correct)
-    branch, error = choose_branch(right, n), stats.pooled_mean(correct[:, None].astype(float), rows.get("unit")).error
-    accuracy = stats.clustered_proportion(correct, rows.get("unit"))
-    target = float(stats.read_correct(rows, "target").mean())
-    chances = branch_probabilities(right, n, error)
-    return Decision(right, accuracy, target, branch, BRANCHES[branch][1], chances, verdict.judge([frame]))
+    branch = choose_branch(right, n)
+    chances = branch_probabilities(right, n, stats.pooled_mean(correct[:, None].astype(float), units).error)
+    found = (right, accuracy, target, branch, BRANCHES[branch][1], chances, 1 - chances[branch])
+    return Decision(*found, verdict.judge([frame]))
 
 
 def choose_branch(right: int, n: int) -> str:
     """The branch of `right` answers out of `n`, in whole numbers: 130 of 200 is 0.65, and no rounding moves an edge."""
-    if not 0 <= right <= n or n < 1:
-        raise ValueError(f"decision: {right} right of {n} is impossible")
     return next(branch for branch, (percent, _) in BRANCHES.items() if 100 * right >= percent * n)
 
 

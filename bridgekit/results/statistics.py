@@ -1,12 +1,11 @@
 """Intervals, paired tests and power for answers that share units, of one training seed or pooled over several.
 
-    difference = paired_difference(frame, "bridged", "target")  # bool `<condition>_correct`, cluster `unit`
-    low, high = wilson(129, 200)
+    difference = paired_difference(frame, "bridged", "target")  # bool `<condition>_correct`, clusters `unit`
     pooled = pooled_mean(right, units)                          # (problems, seeds): also for other seeds
 
 Problems about one unit stand or fall together, so the unit is resampled, not the problem. A null unit, or no unit
 column at all, makes each question its own cluster. The methods were chosen by their coverage at level 0.95 when units
-of 2 to 4 problems are shared; `python tests/results/test_statistics.py` simulates this table again:
+of 2 to 4 problems are shared; `python tests/results/coverage.py` simulates this table again:
 
 | interval                                    | mean of 36 cells | lowest cell |
 |---------------------------------------------|------------------|-------------|
@@ -22,11 +21,16 @@ A cell is 1,000 draws (40 or 300 units, six sets of rates, correlation 0, 0.3 or
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
+from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 
+from bridgekit.results.style import format_interval
+
+TAIL = (1 - 0.95) / 2  # what every interval leaves out on each side
 ROUNDING = 1e-12  # what differs by less is equal
 
 
@@ -39,7 +43,7 @@ class Interval:
     n_clusters: int
 
     def __str__(self) -> str:
-        return f"{self.point:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return format_interval(self.point, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,7 @@ class Pooled(Interval):
     n_seeds: int
     error: float
     df: float
-
-    @property
-    def p(self) -> float:
-        """Two-sided p of a true mean of 0."""
-        from scipy.special import stdtr
-
-        return float(2 * stdtr(self.df, -abs(self.point) / self.error))
+    p: float  # two-sided, of a true mean of 0
 
 
 @dataclass(frozen=True)
@@ -75,47 +73,48 @@ class Difference:
     mcnemar_p: float
 
     def __str__(self) -> str:
-        return f"{self.difference:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return format_interval(self.difference, self.low, self.high, signed=True)
 
 
-def wilson(k: float, n: float, level: float = 0.95) -> tuple[float, float]:
-    """Score interval of k right out of n independent answers (Wilson 1927); n may be an effective one."""
+def wilson(k: float, n: float, effective_n: float | None = None) -> tuple[float, float]:
+    """Score interval of k right out of n answers (Wilson 1927), of which only `effective_n` may be independent."""
     if not 0 <= k <= n or not n > 0:
         raise ValueError(f"wilson: {k} right of {n} is impossible; need 0 <= k <= n and n > 0")
-    return _score_interval(k / n, n, NormalDist().inv_cdf(1 - _tail(level)))
+    share, n, z = k / n, effective_n or n, NormalDist().inv_cdf(1 - TAIL)
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return float(max(0.0, min(share, centre - half))), float(min(1.0, max(share, centre + half)))
 
 
-def clustered_proportion(correct: Sequence, clusters: Sequence | None = None, level: float = 0.95) -> Interval:
+def clustered_proportion(correct: Sequence, clusters: Sequence | None = None) -> Interval:
     """Share right, with Wilson's interval on the effective n: n over the design effect.
 
     Where clusters are shared, Student's quantile replaces the normal one by a second correction of n (Korn and
     Graubard), because the design effect is estimated. One cluster tells nothing: it gives [0, 1].
     """
-    values, codes = _check_values(correct, "correct", binary=True), _cluster_codes(clusters, len(correct))
-    n, n_clusters, share = len(values), int(codes.max()) + 1, float(values.mean())
+    values, codes = _check_values(correct, "correct", binary=True), cluster_codes(clusters, len(correct))
+    n, n_clusters, effective_n = len(values), int(codes.max()) + 1, None
     if n_clusters == 1:
-        return Interval(share, 0.0, 1.0, n, 1)
-    z, effective_n = NormalDist().inv_cdf(1 - _tail(level)), n
+        return Interval(float(values.mean()), 0.0, 1.0, n, 1)
     if n_clusters < n:
-        effective_n /= _design_effect_of(values, codes) * (student_quantile(_tail(level), n_clusters - 1) / z) ** 2
-    return Interval(share, *_score_interval(share, effective_n, z), n, n_clusters)
+        wider = stdtrit(n_clusters - 1, TAIL) / NormalDist().inv_cdf(1 - TAIL)
+        effective_n = float(n / (_design_effect(values, codes) * wider**2))
+    return Interval(float(values.mean()), *wilson(float(values.sum()), n, effective_n), n, n_clusters)
 
 
-def clustered_mean(values: Sequence, clusters: Sequence | None = None, level: float = 0.95) -> Interval:
+def clustered_mean(values: Sequence, clusters: Sequence | None = None) -> Interval:
     """Mean of any number per question, with Student's interval on the clusters' own sums.
 
     The mean is a ratio of two sums over clusters; its linearised variance is that of survey practice. One cluster
     tells nothing: its interval is infinite.
     """
-    numbers, codes = _check_values(values, "values"), _cluster_codes(clusters, len(values))
-    if not np.isfinite(numbers).all():
-        raise ValueError("`values` holds an infinite number: it has no mean")
+    numbers, codes = _check_values(values, "values"), cluster_codes(clusters, len(values))
     mean, n_clusters = float(numbers.mean()), int(codes.max()) + 1
     if n_clusters == 1:
         return Interval(mean, -math.inf, math.inf, len(numbers), 1)
     residuals = np.bincount(codes, weights=numbers - mean)
     error = math.sqrt(n_clusters / (n_clusters - 1) * (residuals**2).sum()) / len(numbers)
-    half = -student_quantile(_tail(level), n_clusters - 1) * error
+    half = -float(stdtrit(n_clusters - 1, TAIL)) * error
     return Interval(mean, mean - half, mean + half, len(numbers), n_clusters)
 
 
@@ -128,7 +127,7 @@ def pooled_mean(values: np.ndarray, clusters: Sequence | None = None, lowest: fl
     with three seeds, 0.99, 0.98 and 0.94 with five. Two answers are added, one gained and one lost: without them equal
     answers would have no uncertainty at all. One seed says nothing of others.
     """
-    codes, mean = _cluster_codes(clusters, len(values)), float(values.mean())
+    codes, mean = cluster_codes(clusters, len(values)), float(values.mean())
     (n, n_seeds), n_clusters = values.shape, int(codes.max()) + 1
     sums, sizes = np.bincount(codes, weights=values.mean(axis=1)), np.bincount(codes)
     spread = float(((sums - mean * sizes) ** 2).sum()) + 2
@@ -137,18 +136,12 @@ def pooled_mean(values: np.ndarray, clusters: Sequence | None = None, lowest: fl
         over_units, over_seeds = variance, float(values.mean(axis=0).var(ddof=1)) / n_seeds
         variance = over_units + over_seeds
         df = variance**2 / (over_units**2 / (n_clusters + 1) + over_seeds**2 / (n_seeds - 1))
-    half = student_quantile(0.975, df) * math.sqrt(variance)
-    low, high = max(lowest, mean - half), min(1.0, mean + half)
-    return Pooled(mean, low, high, n, n_clusters, n_seeds, math.sqrt(variance), df)
+    error = math.sqrt(variance)
+    half, p = float(stdtrit(df, 1 - TAIL)) * error, float(2 * stdtr(df, -abs(mean) / error))
+    return Pooled(mean, max(lowest, mean - half), min(1.0, mean + half), n, n_clusters, n_seeds, error, df, p)
 
 
-def student_quantile(share: float, df: float) -> float:
-    from scipy.special import stdtrit
-
-    return float(stdtrit(df, share))
-
-
-def read_correct(frame, condition: str) -> np.ndarray:
+def read_correct(frame: pd.DataFrame, condition: str) -> np.ndarray:
     """Right or wrong for each row of a frame; refused where the condition has not answered every question."""
     column = f"{condition}_correct"
     if column not in frame:
@@ -158,58 +151,45 @@ def read_correct(frame, condition: str) -> np.ndarray:
 
 def mcnemar_exact(b: int, c: int) -> float:
     """Two-sided exact binomial p of b questions right for one alone against c right for the other alone."""
-    from scipy.special import bdtr
-
-    if b < 0 or c < 0:
-        raise ValueError(f"mcnemar_exact: counts must not be negative, got {b} and {c}")
     return min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5)))
 
 
-def paired_difference(
-    frame, a: str, b: str, cluster: str = "unit", n_boot: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Difference:
+def paired_difference(frame: pd.DataFrame, a: str, b: str, n_boot: int = 10_000) -> Difference:
     """Accuracy of condition `a` minus that of `b`; interval and two-sided p by bootstrap over clusters."""
     if a == b:
         raise ValueError(f"paired_difference: `{a}` compared with itself; name two conditions")
-    if a > b:  # one order for the draws, so that a - b and b - a are exact opposites
-        back = paired_difference(frame, b, a, cluster, n_boot, seed, level)
-        turned = {"difference": -back.difference, "low": -back.high, "high": -back.low}
-        return replace(back, a=a, b=b, gained=back.lost, lost=back.gained, **turned)
-    right_a, right_b, codes = _paired_columns(frame, a, b, cluster)
-    n_clusters = int(codes.max()) + 1
-    sums_a, sums_b, sizes = _resample_pairs(right_a, right_b, codes, n_boot, seed)
-    replicates = (sums_a - sums_b) / sizes
-    point = float((right_a - right_b).mean())
-    low, high = _percentiles(replicates, point, n_clusters, level)
-    gained, lost = int(((right_a - right_b) > 0).sum()), int(((right_a - right_b) < 0).sum())
-    p, exact = _bootstrap_p(replicates, n_clusters), mcnemar_exact(gained, lost)
-    return Difference(a, b, len(codes), n_clusters, point, low, high, p, gained, lost, exact)
+    # one order for the draws, so that a - b and b - a are exact opposites
+    right, n_clusters, sums = _resample_pairs(frame, *sorted((a, b)), n_boot)
+    moved, replicates = right[0] - right[1], (sums[0] - sums[1]) / sums[2]
+    point, gained, lost = float(moved.mean()), int((moved > 0).sum()), int((moved < 0).sum())
+    low, high = _percentiles(replicates, point, n_clusters)
+    # p with the +1 correction, through the same Student tails as the interval
+    smaller_side = min((replicates <= ROUNDING).sum(), (replicates >= -ROUNDING).sum())
+    quantile = ndtri(min(1.0, 2 * (1 + smaller_side) / (1 + n_boot)) / 2)
+    p = float(2 * stdtr(n_clusters - 1, quantile / math.sqrt(n_clusters / (n_clusters - 1))))
+    if a > b:
+        point, low, high, gained, lost = -point, -high, -low, lost, gained
+    return Difference(a, b, len(frame), n_clusters, point, low, high, p, gained, lost, mcnemar_exact(gained, lost))
 
 
-def paired_ratio(
-    frame, a: str, b: str, cluster: str = "unit", n_boot: int = 10_000, seed: int = 0, level: float = 0.95
-) -> Interval:
+def paired_ratio(frame: pd.DataFrame, a: str, b: str, n_boot: int = 10_000) -> Interval:
     """Answers `a` has right as a share of those `b` has right on the same questions (may exceed 1)."""
-    right_a, right_b, codes = _paired_columns(frame, a, b, cluster)
-    if not right_b.any():
-        raise ValueError(f"`{b}` has none of {len(codes)} questions right: nothing to take a share of")
-    n_clusters = int(codes.max()) + 1
-    sums_a, sums_b, _ = _resample_pairs(right_a, right_b, codes, n_boot, seed)
+    right, n_clusters, sums = _resample_pairs(frame, a, b, n_boot)
+    if not right[1].any():
+        raise ValueError(f"`{b}` has none of {len(frame)} questions right: nothing to take a share of")
     # a replicate in which b has nothing right bounds the share from nowhere: it counts as infinite
-    replicates = np.divide(sums_a, sums_b, out=np.full(n_boot, np.inf), where=sums_b > ROUNDING)
-    point = float(right_a.sum() / right_b.sum())
-    return Interval(point, *_percentiles(replicates, point, n_clusters, level), len(codes), n_clusters)
+    replicates = np.divide(sums[0], sums[1], out=np.full(n_boot, np.inf), where=sums[1] > ROUNDING)
+    point = float(right[0].sum() / right[1].sum())
+    return Interval(point, *_percentiles(replicates, point, n_clusters), len(frame), n_clusters)
 
 
-def holm(pvalues: dict[str, float]) -> dict[str, float]:
+def holm(pvalues: dict) -> dict:
     """Holm's step-down adjusted p values, in the order given."""
-    if bad := [name for name, p in pvalues.items() if not 0 <= p <= 1]:
-        raise ValueError(f"holm: p of `{bad[0]}` is {pvalues[bad[0]]}, not between 0 and 1")
-    adjusted, largest = {}, 0.0
+    adjusted, largest = dict(pvalues), 0.0
     for rank, name in enumerate(sorted(pvalues, key=pvalues.get)):
         largest = max(largest, (len(pvalues) - rank) * pvalues[name])
         adjusted[name] = min(1.0, largest)
-    return {name: adjusted[name] for name in pvalues}
+    return adjusted
 
 
 def n_for_effect(effect: float, discordance: float, power: float = 0.8, alpha: float = 0.05) -> int:
@@ -234,7 +214,7 @@ def minimum_detectable_effect(
     """
     if n < 1 or not 0 < discordance <= 1 or not 1 <= (n_clusters or n) <= n:
         raise ValueError(f"minimum_detectable_effect: impossible n={n}, {discordance=} or {n_clusters=}")
-    effective_n = n / design_effect(n / (n_clusters or n), icc)
+    effective_n = n / (1 + (n / (n_clusters or n) - 1) * icc)
     z_alpha, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
     # with u = sqrt(D - effect^2) it is (n + z_b^2) u^2 + 2 z_a z_b sqrt(D) u + (z_a^2 - n) D = 0
     half_b, lead = z_alpha * z_power * math.sqrt(discordance), effective_n + z_power**2
@@ -243,22 +223,13 @@ def minimum_detectable_effect(
     return 1.0 if u < 0 else math.sqrt(discordance - u**2)
 
 
-def intraclass_correlation(values: Sequence, clusters: Sequence) -> float:
+def intraclass_correlation(values: Sequence, clusters: Sequence | None) -> float:
     """One-way ANOVA estimate of the correlation inside clusters, clipped to [0, 1].
 
     0 where every cluster has one member (it is then without effect); 1, the cautious answer, where the values never
     vary or there is one cluster only, because such data say nothing about it.
     """
-    checked = _check_values(values, "values")
-    return _icc(checked, _cluster_codes(clusters, len(checked)))
-
-
-def design_effect(mean_size: float, icc: float) -> float:
-    """How many correlated answers are worth one independent answer (Kish)."""
-    return 1 + (mean_size - 1) * icc
-
-
-def _icc(values: np.ndarray, codes: np.ndarray) -> float:
+    values, codes = np.asarray(values, dtype=float), cluster_codes(clusters, len(values))
     n, sizes, sums = len(values), np.bincount(codes), np.bincount(codes, weights=values)
     n_clusters = len(sizes)
     if n_clusters == n:
@@ -273,76 +244,45 @@ def _icc(values: np.ndarray, codes: np.ndarray) -> float:
     return float(min(1.0, max(0.0, icc)))
 
 
-def _design_effect_of(values: np.ndarray, codes: np.ndarray) -> float:
+def _design_effect(values: np.ndarray, codes: np.ndarray) -> float:
+    """How many of these correlated answers are worth one independent answer (Kish)."""
     sizes = np.bincount(codes)
-    return design_effect(float((sizes**2).sum() / sizes.sum()), _icc(values, codes))
+    return 1 + (float((sizes**2).sum() / sizes.sum()) - 1) * intraclass_correlation(values, codes)
 
 
-def _resample_pairs(right_a: np.ndarray, right_b: np.ndarray, codes: np.ndarray, n_boot: int, seed: int):
-    """Sums of (a, b, size) over n_boot draws of as many clusters as there are, with replacement.
+def _resample_pairs(frame: pd.DataFrame, a: str, b: str, n_boot: int) -> tuple[np.ndarray, int, np.ndarray]:
+    """Right of (a, b), the number of clusters, and sums of (a, b, size) over n_boot draws of as many clusters.
 
     Two pseudo-clusters join the draw, one gained and one lost, as Bonett and Price (2012) add one to each discordant
     count: without them, data in which nothing (or everything) differs would claim [0, 0] (or [1, 1]) with certainty.
     Each stands for one independent answer, so it weighs as much as a design effect of correlated ones. With no
     discordant pair in n independent questions the interval is about +-3/n, the rule of three.
     """
-    weight = _design_effect_of(right_a - right_b, codes)
-    sums = [np.bincount(codes, weights=right_a), np.bincount(codes, weights=right_b), np.bincount(codes)]
+    right = np.stack([read_correct(frame, a), read_correct(frame, b)]).astype(float)  # (2, questions)
+    codes = cluster_codes(frame.get("unit"), len(frame))
+    if codes.max() == 0:
+        raise ValueError(f"all {len(codes)} questions are one `unit`: an interval needs at least two")
+    weight = _design_effect(right[0] - right[1], codes)
+    sums = [np.bincount(codes, weights=right[0]), np.bincount(codes, weights=right[1]), np.bincount(codes)]
     # equal clusters are drawn together: a multinomial over the distinct ones is the same bootstrap, but fast
     kinds, counts = np.unique(np.stack(sums), axis=1, return_counts=True)
     kinds = np.concatenate([kinds, [[weight, 0], [0, weight], [weight, weight]]], axis=1)  # (3, kinds)
     counts = np.append(counts, [1, 1])
-    draws = np.random.default_rng(seed).multinomial(counts.sum(), counts / counts.sum(), size=n_boot)
-    return kinds @ draws.T  # (3, n_boot)
+    draws = np.random.default_rng(0).multinomial(counts.sum(), counts / counts.sum(), size=n_boot)
+    return right, int(codes.max()) + 1, kinds @ draws.T  # (3, n_boot)
 
 
-def _percentiles(replicates: np.ndarray, point: float, n_clusters: int, level: float) -> tuple[float, float]:
-    """Percentile interval with Student tails; the data's own value is never left outside."""
-    share = _tail_share(_tail(level), n_clusters)
-    low, high = np.quantile(replicates, [share, 1 - share], method="inverted_cdf")  # infinite values allowed
+def _percentiles(replicates: np.ndarray, point: float, n_clusters: int) -> tuple[float, float]:
+    """Percentile interval; the data's own value is never left outside.
+
+    A plain one is too short by sqrt((J-1)/J) and takes its tails from the normal, not Student's t (Hesterberg 2015).
+    """
+    tail = ndtr(stdtrit(n_clusters - 1, TAIL) * math.sqrt(n_clusters / (n_clusters - 1)))
+    low, high = np.quantile(replicates, [tail, 1 - tail], method="inverted_cdf")  # infinite values allowed
     return min(float(low), point), max(float(high), point)
 
 
-def _tail_share(tail: float, n_clusters: int) -> float:
-    """Share of replicates to leave out on one side: a plain percentile interval is too short by
-    sqrt((J-1)/J) and takes its tails from the normal instead of Student's t (Hesterberg 2015)."""
-    from scipy.special import ndtr
-
-    return float(ndtr(student_quantile(tail, n_clusters - 1) * math.sqrt(n_clusters / (n_clusters - 1))))
-
-
-def _bootstrap_p(replicates: np.ndarray, n_clusters: int) -> float:
-    """Two-sided p with the +1 correction, through the same Student tails as the interval it belongs to."""
-    from scipy.special import ndtri, stdtr
-
-    smaller_side = min((replicates <= ROUNDING).sum(), (replicates >= -ROUNDING).sum())
-    raw = min(1.0, 2 * (1 + smaller_side) / (1 + len(replicates)))
-    return float(2 * stdtr(n_clusters - 1, ndtri(raw / 2) / math.sqrt(n_clusters / (n_clusters - 1))))
-
-
-def _score_interval(share: float, n: float, z: float) -> tuple[float, float]:
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return float(max(0.0, min(share, centre - half))), float(min(1.0, max(share, centre + half)))
-
-
-def _tail(level: float) -> float:
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, got {level}")
-    return (1 - level) / 2
-
-
-def _paired_columns(frame, a: str, b: str, cluster: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    right_a, right_b = read_correct(frame, a), read_correct(frame, b)
-    codes = _cluster_codes(frame[cluster] if cluster in frame else None, len(frame))
-    if codes.max() == 0:
-        raise ValueError(f"all {len(codes)} questions are one `{cluster}`: an interval needs at least two")
-    return right_a.astype(float), right_b.astype(float), codes
-
-
 def _check_values(values: Sequence, name: str, binary: bool = False) -> np.ndarray:
-    import pandas as pd
-
     series = pd.Series(values)
     if series.empty:
         raise ValueError(f"`{name}` is empty: there is nothing to count")
@@ -351,17 +291,15 @@ def _check_values(values: Sequence, name: str, binary: bool = False) -> np.ndarr
     numbers = series.to_numpy(dtype=float)
     if binary and not np.isin(numbers, (0, 1)).all():
         raise ValueError(f"`{name}` must hold only right (True) and wrong (False)")
+    if np.isinf(numbers).any():
+        raise ValueError(f"`{name}` holds an infinite number: it has no mean")
     return numbers
 
 
-def _cluster_codes(clusters: Sequence | None, n: int) -> np.ndarray:
+def cluster_codes(clusters: Sequence | None, n: int) -> np.ndarray:
     """Clusters as 0..J-1; null is a cluster of its own, because nothing says what it would share."""
-    import pandas as pd
-
     if clusters is None:
         return np.arange(n)
-    if len(clusters) != n:
-        raise ValueError(f"{len(clusters)} clusters for {n} values: give one per value")
     codes = pd.factorize(pd.Series(clusters))[0]
     codes[codes < 0] = codes.max() + 1 + np.arange((codes < 0).sum())
     return codes

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -129,6 +130,8 @@ def use_style() -> Iterator[None]:
 
 def format_share(value: float, digits: int = 3, signed: bool = False) -> str:
     """The one rounding of every table, figure and text: half to even, free of binary dust; zero has no sign."""
+    if not math.isfinite(value):
+        return f"{value}"
     exact = Decimal(f"{value:.9f}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_EVEN)
     return f"{abs(exact)}" if not exact else f"{exact:{'+' if signed else ''}}"
 

@@ -2,58 +2,47 @@
 
     answers = load_answers({"resampler": ["runs/a_seed1", "runs/a_seed2"], "dit": ["runs/b_seed1", "runs/b_seed2"]})
     share(select(answers, "source_only_held_unit"), by=["variant", "condition"])
-    difference(answers, "bridged", "target", by=["variant", "seed"])
     difference(bridged, "dit", "resampler", on="variant")           # two variants, paired by seed and problem
     ratio(select(answers, "source_only"), "bridged", "target_told", by=["variant", "seed"])
 
 Every verb gives a row per cell of `by` with `point low high n n_units n_seeds`. A cell that holds one seed is uncertain
-for other problems (Wilson on the effective n; paired bootstrap over units). A cell that holds several pools them, and
-is uncertain for other seeds as well (`statistics.pooled_mean`).
+for other problems; one that holds several pools them, and is uncertain for other seeds too (`statistics.pooled_mean`).
 """
 
-from __future__ import annotations
-
 import re
-import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import yaml
 
-from bridgekit.config import GROUPS
 from bridgekit.results import statistics as stats
 from bridgekit.runs import find_eval, load_eval
 from bridgekit.tasks.units import FAMILIES
 
-if typing.TYPE_CHECKING:
-    import pandas as pd
-
-SOURCE_ONLY, TARGET_ONLY, BOTH = GROUPS
 SUBSETS = {  # column: value; all but the seen ones are held-out problems
     "all": {},
-    "source_only": {"group": SOURCE_ONLY},
-    "source_only_seen": {"group": SOURCE_ONLY, "novelty": "seen"},
-    "source_only_held_unit": {"group": SOURCE_ONLY, "novelty": "held_unit"},
-    "source_only_held_value": {"group": SOURCE_ONLY, "novelty": "held_value"},
-    "target_only": {"group": TARGET_ONLY},
-    "both": {"group": BOTH},
+    "source_only": {"group": "source_only"},
+    "source_only_seen": {"group": "source_only", "novelty": "seen"},
+    "source_only_held_unit": {"group": "source_only", "novelty": "held_unit"},
+    "source_only_held_value": {"group": "source_only", "novelty": "held_value"},
+    "target_only": {"group": "target_only"},
+    "both": {"group": "both"},
 }
-RUN = ("run", "variant", "seed", "condition")
 EXAMPLE = ("id", "question", "group", "unit", "value", "novelty", "family", "gold", "donor_gold")
-ANSWER = ("answer", "said", "correct", "logprob")
+ANSWER = {"answer": "extracted", "logprob": "logprob", "said": "said", "text": "full"}  # column: `<condition>_...`
 SAME_PROBLEM = ("question", "gold", "unit", "value", "family")  # agree where two runs were asked the same
 By = str | Sequence[str]
-Runs = str | Path | Sequence[str | Path] | dict[str, str | Path | Sequence[str | Path]]
+Runs = str | Path | Sequence[str | Path]
 
 
-def load_answers(runs: Runs, texts: bool = False) -> pd.DataFrame:
+def load_answers(runs: Runs | dict[str, Runs], texts: bool = False) -> pd.DataFrame:
     """Answers of the final evaluations: run variant seed condition, the example's columns, gold answer correct logprob.
 
     `runs` is a run folder, a folder of run folders, an evaluation file, a list of these, or {variant: these}. Without a
     name the variant is the folder's. `said` is the unit's value that an answer names; `texts` adds `text`, the answer.
     """
-    import pandas as pd
-
     named = runs if isinstance(runs, dict) else {None: runs}
     parts, places = [], {}
     for label, paths in named.items():
@@ -65,14 +54,13 @@ def load_answers(runs: Runs, texts: bool = False) -> pd.DataFrame:
             variant, seed = re.sub(r"_seed\d+$", "", run) if label is None else label, frame.attrs["seed"]
             if (other := places.setdefault((variant, seed), file.parent)) != file.parent:
                 raise ValueError(f"{file.parent}: seed {seed} of '{variant}' is {other} already; name one otherwise")
-            parts.append(tidy(frame, texts).assign(run=run, variant=variant, seed=seed))
-    return pd.concat(parts, ignore_index=True).reindex(columns=[*RUN, *EXAMPLE, *ANSWER, *(["text"] if texts else [])])
+            parts.append(_tidy(frame).assign(run=run, variant=variant, seed=seed))
+    columns = ["run", "variant", "seed", "condition", *EXAMPLE, "answer", "said", "correct", "logprob"]
+    return pd.concat(parts, ignore_index=True).reindex(columns=columns + ["text"] * texts)
 
 
 def load_frame(run: str | Path) -> pd.DataFrame:
     """One final evaluation as it lies there, a row per example; `attrs` has the run's seed (0: unknown) and steps."""
-    import yaml
-
     file = _find_files(Path(run))[0]
     frame, config = load_eval(file), file.parent / "config.yaml"
     settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
@@ -83,28 +71,20 @@ def load_frame(run: str | Path) -> pd.DataFrame:
 
 
 def _find_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    inside = {file.parent for file in path.glob("*/eval_samples_step_final.jsonl*")}
-    return [find_eval(folder) for folder in sorted(inside) or [path]]
+    folders = {file.parent for file in path.glob("*/eval_samples_step_final.jsonl*")}
+    return [path] if path.is_file() else [find_eval(folder) for folder in sorted(folders) or [path]]
 
 
-def tidy(frame: pd.DataFrame, texts: bool = False) -> pd.DataFrame:
+def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
     """One evaluation (a row per example, columns `<condition>_correct`) as a row per condition and example."""
-    import pandas as pd
-
     example = frame.rename(columns={"gold_extracted": "gold"} | ({} if "id" in frame else {"index": "id"}))
-    example = example[[c for c in EXAMPLE if c in example]]
-    parts = []
+    example, parts = example[[c for c in EXAMPLE if c in example]], []
     for name in [c.removesuffix("_correct") for c in frame if c.endswith("_correct")]:
-        part = example.assign(condition=name, correct=stats.read_correct(frame, name))
-        for key, column in (("answer", "extracted"), ("logprob", "logprob"), ("said", "said"), ("text", "full")):
-            if f"{name}_{column}" in frame:
-                part[key] = frame[f"{name}_{column}"]
-        if "text" in part and "family" in part and "said" not in part:  # a kept study has no texts, but what they said
-            said = [said_value(*pair) for pair in zip(part["text"], part["family"], strict=True)]
-            part["said"] = pd.Series(said, index=part.index, dtype=float)
-        parts.append(part if texts else part.drop(columns="text", errors="ignore"))
+        found = {key: frame[f"{name}_{column}"] for key, column in ANSWER.items() if f"{name}_{column}" in frame}
+        part = example.assign(condition=name, correct=stats.read_correct(frame, name), **found)
+        if "said" not in found and {"text", "family"} <= set(part):  # a kept study has no texts, but what they said
+            part["said"] = pd.Series(map(said_value, part["text"], part["family"]), index=part.index, dtype=float)
+        parts.append(part)
     return pd.concat(parts, ignore_index=True)
 
 
@@ -127,33 +107,30 @@ def select(frame: pd.DataFrame, subset: str = "all") -> pd.DataFrame:
     """The rows of one of SUBSETS; held-out problems unless it names the seen ones. May be empty."""
     if subset not in SUBSETS:
         raise ValueError(f"unknown subset `{subset}`; there are {', '.join(SUBSETS)}")
-    wanted, keep = SUBSETS[subset], np.ones(len(frame), dtype=bool)
-    if "novelty" in frame and "novelty" not in wanted:
-        keep &= ~frame["novelty"].isin(["seen"])
-    for column, value in wanted.items():
-        keep &= frame[column].isin([value]) if column in frame else False
-    return frame[keep]
+    if "novelty" in frame and "novelty" not in SUBSETS[subset]:
+        frame = frame[frame["novelty"] != "seen"]
+    for column, value in SUBSETS[subset].items():
+        frame = frame[frame[column] == value] if column in frame else frame[:0]
+    return frame
 
 
 def share(frame: pd.DataFrame, by: By = (), value: str = "correct") -> pd.DataFrame:
     """Share right (the mean, where `value` is no yes or no) in each cell of `by`."""
 
     def measure(cell: pd.DataFrame) -> dict:
-        units = cell.get("unit")
-        if cell[value].dtype != bool:
-            if _n_seeds(cell) > 1:
-                raise ValueError(f"share: `{value}` is no yes or no, which are not pooled over seeds: put seed into by")
-            return _columns(stats.clustered_mean(cell[value], units))
-        if _n_seeds(cell) == 1:
-            return _columns(stats.clustered_proportion(cell[value], units))
-        return _columns(stats.pooled_mean(*_stack([rows for _, rows in cell.groupby("seed")], value)))
+        binary = cell[value].dtype == bool
+        if cell["seed"].nunique() == 1:
+            estimate = stats.clustered_proportion if binary else stats.clustered_mean
+            return vars(estimate(cell[value], cell.get("unit")))
+        if not binary:
+            raise ValueError(f"share: `{value}` is no yes or no, which are not pooled over seeds: put seed into by")
+        values, units = _spread(cell, ["seed"], value)
+        return vars(stats.pooled_mean(values.to_numpy(), units))
 
-    return _by_cell(frame, by, measure, ("condition", "variant"))
+    return _by_cell(frame, by, measure, {"condition", "variant"})
 
 
-def difference(
-    frame: pd.DataFrame, a: str, b: str, by: Sequence[str] | str = (), on: str = "condition"
-) -> pd.DataFrame:
+def difference(frame: pd.DataFrame, a: str, b: str, by: By = (), on: str = "condition") -> pd.DataFrame:
     """Share of `a` minus share of `b`, which are conditions (or variants: `on`), on the same problems; p gained lost.
 
     Several seeds are paired seed by seed and pooled; gained and lost are then those of all seeds together.
@@ -161,15 +138,12 @@ def difference(
 
     def measure(cell: pd.DataFrame) -> dict:
         one, other, units = pair_seeds(cell, a, b, on)
-        gained, lost = int((one > other).sum()), int((one < other).sum())
         if one.shape[1] == 1:
-            found = stats.paired_difference(_side_by_side(one, other, units, a, b), a, b)
-            row = _columns(stats.Interval(found.difference, found.low, found.high, found.n, found.n_clusters))
-            return row | {"p": found.p, "gained": gained, "lost": lost}
-        pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
-        return _columns(pooled) | {"p": pooled.p, "gained": gained, "lost": lost}
+            return vars(stats.paired_difference(_side_by_side(one, other, units, a, b), a, b))
+        counts = {"gained": int((one > other).sum()), "lost": int((one < other).sum())}
+        return vars(stats.pooled_mean(one - other, units, lowest=-1.0)) | counts
 
-    return _by_cell(frame, by, measure, {"condition", "variant"} - {on})
+    return _by_cell(frame, by, measure, {"condition", "variant"} - {on}, ("p", "gained", "lost"))
 
 
 def ratio(frame: pd.DataFrame, a: str, b: str, by: By = (), on: str = "condition") -> pd.DataFrame:
@@ -179,70 +153,56 @@ def ratio(frame: pd.DataFrame, a: str, b: str, by: By = (), on: str = "condition
         one, other, units = pair_seeds(cell, a, b, on)
         if one.shape[1] > 1:
             raise ValueError(f"ratio: {one.shape[1]} seeds in one cell: put seed into by; ratios are not pooled")
-        return _columns(stats.paired_ratio(_side_by_side(one, other, units, a, b), a, b))
+        return vars(stats.paired_ratio(_side_by_side(one, other, units, a, b), a, b))
 
     return _by_cell(frame, by, measure, {"condition", "variant"} - {on})
 
 
 def pair_seeds(frame: pd.DataFrame, a: str, b: str, on: str = "condition") -> tuple:
     """Answers of `a` and of `b` in the seeds that have both, (problems, seeds) each, and the problems' units."""
-    sides = []
     for name in (a, b):
-        if (rows := frame[frame[on] == name]).empty:
-            raise ValueError(
-                f"`{name}` is no {on} of these answers (there are: {', '.join(map(str, frame[on].unique()))})"
-            )
-        sides.append(dict(list(rows.groupby("seed"))) if "seed" in rows else {1: rows})
-    seeds = [seed for seed in sides[0] if seed in sides[1]]
-    if not seeds:
+        if not (frame[on] == name).any():
+            there = ", ".join(map(str, frame[on].unique()))
+            raise ValueError(f"`{name}` is no {on} of these answers (there are: {there})")
+    both = frame[frame[on].isin([a, b])]
+    both = both[both.groupby("seed")[on].transform("nunique") == len({a, b})]
+    if both.empty:
         raise ValueError(f"`{a}` and `{b}` have no seed in common: they cannot be paired")
-    stacked, units = _stack([side[seed] for side in sides for seed in seeds])
-    return stacked[:, : len(seeds)], stacked[:, len(seeds) :], units
+    answers, units = _spread(both, [on, "seed"])
+    return answers[a].to_numpy(), answers[b].to_numpy(), units
 
 
-def _stack(parts: list[pd.DataFrame], value: str = "correct") -> tuple[np.ndarray, pd.Series | None]:
-    """Values of several runs beside each other, (problems, runs): refused unless their problems are the same."""
-    parts = [part.set_index("id").sort_index() for part in parts]
-    first = parts[0]
-    if first.index.has_duplicates:
-        raise ValueError(f"id {first.index[first.index.duplicated()][0]} occurs twice in one run: name one condition")
-    for part in parts[1:]:
-        if not part.index.equals(first.index):
-            raise ValueError("these runs were not tested on the same problems (ids differ): they cannot be paired")
-        for column in [c for c in SAME_PROBLEM if c in part and c in first]:
-            known = (part[column].notna() & first[column].notna()).to_numpy()
-            if (apart := known & (part[column].to_numpy() != first[column].to_numpy())).any():
-                where = f"{column} of {first.index[apart][0]} differs"
-                raise ValueError(f"these runs were not tested on the same problems ({where}): they cannot be paired")
-    return np.stack([part[value].to_numpy(dtype=float) for part in parts], axis=1), first.get("unit")
+def _spread(rows: pd.DataFrame, columns: list[str], value: str = "correct") -> tuple[pd.DataFrame, pd.Series | None]:
+    """Values of several runs beside each other, (problems, runs), and units: refused where the problems differ."""
+    if (twice := rows.duplicated(["id", *columns])).any():
+        raise ValueError(f"id {rows['id'][twice].iloc[0]} occurs twice in one run: name one condition")
+    refused = "these runs were not tested on the same problems ({} differs): they cannot be paired"
+    answers, problems = rows.pivot(index="id", columns=columns, values=value), rows.groupby("id")
+    if answers.isna().any(axis=None):
+        raise ValueError(refused.replace("{} differs", "ids differ"))
+    for column in [c for c in SAME_PROBLEM if c in rows]:
+        if (apart := problems[column].nunique() > 1).any():  # a kept run may not know it
+            raise ValueError(refused.format(f"{column} of {apart.idxmax()}"))
+    return answers.astype(float), problems["unit"].first() if "unit" in rows else None
 
 
-def _side_by_side(one: np.ndarray, other: np.ndarray, units, a: str, b: str) -> pd.DataFrame:
-    import pandas as pd
-
-    frame = pd.DataFrame({f"{a}_correct": one[:, 0] > 0, f"{b}_correct": other[:, 0] > 0})
-    return frame if units is None else frame.assign(unit=np.asarray(units))
+def _side_by_side(one: np.ndarray, other: np.ndarray, units: pd.Series | None, a: str, b: str) -> pd.DataFrame:
+    unit = None if units is None else units.to_numpy()
+    return pd.DataFrame({f"{a}_correct": one[:, 0], f"{b}_correct": other[:, 0], "unit": unit})
 
 
-def _columns(found: stats.Interval) -> dict:
-    size = {"n": found.n, "n_units": found.n_clusters, "n_seeds": getattr(found, "n_seeds", 1)}
-    return {"point": found.point, "low": found.low, "high": found.high} | size
-
-
-def _n_seeds(cell: pd.DataFrame) -> int:
-    return cell["seed"].nunique() if "seed" in cell else 1
-
-
-def _by_cell(frame: pd.DataFrame, by: By, measure, apart: Sequence[str]) -> pd.DataFrame:
+def _by_cell(
+    frame: pd.DataFrame, by: By, measure: Callable[[pd.DataFrame], dict], apart: set[str], more: Sequence[str] = ()
+) -> pd.DataFrame:
     """A row for each cell of `by`, in the order of the frame; columns in `apart` may not be mixed in one cell."""
-    import pandas as pd
-
     by = [by] if isinstance(by, str) else list(by)
     if frame.empty:
         raise ValueError("no answers to count: the table is empty")
-    rows = []
+    frame, rows = frame if "seed" in frame else frame.assign(seed=1), []
     for key, cell in frame.groupby(by, sort=False, observed=True, dropna=False) if by else [((), frame)]:
-        for column in [c for c in apart if c in cell and c not in by and cell[c].nunique() > 1]:
-            raise ValueError(f"several values of `{column}` in one cell: put {column} into by, or select one")
-        rows.append(dict(zip(by, key, strict=True)) | measure(cell))
-    return pd.DataFrame(rows)
+        for column in sorted(apart - set(by)):
+            if column in cell and cell[column].nunique() > 1:
+                raise ValueError(f"several values of `{column}` in one cell: put {column} into by, or select one")
+        rows.append(dict(zip(by, key, strict=True)) | {"n_seeds": 1} | measure(cell))
+    found = pd.DataFrame(rows).rename(columns={"difference": "point", "n_clusters": "n_units"})
+    return found[[*by, "point", "low", "high", "n", "n_units", "n_seeds", *more]]

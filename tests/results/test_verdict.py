@@ -130,7 +130,7 @@ def test_a_seed_without_groups_leaves_the_source_only_part_not_run(frames):
 def test_source_only_problems_too_few_to_judge_are_not_run(frames):
     frame = frames[0][(frames[0]["group"] != "source_only") | (frames[0]["unit"] == _a_unit(frames[0]))]
     verdict = judge([frame.assign(bridged_correct=True)])
-    assert verdict.not_run == ["the source-only part (fewer than two held-out units)"] and not verdict.passes
+    assert verdict.not_run == ["the source-only part (fewer than two held-out units in seed 1)"] and not verdict.passes
 
 
 def _a_unit(frame: pd.DataFrame) -> str:
