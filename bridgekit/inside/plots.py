@@ -1,9 +1,9 @@
-"""Figures of a look inside a bridge: attention, gates, soft tokens, entropy, CKA, the linear probe, the causal check.
+"""Figures of a look inside a bridge: states, attention, gates, soft tokens, entropy, CKA, the probe, the causal check.
 
     fig = plot_probe(list_probe(probe_pair(source, lexicon)), layers=(3, 4, 5))
     fig = plot_attention(weights, tokens, names)  # (K, S): soft tokens by source tokens
 
-Most are calls of `rows` and `lines`; attention maps and the CKA grid are images. Frames come from `measure`, `probe`
+Most are calls of `rows` and `lines`; maps of tokens and the CKA grid are images. Frames come from `measure`, `probe`
 and `causal`.
 """
 
@@ -12,13 +12,13 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Sequence
 
-from bridgekit.results.draw import INK, check_frame, lines, open_panels, paper_figure, rows
-from bridgekit.results.plots import as_points
+from bridgekit.results.draw import BAND, INK, check_frame, lines, open_panels, paper_figure, rows
 from bridgekit.results.style import PAGE, format_share, words
 
 if typing.TYPE_CHECKING:
     import numpy as np
     import pandas as pd
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NEWLINE, SPACE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
@@ -36,94 +36,95 @@ CAUSAL = {  # where the donor's states are put; whose value the answer says
     "stays": "its own value",
 }
 PLACES = {"first token": "first answer token", "value": "first digit of the unit's value"}
+WIDEST = 48  # tokens of a map
 
 
-@paper_figure
 def plot_attention(
     weights: np.ndarray, tokens: Sequence[str], names: Sequence[str] = (), title: str = "", most: float | None = None
 ) -> Figure:
     """Attention of each soft token (row) to the source's tokens (column), (K, S), every token written out.
 
     `names` are the nearest words of the soft tokens; `most` is the top of the colour scale, to compare questions.
-    Of a longer prompt the 48 neighbours with the most attention are drawn, and the axis says so.
     """
+    labels = [f"{_show_token(names[i])}  {i + 1}" if len(names) else str(i + 1) for i in range(len(weights))]
+    look = {"ylabel": "soft token" + (", nearest word" if len(names) else ""), "most": most}
+    return plot_tokens(weights, tokens, labels, "attention", title=title or "What each soft token looks at", **look)
+
+
+def plot_states(norms: np.ndarray, tokens: Sequence[str], layers: Sequence[int], title: str = "") -> Figure:
+    """How long the source's states are: layers (rows) by source tokens (columns), (L, S)."""
+    title = title or "The source's states: what the bridge is given"
+    return plot_tokens(norms, tokens, list(map(str, layers)), "length of state", "source layer", title)
+
+
+@paper_figure
+def plot_tokens(
+    values: np.ndarray,
+    tokens: Sequence[str],
+    labels: Sequence[str],
+    what: str,
+    ylabel: str = "",
+    title: str = "",
+    most: float | None = None,
+) -> Figure:
+    """A map of a value that is never negative, by row and source token; of a longer prompt its busiest stretch."""
     import numpy as np
 
-    weights = np.asarray(weights, dtype=float)
-    if weights.ndim != 2 or weights.shape[1] != len(tokens) or not weights.size:
-        raise ValueError(f"attention: weights must be (soft tokens, {len(tokens)}), got {weights.shape}")
-    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
-        raise ValueError("attention: weights are NaN, negative or all zero; give them after the softmax")
-    start, stop = _find_busiest(weights)
-    part, where = weights[:, start:stop], ""
-    if part.shape != weights.shape:
-        share = f"{part.sum() / weights.sum():.0%} of the attention"
-        where = f" ({start + 1}\N{EN DASH}{stop} of {len(tokens)}, {share})"
-    n_soft, every = len(part), max(1, len(part) // 24)
-    ax = _open_image(title or "What each soft token looks at", 0.9 + 0.11 * min(max(n_soft, 8), 24), PAGE)
-    image = ax.imshow(part, aspect="auto", vmin=0, vmax=most, gid="attention")
-    shown = [_show_token(token) for token in tokens[start:stop]]
-    ax.set_xticks(range(stop - start), shown, rotation=90, family="DejaVu Sans Mono", parse_math=False)
-    labels = [f"{_show_token(names[i])}  {i + 1}" if len(names) else str(i + 1) for i in range(n_soft)]
-    ax.set_yticks(range(0, n_soft, every), labels[::every], parse_math=False)
-    ax.tick_params(length=0, pad=1)
-    ax.set(xlabel=f"source token{where}", ylabel="soft token" + (", nearest word" if len(names) else ""))
-    return _add_bar(ax, image, "attention")
-
-
-def _find_busiest(weights: np.ndarray, width: int = 48) -> tuple[int, int]:
-    """The first column, and the one past the last, of the `width` neighbours with most attention."""
-    import numpy as np
-
-    width = min(width, weights.shape[1])
-    running = np.concatenate([[0], np.cumsum(weights.sum(axis=0))])
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or values.shape != (len(labels), len(tokens)) or not values.size:
+        raise ValueError(f"{what}: values must be ({len(labels)} rows, {len(tokens)} tokens), got {values.shape}")
+    if not np.isfinite(values).all() or (values < 0).any() or not values.sum():
+        raise ValueError(f"{what}: values are NaN, negative or all zero; give attention after the softmax")
+    width, running = min(WIDEST, len(tokens)), np.concatenate([[0], np.cumsum(values.sum(axis=0))])
     start = int(np.argmax(running[width:] - running[:-width]))
-    return start, start + width
+    stop, every = start + width, max(1, len(labels) // 24)
+    part, where = values[:, start:stop], ""
+    if width < len(tokens):
+        where = f" ({start + 1}\N{EN DASH}{stop} of {len(tokens)}, {part.sum() / values.sum():.0%} of the {what})"
+    ax = _draw_image(part, title, 0.9 + 0.11 * min(max(len(labels), 8), 24), what, most)
+    shown = [_show_token(token) for token in tokens[start:stop]]
+    ax.set_xticks(range(width), shown, rotation=90, family="DejaVu Sans Mono", parse_math=False)
+    ax.set_yticks(range(0, len(labels), every), labels[::every], parse_math=False)
+    ax.set(xlabel=f"source token{where}", ylabel=ylabel)
+    return ax.figure
 
 
 def _show_token(token: str) -> str:
     """A token as one visible line; both tokenizer families mark spaces, byte-level ones also newlines."""
-    for mark, meaning in (("\u2581", " "), ("\u0120", " "), ("\u010a", "\n")):
-        token = token.replace(mark, meaning)
-    return token.replace("\n", NEWLINE).strip() or SPACE
+    marks = {"\u2581": " ", "\u0120": " ", "\u010a": NEWLINE, "\n": NEWLINE}
+    return token.translate(str.maketrans(marks)).strip() or SPACE
 
 
-def _open_image(title: str, height: float, width: float) -> typing.Any:
+def _draw_image(values: np.ndarray, title: str, height: float, label: str, most: float | None) -> Axes:
+    """The axes of an image, with the scale of its colours beside it."""
     import pandas as pd
 
-    _, axes = open_panels(pd.DataFrame({"": [0]}), None, [height], title, {}, width)
-    return axes[None]
-
-
-def _add_bar(ax: typing.Any, image: typing.Any, label: str) -> Figure:
+    ax = open_panels(pd.DataFrame([0]), None, [height], title, {}, PAGE)[1][None]
+    image = ax.imshow(values, aspect="auto", vmin=0, vmax=most, gid=label)
     bar = ax.figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03, aspect=25, label=label)
     bar.outline.set_linewidth(0.5)
     bar.ax.tick_params(labelsize=7)
-    return ax.figure
+    ax.tick_params(length=0, pad=1)
+    return ax
 
 
 @paper_figure
 def plot_cka(frame: pd.DataFrame) -> Figure:
     """CKA of every pair of representations (columns a, b, cka); a representation with itself is 1 and left out."""
-    import numpy as np
-
     frame = check_frame(frame, "cka", ["a", "b"], "CKA")
     names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
-    grid = np.full((len(names), len(names)), np.nan)
-    ax = _open_image("How alike are states, message and embeddings?", 1.0 + 0.2 * len(names), PAGE)
+    grid = frame.pivot(index="b", columns="a", values="point").reindex(index=names[1:], columns=names[:-1])
+    title, numbers = "How alike are states, message and embeddings?", range(len(grid))
+    ax = _draw_image(grid.clip(lower=0), title, 1.2 + 0.2 * len(grid), "linear CKA, unbiased", 1)
     for row in frame.itertuples():
-        low, high = sorted([names.index(row.a), names.index(row.b)])
-        grid[high, low] = max(row.point, 0)
+        place = names.index(row.a), names.index(row.b) - 1
         ax.text(
-            low, high, format_share(row.point, 2), ha="center", va="center", color="white" if row.point > 0.45 else INK
+            *place, format_share(row.point, 2), ha="center", va="center", color="white" if row.point > 0.45 else INK
         )
-    image = ax.imshow(grid, vmin=0, vmax=1, aspect="auto", gid="cka")
-    ax.set(xlim=(-0.5, len(names) - 1.5), ylim=(len(names) - 0.5, 0.5))
-    ax.set_xticks(range(len(names) - 1), [str(i + 1) for i in range(len(names) - 1)])
-    ax.set_yticks(range(1, len(names)), [f"{name}  {i}" for i, name in enumerate(names[1:], 2)])
-    ax.tick_params(length=0)
+    ax.set_xticks(numbers, [str(i + 1) for i in numbers])
+    ax.set_yticks(numbers, [f"{name}  {i}" for i, name in enumerate(names[1:], 2)])
     ax.set_xlabel(f"the same, by number (1: {names[0]})")
-    return _add_bar(ax, image, "linear CKA, unbiased")
+    return ax.figure
 
 
 def plot_attention_classes(frame: pd.DataFrame) -> Figure:
@@ -153,26 +154,25 @@ def plot_entropy(table: pd.DataFrame, place: str = "value") -> Figure:
     """Entropy and probability of the right token at one place of the answer, by group, bridged and alone."""
     import pandas as pd
 
-    table = table[table["place"] == place].assign(group=lambda rows: rows["group"].map(words))
-    right = {"entropy": "right_probability", "low": "right_low", "high": "right_high"}
-    parts = [table.assign(panel="entropy, bits"), table.assign(panel="probability of the right token")]
-    parts[1] = parts[1].assign(**{name: table[column] for name, column in right.items()})
+    table = table[table["place"] == place].drop(columns="place")
+    right = table.drop(columns=["entropy", "low", "high"])
+    right = right.rename(columns={"right_probability": "entropy", "right_low": "low", "right_high": "high"})
+    both = pd.concat({"entropy, bits": table, "probability of the right token": right}, names=["panel"]).reset_index()
     look = {"xlabel": PLACES.get(place, place), "title": "How sure is the target, and is it right?"}
-    return rows(pd.concat(parts), "group", "entropy", color="condition", panel="panel", sharex=False, **look)
+    return rows(both, "group", "entropy", color="condition", panel="panel", sharex=False, **look)
 
 
 def plot_probe(frame: pd.DataFrame, layers: Iterable[int] = ()) -> Figure:
-    """Share of units whose digit a linear probe reads, by layer (x), place (column), digit (row); `layers` are read by
-    the bridge and shaded."""
-    if unknown := set(frame["novelty"]) - set(NOVELTY):
-        raise ValueError(f"probe: unknown novelty '{min(unknown)}' (known: {', '.join(NOVELTY)})")
-    frame = as_points(frame, "accuracy").assign(asked=frame["novelty"].map(NOVELTY), place="at the " + frame["place"])
+    """Share of units whose digit a linear probe reads, by layer (x), digit and place; `layers` are read by the bridge
+    and shaded."""
+    panels = frame["digit"].map(words) + ", at the " + frame["place"]
+    frame = frame.assign(asked=frame["novelty"].map(NOVELTY), panel=panels).drop(columns="n")
     look = {"bars": True, "ylim": (-0.03, 1.03), "width": PAGE, "height": 1.0, "xlabel": "source layer"}
     look |= {"title": "Where in the source can the value be read? (share of units; shaded: what the bridge reads)"}
-    fig = lines(frame.drop(columns="n"), "layer", color="asked", panel=("digit", "place"), **look)
+    fig = lines(frame, "layer", "accuracy", color="asked", panel="panel", **look)
     for ax in fig.axes:
         for layer in layers:
-            ax.axvspan(layer - 0.4, layer + 0.4, color="#ebebeb", lw=0, zorder=0)
+            ax.axvspan(layer - 0.4, layer + 0.4, color=BAND, lw=0, zorder=0)
     return fig
 
 

@@ -3,9 +3,8 @@
     fig = rows(share(answers, by="condition"), y="condition", numbers="interval", title="Who answers right?")
     fig = lines(frame, x="n_soft_tokens", color="producer", log_x=True, title="What the bridge recovers")
 
-A frame holds finished numbers, a row for each mark: `point low high n n_units`, and the columns it is split by.
-`color` is a column, or one condition for all marks. Nothing here computes a statistic but the mean of the seeds that
-it draws; nothing shows or saves. Each mark has a `gid` such as `interval:all:bridged`, by which a test finds it.
+A frame holds finished numbers, a row for each mark: `point low high n n_units`, and the columns it is split by;
+`color` is a column, or one condition for all marks. Each mark has a `gid` such as `interval:all:bridged`.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ import functools
 import math
 import textwrap
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from bridgekit.config import CONDITIONS
 from bridgekit.results import style
-from bridgekit.results.style import COLORS, COLUMN, DASHES, FAMILY_STARTS, PAGE, darken, format_share, words
+from bridgekit.results.style import COLORS, COLUMN, PAGE, darken, format_share, words
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -26,6 +25,8 @@ if typing.TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, RULE, BAND = "#202020", "#c8c8c8", "#ebebeb"
+DOTTED = (0, (1, 1.2))
+NOTHING: Mapping = {}
 
 
 def paper_figure(plot: Callable[..., Figure]) -> Callable[..., Figure]:
@@ -47,31 +48,27 @@ def paper_figure(plot: Callable[..., Figure]) -> Callable[..., Figure]:
     return draw
 
 
-def check_frame(frame: pd.DataFrame, point: str, columns: Iterable[str], what: str) -> pd.DataFrame:
-    """The frame with `point` under that name; refused where it cannot be drawn truthfully.
+def check_frame(frame: pd.DataFrame, point: str, keys: list[str], what: str, *more: str) -> pd.DataFrame:
+    """The frame with its column `point` under that name and a column `gid`; refused if it cannot be drawn truthfully.
 
-    That is: no rows, a column that is not there, a number that is NaN, a point outside its interval, and two rows
-    for one mark (`columns` and, if there, `seed` tell marks apart).
+    The columns `keys`, `more` and, if there, `seed` tell marks apart, so that no two rows may be equal in them.
     """
-    columns = list(dict.fromkeys(columns))
-    for column in (point, *columns):
-        if column not in frame:
-            raise ValueError(f"{what}: no column '{column}' (there are: {', '.join(map(str, frame.columns))})")
+    columns = list(dict.fromkeys([*keys, *more]))
+    if missing := [column for column in (point, *columns) if column not in frame]:
+        raise ValueError(f"{what}: no column '{missing[0]}' (there are: {', '.join(map(str, frame.columns))})")
     if frame.empty:
         raise ValueError(f"{what}: no rows, so nothing to draw; evaluate something first")
-    frame = frame.rename(columns={point: "point"}).reset_index(drop=True)
-    numeric = {"point": point} | {c: c for c in (*columns, "low", "high") if c in frame}
-    wrong = {f"{shown} is not a number": frame[c].isna() for c, shown in numeric.items()}
-    if "low" in frame:
-        inside = frame["point"].between(frame["low"] - 1e-9, frame["high"] + 1e-9)
-        wrong[f"{point} is outside its interval"] = ~inside
+    low, high = frame.get("low", frame[point]) - 1e-9, frame.get("high", frame[point]) + 1e-9
+    wrong = {f"{c} is not a number": frame[c].isna() for c in (point, *columns, "low", "high") if c in frame}
+    wrong[f"{point} is outside its interval"] = ~frame[point].between(low, high)
     again = frame.duplicated([*columns, *({"seed"} & set(frame))])
     wrong["two rows of this name; a column seed, color or panel must tell them apart"] = again
     for problem, where in wrong.items():
-        for row in frame[where].to_dict("records"):
-            name = ", ".join(str(row[column]).replace("\n", " ") for column in columns)
+        if where.any():
+            name = ", ".join(map(str, frame.loc[where, columns].iloc[0])).replace("\n", " ")
             raise ValueError(f"{what}: '{name}': {problem}")
-    return frame
+    names = [":".join(dict.fromkeys(map(str, row))) for row in frame[keys].itertuples(index=False)]
+    return frame.assign(point=frame[point], gid=names).reset_index(drop=True)
 
 
 @paper_figure
@@ -87,7 +84,7 @@ def rows(
     bars: bool = False,
     numbers: str = "point",  # point | interval | "": what is written to the right of each mark
     signed: bool = False,  # differences: numbers with a sign, and a line at zero
-    references: Mapping | None = None,  # {name or (panel, name): x}: lines; a condition's name has its look
+    references: Mapping = NOTHING,  # {name or (panel, name): x}: lines; a condition's name has its look
     stack: bool = False,  # panels below each other, each with rows of its own
     sharex: bool = True,
     xlim: tuple | Mapping | None = None,  # of all or by panel; a mark beyond it is an arrow at the edge
@@ -103,39 +100,47 @@ def rows(
     conditions = y in frame and set(frame[y]) <= set(CONDITIONS)
     color = y if conditions and color is None else color
     keys = [c for c in (panel, y, color if color in frame else None, fill and fill[0]) if c]
-    frame = check_frame(frame, x, [*keys, *(band or ())[:1]], title or "rows")
+    frame = check_frame(frame, x, keys, title or "rows", *(band or ())[:1])
     frame = frame.sort_values(y, key=lambda names: names.map(CONDITIONS.index), kind="stable") if conditions else frame
-    looks, parts, references = _choose_looks(frame, color), _split(frame, panel), references or {}
+    parts = dict(list(frame.groupby(panel, sort=False))) if panel else {None: frame}
+    names = {key: list(dict.fromkeys((part if stack else frame)[y])) for key, part in parts.items()}
     most = int(frame.groupby([panel, y] if panel else y).size().max())
-    names = {key: list(dict.fromkeys((part if stack else frame)[y])) for key, part in parts}
     tall = 0.05 + (0.12 if numbers or most < 3 else 0.09) * most  # inches of a row, if its name is no taller
-    lines_of = {key: max(words(name).count("\n") for name in shown) + 1 for key, shown in names.items()}
-    heights = [len(names[key]) * max(tall, 0.12 * lines_of[key] + 0.03) for key in names]
+    heights = [len(n) * max(tall, 0.15 + 0.12 * max(words(name).count("\n") for name in n)) for n in names.values()]
     numeric = frame[[c for c in ("point", "low", "high") if c in frame]].to_numpy()
     if xlim is None and not signed and numeric.min() >= 0 and 0.25 < numeric.max() <= 1:
         xlim = (-0.02, 1.02)
+    looks = style.choose_looks(frame, color)
     handles = {words(v): look | {"ls": ""} for v, look in looks.items() if color in frame and color != y}
-    handles |= _name_references(references, handles, looks) | _name_marks(frame, [*looks.values()][0], fill, band)
+    levels = _list_levels(references, looks, handles)
+    plain, kinds = [*looks.values()][0] | {"ls": ""}, {True: {}, False: {"mfc": "white"}}
+    if fill:
+        handles |= {fill[1 if k else 2]: plain | face for k, face in kinds.items() if k in set(frame[fill[0]])}
+    handles |= {band[1]: {"color": BAND, "lw": 5}} if band else {}
+    if "by_seed" in frame and frame["by_seed"].map(len).max() > 1:
+        handles["one seed"] = {"color": INK, "marker": ".", "ls": "", "ms": 3}
     width = width or (PAGE if panel and not stack else COLUMN)
-    fig, axes = open_panels(frame, panel, heights[: len(heights) if stack else 1], title, handles, width, sharex, stack)
-    for key, part in parts:
+    fig, axes = open_panels(frame, panel, heights if stack else heights[:1], title, handles, width, sharex, stack)
+    for key, part in parts.items():
         ax, limits = axes[key], xlim.get(key) if isinstance(xlim, Mapping) else xlim
-        list_rows(ax, names[key], stack or key == parts[0][0], bars)
+        list_rows(ax, names[key], bars)
         for name, members in part.groupby(y, sort=False):
             for i, row in enumerate(members.to_dict("records")):
                 at = names[key].index(name) + (i - (len(members) - 1) / 2) * 0.76 / most
-                look = looks[row[color] if color in frame else color] | {"ms": 4.2 if most < 4 else 3.4}
-                look = look | {"mfc": "white"} if fill and not row[fill[0]] else look
-                _draw_row(ax, at, row, look, _gid(row, keys), bars and 0.7 / most, band and row[band[0]], limits)
+                look = looks[row.get(color, color)] | {"ms": 4.2 if most < 4 else 3.4}
+                look |= kinds[bool(row[fill[0]])] if fill else {}
+                _draw_row(ax, at, row, look, bars and 0.7 / most, band and row[band[0]], limits)
                 if numbers:
-                    _write_number(ax, at, row, numbers == "interval", signed, "bridged" in (name, row.get(color)))
-        _draw_references(ax, key, references, looks)
+                    _write_number(ax, at, row, numbers, signed, "bridged" in (name, row.get(color)))
+        for where, name, point, _, look in levels:
+            if where in (None, key):
+                ax.axvline(point, zorder=1, gid=f"reference:{name}", **look)
         if signed:
             ax.axvline(0, color="black", lw=0.8, zorder=1)
         if limits:  # without them panels share the limits of all
             ax.set_xlim(limits)
         ax.locator_params(axis="x", nbins=max(2, int(1.4 * width / (1 if stack else len(axes)))))
-    return _label_panels(fig, axes, frame, panel, xlabel)
+    return _label_panels(fig, axes, parts, xlabel)
 
 
 @paper_figure
@@ -144,11 +149,11 @@ def lines(
     x: str,
     y: str = "point",
     color: str | None = None,
-    panel: str | tuple[str, str] | None = None,  # or (row, column)
+    panel: str | None = None,
     *,
     bars: bool = False,  # intervals as bars at the points instead of a band
     ends: bool = False,  # name each line where it ends instead of in a legend
-    references: Mapping | None = None,  # {name or (panel, name): y or (y, low, high)}: level lines
+    references: Mapping = NOTHING,  # {name or (panel, name): y or (y, low, high)}: level lines
     log_x: bool = False,
     sharey: bool = True,
     ylim: tuple | Mapping | None = None,
@@ -163,20 +168,24 @@ def lines(
     With several seeds (a column `seed`) each is thin, with its own interval, and their mean is thick; where some
     have no value it ends, or with `bars` its mark is open. Without columns low and high there are no intervals.
     """
-    keys = [*([panel] if isinstance(panel, str) else panel or ()), *([color] if color in frame else [])]
-    frame = check_frame(frame, y, [*keys, x], title or "lines").sort_values(x, kind="stable")
-    looks, parts, references = _choose_looks(frame, color), _split(frame, panel), references or {}
-    handles = {words(v): look for v, look in looks.items() if color in frame and color != panel and not ends}
-    handles |= {} if ends else _name_references(references, handles, looks)
-    counts = frame.groupby([*keys, x]).size()
-    if bars and counts.min() < counts.max():
+    keys = [c for c in (panel, color if color in frame else None) if c]
+    frame = check_frame(frame, y, keys, title or "lines", x).sort_values(x, kind="stable")
+    parts = dict(list(frame.groupby(panel, sort=False))) if panel else {None: frame}
+    looks = style.choose_looks(frame, color)
+    handles = {words(v): look for v, look in looks.items() if color in frame and color != panel}
+    levels = _list_levels(references, looks, handles)
+    if bars and frame.groupby([*keys, x]).size().nunique() > 1:
         handles["open: not every seed"] = {"color": INK, "mfc": "white", "marker": "o", "ls": ""}
-    fig, axes = open_panels(frame, panel, [height], title, handles, width, sharey=sharey)
-    for key, part in parts:
+    fig, axes = open_panels(frame, panel, [height], title, {} if ends else handles, width, sharey=sharey)
+    for key, part in parts.items():
         ax, last = axes[key], {}
         for value, series in part.groupby(color, sort=False) if color in frame else [(color, part)]:
-            last[value] = _draw_series(ax, series, x, looks[value], _gid(series.iloc[0], keys) or str(color), bars)
-        last |= _draw_references(ax, key, references, looks, level=True)
+            last[value] = _draw_series(ax, series, x, looks[value], bars)
+        for where, name, point, band, look in levels:
+            if where in (None, key):
+                last[name] = point
+                ax.axhline(point, zorder=1, gid=f"reference:{name}", **look)
+                ax.axhspan(*band, color=look["color"], alpha=0.14, lw=0, gid=f"band:{name}")
         if log_x:
             _scale_log(ax, sorted(set(frame[x])), width / ax.get_gridspec().ncols)
         if limits := ylim.get(key) if isinstance(ylim, Mapping) else ylim:
@@ -185,54 +194,21 @@ def lines(
         if ends:
             ax.set_xlim(frame[x].min(), max(frame[x].max(), frame[x].min() + 1))
             _label_ends(fig, ax, last, looks)
-    return _label_panels(fig, axes, frame, panel, xlabel)
+    return _label_panels(fig, axes, parts, xlabel)
 
 
-def _split(frame: pd.DataFrame, panel: str | tuple | None) -> list[tuple]:
-    """(key, rows) of each panel in the order of the frame; a figure without panels has the key None."""
-    by = list(panel) if isinstance(panel, tuple) else panel
-    return list(frame.groupby(by, sort=False)) if by else [(None, frame)]
-
-
-def _gid(row: Mapping, keys: Sequence[str]) -> str:
-    return ":".join(dict.fromkeys(str(row[key]) for key in keys))
-
-
-def _choose_looks(frame: pd.DataFrame, color: str | None) -> dict:
-    """{value of the column `color`, or `color` itself: colour, marker, dashes}."""
-    if color is not None and color not in frame and color not in COLORS:
-        raise ValueError(f"color: '{color}' is neither a column nor a condition")
-    return style.choose_looks(frame[color] if color in frame else [color])
-
-
-def _name_references(references: Mapping, handles: dict, looks: dict) -> dict[str, dict]:
-    """The legend's entries for lines whose name is in it not yet; a condition's says its value too."""
-    found = {}
-    for key, level in references.items():
+def _list_levels(references: Mapping, looks: Mapping, handles: dict) -> list[tuple]:
+    """(panel or None, name, value, band, look) of each line; `handles`, the legend, gets the names that it lacks."""
+    found = []
+    for key, value in references.items():
         panel, name = key if isinstance(key, tuple) else (None, key)
-        value = f" {format_share(level)}" if panel is None and name in COLORS and not isinstance(level, tuple) else ""
+        point, *band = value if isinstance(value, tuple) else (value, value, value)
+        color = looks.get(name, {"color": COLORS.get(name, INK)})["color"]
+        found.append((panel, name, point, band, {"color": color, "ls": style.DASHES.get(name, DOTTED), "lw": 1.0}))
         if words(name) not in handles:
-            found[words(name) + value] = _reference_look(name, looks)
+            single = key in COLORS and not isinstance(value, tuple)
+            handles[words(name) + (f" {format_share(point)}" if single else "")] = found[-1][-1]
     return found
-
-
-def _name_marks(frame: pd.DataFrame, look: dict, fill: tuple | None, band: tuple | None) -> dict[str, dict]:
-    """The legend's entries for full and open marks, the band, and the dots of single seeds."""
-    handles, faces = {}, {True: {"ls": ""}, False: {"ls": "", "mfc": "white"}}
-    if fill:
-        present = set(frame[fill[0]].astype(bool))
-        handles = {fill[1 if full else 2]: look | faces[full] for full in faces if full in present}
-    if band:
-        handles[band[1]] = {"color": BAND, "lw": 5}
-    if "by_seed" in frame and frame["by_seed"].map(len).max() > 1:
-        handles["one seed"] = {"color": INK, "marker": ".", "ls": "", "ms": 3}
-    return handles
-
-
-def _reference_look(name: object, looks: dict) -> dict:
-    if name in COLORS:
-        return {"color": COLORS[name], "ls": DASHES[name], "lw": 1.1}
-    return {"color": looks[name]["color"] if name in looks else INK, "ls": (0, (1, 1.2)), "lw": 1.0}
 
 
 def open_panels(frame, panel, heights, title, handles, width, sharex=True, stack=False, sharey=True):
@@ -240,136 +216,104 @@ def open_panels(frame, panel, heights, title, handles, width, sharex=True, stack
     import matplotlib.pyplot as plt
     import seaborn as sns
 
-    row, col = panel if isinstance(panel, tuple) else (panel, None) if stack else (None, panel)
-    across = frame[col].nunique() if col else 1
-    wrap = 4 if not row and across > 5 else None
-    heights = heights if stack else heights * (frame[row].nunique() if row else -(-across // (wrap or across)))
+    panels = frame[panel].nunique() if panel and not stack else 1
+    across = panels if panels < 6 else min(4, math.ceil(math.sqrt(panels)))
+    down = -(-panels // across)
     title, longest = textwrap.fill(title, int(14 * width)), max(map(len, handles), default=1)
     columns = max(1, min(len(handles), int(width / (0.36 + 0.057 * longest))))
-    above = 0.15 * (title.count("\n") + 1) + 0.14 * -(-len(handles) // columns)
-    total = 0.42 + above + sum(heights) + (0.3 if panel else 0) * (len(heights) if stack or wrap else 1)
-    ratios = None if wrap else {"height_ratios": heights}
-    with plt.rc_context({"figure.constrained_layout.use": False}):  # seaborn calls a layout of its own
-        grid = sns.FacetGrid(
-            frame, row=row, col=col, col_wrap=wrap, sharex=sharex, sharey=sharey and not stack, gridspec_kws=ratios
-        )
-    fig, line = grid.figure, functools.partial(plt.Line2D, [], [])
+    above = 0.57 + 0.15 * title.count("\n") + 0.14 * -(-len(handles) // columns)
+    form = {"col": panel, "col_wrap": across if down > 1 else None}
+    form = {"row": panel, "gridspec_kws": {"height_ratios": heights}} if stack else form
+    grid = sns.FacetGrid(frame, sharex=sharex, sharey=sharey and not stack, **form)
+    grid.tick_params(labelsize=7)  # ticks are made anew at each drawing, by the size in force then
+    fig, mark = grid.figure, functools.partial(plt.Line2D, [], [])
     plt.close(fig)  # a notebook shows a figure that is returned; an open one it would show twice
-    fig.set_size_inches(width, total)
-    fig.set_layout_engine("constrained", h_pad=0.03, w_pad=0.03)
-    entries = [line(**_edge({"ms": 4.5, "lw": 1.3} | h)) if isinstance(h, dict) else h for h in handles.values()]
-    bold, place = {"weight": "bold", "size": 8}, "outside upper left"
-    fig.legend(entries, [*handles], title=title, ncols=columns, loc=place, alignment="left", title_fontproperties=bold)
-    for ax in grid.axes.flat:
-        ax.set(title="", xlabel="", ylabel="")
-        ax.tick_params(labelsize=7)  # ticks are made anew at each drawing, by the size in force then
+    fig.set_size_inches(width, above + down * (sum(heights) + (0.3 * len(heights) if panel else 0)))
+    fig.set_layout_engine("constrained")
+    entries = [mark(**{"ms": 4.5, "lw": 1.3} | look) if isinstance(look, dict) else look for look in handles.values()]
+    place = {"loc": "outside upper left", "alignment": "left", "ncols": columns}
+    bold = {"weight": "bold", "size": 8}
+    fig.legend(entries, [*handles], title=title, title_fontproperties=bold, **place)
     return fig, grid.axes_dict or {None: grid.ax}
 
 
-def _edge(look: dict) -> dict:
-    """The look with a dark edge around its marks, so that pale ones show in grey print."""
-    return {"mec": darken(look["color"]), "mew": 0.6} | look
-
-
-def _label_panels(fig: Figure, axes: dict, frame: pd.DataFrame, panel: str | tuple | None, xlabel: str) -> Figure:
+def _label_panels(fig: Figure, axes: dict, parts: dict, xlabel: str) -> Figure:
     """Titles of the panels, the label of x, and n: once if it is the same everywhere, else in the titles."""
-    sizes = {key: style.format_size(part) if "n" in part else "" for key, part in _split(frame, panel)}
+    sizes = {key: style.format_size(part) for key, part in parts.items()}
     same = len(set(sizes.values())) == 1
-    for key, ax in axes.items() if panel else ():
-        grid = ax.get_subplotspec()
-        if isinstance(panel, tuple):
-            ax.set_title(words(key[1]) if grid.is_first_row() else "")
-            ax.set_ylabel(words(key[0]) if grid.is_first_col() else "")
-        else:
-            size = "" if same or not sizes[key] else "\n" + sizes[key].replace(" on ", "\non ")
-            ax.set_title(words(key) + (size.replace("\non", " on") if ax.get_gridspec().ncols == 1 else size))
-    size = f"({sizes[next(iter(axes))]})" if same and sizes[next(iter(axes))] else ""
+    for key, ax in axes.items() if None not in axes else ():
+        below = "" if same else "\n" + sizes[key]
+        ax.set_title(words(key) + (below if ax.get_gridspec().ncols == 1 else below.replace(" on ", "\non ")))
+    size = f"({sizes.popitem()[1]})" if same and any(sizes.values()) else ""
     limit = int(16.5 * fig.get_figwidth())
     between = " " if len(xlabel) + len(size) < limit else "\n"
     fig.supxlabel((textwrap.fill(xlabel, limit) + between + size).strip(), fontsize=7)
     return fig
 
 
-def list_rows(ax: Axes, names: list, labelled: bool, bars: bool) -> None:
+def list_rows(ax: Axes, names: list, bars: bool) -> None:
     """Names on the left, the first on top; a pale line leads from each name to its marks, a rule parts families."""
-    ax.set_yticks(range(len(names)), [words(name) for name in names])
-    ax.set_ylim(len(names) - 0.45, -0.55)
-    ax.tick_params(axis="y", length=0, labelleft=labelled)
+    ax.set(yticks=range(len(names)), yticklabels=map(words, names), ylim=(len(names) - 0.45, -0.55))
+    ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     ax.grid(not bars, axis="y")
-    if labelled and "bridged" in names:
-        ax.get_yticklabels()[names.index("bridged")].set_fontweight("bold")
     for at, name in enumerate(names):
-        if at and name in FAMILY_STARTS and set(names) <= set(CONDITIONS):
+        if name == "bridged":
+            ax.get_yticklabels()[at].set_fontweight("bold")
+        if at and name in style.FAMILY_STARTS and set(names) <= set(CONDITIONS):
             ax.axhline(at - 0.5, color=RULE, lw=0.5)
 
 
-def _draw_row(ax: Axes, at: float, row: dict, look: dict, gid: str, bar: float, band: float | None, limits) -> None:
+def _draw_row(ax: Axes, at: float, row: dict, look: dict, bar: float, band: float | None, limits) -> None:
     """One mark at height `at`: its band, its interval, the point (or a bar of height `bar`), its seeds."""
+    gid = row["gid"]
     if band is not None:
         ax.barh(at, 2 * band, 0.84, left=-band, color=BAND, lw=0, zorder=0, gid=f"band:{gid}")
     if "low" in row:
-        ax.hlines(at, row["low"], row["high"], color=darken(look["color"]), lw=1.1, zorder=3, gid=f"interval:{gid}")
+        ax.hlines(at, row["low"], row["high"], color=look["mec"], lw=1.1, zorder=3, gid=f"interval:{gid}")
     for seed in row["by_seed"] if len(row.get("by_seed", ())) > 1 else ():
         ax.plot(seed, at + 0.28, ".", color=INK, ms=2.5, zorder=3, gid=f"seed:{gid}")
     if bar:
         ax.barh(at, row["point"], bar, color=look["color"], lw=0, gid=f"bar:{gid}")
         return
-    look, (left, right) = _edge(look | {"ls": "", "zorder": 4}), limits or (-math.inf, math.inf)
-    ax.plot(row["point"], at, gid=f"point:{gid}", **look, clip_on=not left <= row["point"] <= right)
-    if not left <= row["point"] <= right:
-        end, arrow = (left, "<") if row["point"] < left else (right, ">")
-        ax.plot(0.96 * end, at, gid=f"outside:{gid}", **look | {"marker": arrow})
+    (left, right), place, kind = limits or (-math.inf, math.inf), row["point"], "point"
+    if not left <= place <= right:
+        place, arrow = (0.96 * left, "<") if place < left else (0.96 * right, ">")
+        look, kind = look | {"marker": arrow}, "outside"
+    ax.plot(place, at, gid=f"{kind}:{gid}", **look | {"ls": "", "zorder": 4})
 
 
-def _write_number(ax: Axes, at: float, row: dict, interval: bool, signed: bool, bold: bool) -> None:
-    """A mark's numbers, to the right of the axes."""
+def _write_number(ax: Axes, at: float, row: dict, numbers: str, signed: bool, bold: bool) -> None:
+    """A mark's number, or that with its interval, to the right of the axes."""
     digits = 3 if abs(row["point"]) < 10 else 1  # a share or bits; tokens and the like
-    text = format_share(row["point"], digits, signed)
-    if isinstance(row["point"], int):  # a count
-        text = f"{row['point']:+,}" if signed else f"{row['point']:,}"
-    elif interval:
-        text = style.format_interval(row["point"], row["low"], row["high"], signed=signed)
-    look = {"va": "center", "fontsize": 7, "weight": "bold" if bold else "normal", "annotation_clip": False}
-    ax.annotate(text.replace("-", "\N{MINUS SIGN}"), (1.04, at), xycoords=("axes fraction", "data"), **look)
+    values = [row["point"]] if numbers == "point" else [row["point"], row["low"], row["high"]]
+    write = format_share if numbers == "point" else style.format_interval
+    text = write(*values, digits, signed).replace("-", "\N{MINUS SIGN}")
+    look = {"fontsize": 7, "weight": "bold" if bold else "normal", "va": "center", "annotation_clip": False}
+    ax.annotate(text, (1.04, at), xycoords=("axes fraction", "data"), **look)
 
 
-def _draw_references(ax: Axes, panel: object, references: Mapping, looks: dict, level: bool = False) -> dict:
-    """The lines of this panel, upright or `level`, a level one with its band; returns {name: value}."""
-    drawn = {}
-    for key, value in references.items():
-        only, name = key if isinstance(key, tuple) else (panel, key)
-        if only != panel:
-            continue
-        look, (point, *band) = _reference_look(name, looks), value if isinstance(value, tuple) else (value,)
-        (ax.axhline if level else ax.axvline)(point, zorder=1, gid=f"reference:{name}", **look)
-        if band:
-            ax.axhspan(*band, color=look["color"], alpha=0.14, lw=0, gid=f"band:{name}")
-        drawn[name] = point
-    return drawn
-
-
-def _draw_series(ax: Axes, series: pd.DataFrame, x: str, look: dict, gid: str, bars: bool) -> float:
+def _draw_series(ax: Axes, series: pd.DataFrame, x: str, look: dict, bars: bool) -> float:
     """One line with the intervals of its seeds; returns where it ends."""
     seeds = [run for _, run in series.groupby("seed")] if "seed" in series else [series]
-    small = {"ls": "", "marker": ".", "ms": 3} if bars else {"lw": 0.6, "alpha": 0.7}
+    gid, shared = series["gid"].iloc[0], {"color": look["color"]}
     for run in seeds:
         if "low" in run and (bars or len(run) == 1):
-            ax.vlines(run[x], run["low"], run["high"], lw=1, alpha=0.55, color=look["color"], gid=f"interval:{gid}")
+            ax.vlines(run[x], run["low"], run["high"], lw=1, alpha=0.55, gid=f"interval:{gid}", **shared)
         elif "low" in run:
-            shade = {"color": look["color"], "alpha": 0.1 if len(seeds) > 1 else 0.2, "lw": 0}
-            ax.fill_between(run[x], run["low"], run["high"], gid=f"band:{gid}", **shade)
+            pale = 0.1 if len(seeds) > 1 else 0.2
+            ax.fill_between(run[x], run["low"], run["high"], lw=0, alpha=pale, gid=f"band:{gid}", **shared)
         if len(seeds) > 1:
-            ax.plot(run[x], run["point"], color=look["color"], gid=f"seed:{gid}", **small)
+            ax.plot(run[x], run["point"], "." if bars else "-", ms=3, lw=0.6, alpha=0.7, gid=f"seed:{gid}", **shared)
     mean = series.groupby(x)["point"].agg(["mean", "size"])
     whole = mean["size"] == len(seeds)
     if not whole.any():
         raise ValueError(f"lines: the seeds of '{gid}' share no {x}; draw them separately")
     mean = mean["mean"] if bars else mean.loc[whole, "mean"]
-    look = _edge(look) | {"ms": 3.6, "clip_on": False, "zorder": 3}
+    look = look | {"ms": 3.6, "clip_on": False, "zorder": 3}
     ax.plot(mean.index, mean, gid=f"line:{gid}", markevery=max(1, len(mean) // 10), **look)
     if bars and not whole.all():
-        ax.plot(mean.index[~whole], mean[~whole], **look | {"ls": "", "mfc": "white"}, gid=f"fewer:{gid}")
+        ax.plot(mean.index[~whole], mean[~whole], gid=f"fewer:{gid}", **look | {"ls": "", "mfc": "white"})
     return mean.iloc[-1]
 
 
@@ -385,16 +329,16 @@ def _label_ends(fig: Figure, ax: Axes, ends: dict, looks: dict) -> None:
     """Name each line where it ends; labels are moved apart as little as their height asks for."""
     from scipy.optimize import isotonic_regression
 
-    named = sorted((y, name, textwrap.fill(f"{words(name)} {format_share(y)}", 17)) for name, y in ends.items())
+    names = sorted(ends, key=ends.get)
+    texts = [textwrap.fill(f"{words(name)} {format_share(ends[name])}", 17) for name in names]
     fig.draw_without_rendering()  # the axes' height in points is known only after a layout
     point = (ax.get_ylim()[1] - ax.get_ylim()[0]) * fig.dpi / (ax.get_window_extent().height * 72)
-    room = [9.2 * point * (text.count("\n") + 1) for *_, text in named]
+    room = [9.2 * point * (text.count("\n") + 1) for text in texts]
     below = [sum(room[:i]) + room[i] / 2 for i in range(len(room))]
-    places = isotonic_regression([y - b for (y, *_), b in zip(named, below, strict=True)]).x
-    for (y, name, text), place, offset in zip(named, places, below, strict=True):
-        color = _reference_look(name, looks)["color"]
-        arrow = {"arrowstyle": "-", "color": color, "lw": 0.7, "shrinkA": 1, "shrinkB": 1}
-        look = {"color": darken(color), "weight": "bold" if name == "bridged" else "normal", "fontsize": 7}
-        coords = {"xycoords": ("axes fraction", "data"), "textcoords": ("axes fraction", "data"), "va": "center"}
-        ax.annotate(text, (1, y), (1.06, place + offset), annotation_clip=False, arrowprops=arrow, **coords, **look,
-                    gid=f"label:{name}")  # fmt: skip
+    places = isotonic_regression([ends[name] - b for name, b in zip(names, below, strict=True)]).x + below
+    look = {"xycoords": ("axes fraction", "data"), "textcoords": ("axes fraction", "data"), "va": "center"}
+    for name, text, place in zip(names, texts, places, strict=True):
+        color = looks.get(name, {"color": COLORS.get(name, INK)})["color"]
+        look |= {"arrowprops": {"arrowstyle": "-", "color": color, "lw": 0.7, "shrinkA": 1, "shrinkB": 1}}
+        look |= {"color": darken(color), "weight": "bold" if name == "bridged" else "normal", "fontsize": 7}
+        ax.annotate(text, (1, ends[name]), (1.06, place), annotation_clip=False, gid=f"label:{name}", **look)
