@@ -1,10 +1,10 @@
-"""Figures of a look inside a bridge: states, attention, gates, soft tokens, entropy, CKA, the probe, the causal check.
+"""Figures of a look inside a bridge that no single call of `rows` or `lines` draws: maps of tokens, CKA, the probe.
 
     fig = plot_probe(list_probe(probe_pair(source, lexicon)), layers=(3, 4, 5))
     fig = plot_attention(weights, tokens, names)  # (K, S): soft tokens by source tokens
+    fig = plot_states(norms, tokens, layers)      # (L, S)
 
-Most are calls of `rows` and `lines`; maps of tokens and the CKA grid are images. Frames come from `measure`, `probe`
-and `causal`.
+Frames come from `measure` and `probe`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Sequence
 
-from bridgekit.results.draw import BAND, INK, check_frame, lines, open_panels, paper_figure, rows
-from bridgekit.results.style import PAGE, format_share, words
+from bridgekit.results.draw import BAND, check_frame, finish_figure, lines, open_panels, paper_figure
+from bridgekit.results.style import PAGE, words
 
 if typing.TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NEWLINE, SPACE = "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\N{OPEN BOX}"
@@ -27,15 +26,6 @@ NOVELTY = {  # what a probe is asked about: in words
     "held_value": "a unit and value it never saw",
     "not taught": "a unit the model was never taught",
 }
-CAUSAL = {  # where the donor's states are put; whose value the answer says
-    "nowhere": "nowhere",
-    "whole prompt": "at the whole prompt",
-    "unit word": "at the unit's word",
-    "all but the word": "all but the unit's word",
-    "follows": "the donor's value",
-    "stays": "its own value",
-}
-PLACES = {"first token": "first answer token", "value": "first digit of the unit's value"}
 WIDEST = 48  # tokens of a map
 
 
@@ -68,6 +58,7 @@ def plot_tokens(
     most: float | None = None,
 ) -> Figure:
     """A map of a value that is never negative, by row and source token; of a longer prompt its busiest stretch."""
+    import matplotlib.pyplot as plt
     import numpy as np
 
     values = np.asarray(values, dtype=float)
@@ -77,16 +68,17 @@ def plot_tokens(
         raise ValueError(f"{what}: values are NaN, negative or all zero; give attention after the softmax")
     width, running = min(WIDEST, len(tokens)), np.concatenate([[0], np.cumsum(values.sum(axis=0))])
     start = int(np.argmax(running[width:] - running[:-width]))
-    stop, every = start + width, max(1, len(labels) // 24)
-    part, where = values[:, start:stop], ""
+    part, where = values[:, start : start + width], ""
     if width < len(tokens):
-        where = f" ({start + 1}\N{EN DASH}{stop} of {len(tokens)}, {part.sum() / values.sum():.0%} of the {what})"
-    ax = _draw_image(part, title, 0.9 + 0.11 * min(max(len(labels), 8), 24), what, most)
-    shown = [_show_token(token) for token in tokens[start:stop]]
-    ax.set_xticks(range(width), shown, rotation=90, family="DejaVu Sans Mono", parse_math=False)
-    ax.set_yticks(range(0, len(labels), every), labels[::every], parse_math=False)
-    ax.set(xlabel=f"source token{where}", ylabel=ylabel)
-    return ax.figure
+        stretch = f"{start + 1}\N{EN DASH}{start + width} of {len(tokens)}"
+        where = f" ({stretch}, {part.sum() / values.sum():.0%} of the {what})"
+    shown = [_show_token(token) for token in tokens[start : start + width]]
+    ticks = {"xticklabels": shown, "yticklabels": labels, "vmax": most}
+    fig = _draw_map(part, what, title, f"source token{where}", 0.9 + 0.11 * min(max(len(labels), 8), 24), **ticks)
+    fig.axes[0].set_ylabel(ylabel)
+    plt.setp(fig.axes[0].get_xticklabels(), family="DejaVu Sans Mono", rotation=90)
+    plt.setp(fig.axes[0].get_yticklabels(), rotation=0)
+    return fig
 
 
 def _show_token(token: str) -> str:
@@ -95,17 +87,21 @@ def _show_token(token: str) -> str:
     return token.translate(str.maketrans(marks)).strip() or SPACE
 
 
-def _draw_image(values: np.ndarray, title: str, height: float, label: str, most: float | None) -> Axes:
-    """The axes of an image, with the scale of its colours beside it."""
+def _draw_map(values: np.ndarray, what: str, title: str, xlabel: str, height: float, **look) -> Figure:
+    """An image of `values` (rows, columns) with the scale of its colours; `look` goes to seaborn's heatmap."""
     import pandas as pd
+    import seaborn as sns
 
-    ax = open_panels(pd.DataFrame([0]), None, [height], title, {}, PAGE)[1][None]
-    image = ax.imshow(values, aspect="auto", vmin=0, vmax=most, gid=label)
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03, aspect=25, label=label)
-    bar.outline.set_linewidth(0.5)
-    bar.ax.tick_params(labelsize=7)
-    ax.tick_params(length=0, pad=1)
-    return ax
+    panels = open_panels(pd.DataFrame([0]))
+    ax, _ = panels[None]
+    scale = {"pad": 0.01, "fraction": 0.03, "aspect": 25, "label": what}
+    sns.heatmap(values, ax=ax, vmin=0, cmap="Greys", cbar_kws=scale, gid=what, **look)
+    ax.set(xlabel=xlabel, ylabel="")
+    for text in ax.get_xticklabels() + ax.get_yticklabels():
+        text.set_parse_math(False)
+    for each in ax.figure.axes:
+        each.tick_params(length=0, pad=1, labelsize=7)
+    return finish_figure(panels, title, "", PAGE, height)
 
 
 @paper_figure
@@ -114,52 +110,10 @@ def plot_cka(frame: pd.DataFrame) -> Figure:
     frame = check_frame(frame, "cka", ["a", "b"], "CKA")
     names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
     grid = frame.pivot(index="b", columns="a", values="point").reindex(index=names[1:], columns=names[:-1])
-    title, numbers = "How alike are states, message and embeddings?", range(len(grid))
-    ax = _draw_image(grid.clip(lower=0), title, 1.2 + 0.2 * len(grid), "linear CKA, unbiased", 1)
-    for row in frame.itertuples():
-        place = names.index(row.a), names.index(row.b) - 1
-        ax.text(
-            *place, format_share(row.point, 2), ha="center", va="center", color="white" if row.point > 0.45 else INK
-        )
-    ax.set_xticks(numbers, [str(i + 1) for i in numbers])
-    ax.set_yticks(numbers, [f"{name}  {i}" for i, name in enumerate(names[1:], 2)])
-    ax.set_xlabel(f"the same, by number (1: {names[0]})")
-    return ax.figure
-
-
-def plot_attention_classes(frame: pd.DataFrame) -> Figure:
-    """Share of the attention that goes to each class of source token, beside the share an even spread would give it."""
-    import pandas as pd
-
-    even = frame.assign(share=frame["uniform"], low=frame["uniform"], high=frame["uniform"], kind="spread evenly")
-    both = pd.concat([frame.assign(kind="the bridge's attention"), even], ignore_index=True)
-    look = {"xlabel": "share of attention", "title": "Which source tokens does the bridge look at?"}
-    return rows(both, "token_class", "share", color="kind", **look)
-
-
-def plot_gates(frame: pd.DataFrame) -> Figure:
-    """How far each gate is open through training; columns step, gate, value. Zero is closed."""
-    look = {"xlabel": "training step", "ylabel": "gate", "title": "How far the gates open (0: closed)"}
-    return lines(frame, "step", "value", color="gate", references={"closed": 0}, **look)
-
-
-def plot_soft_sizes(frame: pd.DataFrame) -> Figure:
-    """The share of each soft token that varies with the question; the rest is the same for all."""
-    frame = frame.assign(low=frame["varying_low"], high=frame["varying_high"])
-    look = {"xlabel": "soft token", "ylabel": "share that varies", "title": "Which soft tokens depend on the question?"}
-    return lines(frame, "soft_token", "varying", bars=True, ylim=(0, 1), height=1.3, **look)
-
-
-def plot_entropy(table: pd.DataFrame, place: str = "value") -> Figure:
-    """Entropy and probability of the right token at one place of the answer, by group, bridged and alone."""
-    import pandas as pd
-
-    table = table[table["place"] == place].drop(columns="place")
-    right = table.drop(columns=["entropy", "low", "high"])
-    right = right.rename(columns={"right_probability": "entropy", "right_low": "low", "right_high": "high"})
-    both = pd.concat({"entropy, bits": table, "probability of the right token": right}, names=["panel"]).reset_index()
-    look = {"xlabel": PLACES.get(place, place), "title": "How sure is the target, and is it right?"}
-    return rows(both, "group", "entropy", color="condition", panel="panel", sharex=False, **look)
+    title, right = "How alike are states, message and embeddings?", f"the same, by number (1: {names[0]})"
+    ticks = {"xticklabels": range(1, len(names)), "yticklabels": [f"{n}  {i}" for i, n in enumerate(names[1:], 2)]}
+    look = {"vmax": 1, "annot": True, "fmt": ".2f", "annot_kws": {"size": 7}, **ticks}
+    return _draw_map(grid, "linear CKA, unbiased", title, right, 1.2 + 0.2 * len(grid), **look)
 
 
 def plot_probe(frame: pd.DataFrame, layers: Iterable[int] = ()) -> Figure:
@@ -174,10 +128,3 @@ def plot_probe(frame: pd.DataFrame, layers: Iterable[int] = ()) -> Figure:
         for layer in layers:
             ax.axvspan(layer - 0.4, layer + 0.4, color=BAND, lw=0, zorder=0)
     return fig
-
-
-def plot_causal(table: pd.DataFrame) -> Figure:
-    """How often the answer is the donor's, and how often its own, by where the donor's states were put."""
-    table = table.assign(variant=table["variant"].replace(CAUSAL), whose=table["outcome"].map(CAUSAL))
-    title = "Put another unit's states into the source: whose value does the answer say?"
-    return rows(table, "variant", "share", color="condition", panel="whose", xlabel="share of answers", title=title)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bridgekit.config import CONDITIONS
-from bridgekit.results.draw import INK, check_frame, lines, list_rows, open_panels, paper_figure, rows
+from bridgekit.results.draw import INK, check_frame, finish_figure, lines, list_rows, open_panels, paper_figure, rows
 from bridgekit.results.style import COLORS, COLUMN, DASH, HATCHES, PAGE, words
 from bridgekit.runs import load_jsonl
 
@@ -44,7 +44,7 @@ CAPACITY = {  # panel: columns of the value and its interval
 }
 
 
-def load_curve(metrics: list[dict] | str | Path) -> pd.DataFrame:
+def load_curve(metrics: str | Path) -> pd.DataFrame:
     """The validation accuracies of metrics.jsonl with Wilson intervals, for `plot_accuracy_curve`.
 
     The interval's n is `n_effective` where the line has one, else the number of units: problems of one unit
@@ -55,13 +55,12 @@ def load_curve(metrics: list[dict] | str | Path) -> pd.DataFrame:
 
     from bridgekit.results.statistics import wilson
 
-    if not isinstance(metrics, list):
-        path, broken = Path(metrics), []
-        metrics = list(load_jsonl(path, broken)) if path.is_file() else []
-        if broken and broken[0] <= len(metrics):
-            raise ValueError(f"{path}:{broken[0]}: not JSON; restore the file, or give the rows that can be read")
+    broken: list[int] = []
+    lines_of = list(load_jsonl(metrics, broken)) if Path(metrics).is_file() else []
+    if broken and broken[0] <= len(lines_of):
+        raise ValueError(f"{metrics}:{broken[0]}: not JSON; restore the file")
     found = []
-    for step, result in sorted({line["step"]: line["eval"] for line in metrics if "eval" in line}.items()):
+    for step, result in sorted({line["step"]: line["eval"] for line in lines_of if "eval" in line}.items()):
         size = result.get("n_effective") or result.get("n_units") or result["n"]
         for name in [c for c in CONDITIONS if c in result]:
             low, high = wilson(result[name] * size, size)
@@ -119,13 +118,12 @@ def plot_groups(table: pd.DataFrame) -> Figure:
 
 
 def plot_differences(differences: pd.DataFrame) -> Figure:
-    """The comparisons of a verdict (`differences()`), a panel for each set of problems, a mark for each seed."""
-    table = differences.assign(against=differences["control"].map(words), problems=differences["subset"].map(words))
-    look = {"signed": True, "stack": True, "xlabel": "accuracy of bridged minus that of the control"}
+    """The comparisons of a verdict (`differences()`), a row for each control and set of problems."""
+    places = ["" if subset == "all" else f",\n{words(subset)} problems" for subset in differences["subset"]]
+    table = differences.assign(against=differences["control"].map(words) + places)
+    look = {"signed": True, "xlabel": "accuracy of bridged minus that of the control"}
     look |= {"fill": ("holds", "shown to be better", "not shown"), "title": "Does the bridge beat its controls?"}
-    return rows(
-        table.replace({"problems": {"\n": " "}}, regex=True), "against", color="bridged", panel="problems", **look
-    )
+    return rows(table, "against", color="bridged", **look)
 
 
 def plot_forest(compared: pd.DataFrame, title: str = "What does each change do?") -> Figure:
@@ -151,9 +149,8 @@ def _reach(part: pd.DataFrame) -> float:
     One variant that ruins everything would press all others onto the line: it lies outside, and an arrow says where.
     """
     far = part.apply(lambda row: max(map(abs, [row["low"], row["high"], *row["by_seed"]])), axis=1)
-    within = part[far <= 6 * far.median()]
-    reach = max(0.01, far[within.index].max())
-    return min(1.08 * max(reach, within["smallest_effect"].max()), 1.5 * reach)
+    reach = max(0.01, far[far <= 6 * far.median()].max())
+    return min(1.08 * max(reach, part["smallest_effect"].max()), 1.5 * reach)
 
 
 def plot_curves(curves: pd.DataFrame, reference: str = "") -> Figure:
@@ -195,29 +192,26 @@ def plot_axis(frame: pd.DataFrame, axis: str) -> Figure:
 @paper_figure
 def plot_shares(frame: pd.DataFrame, y: str, looks: Mapping, xlabel: str, title: str, whole: bool = True) -> Figure:
     """A bar for each row, divided into counts or shares of the whole; `looks`: {column: (label, colour, hatch)}."""
-    import matplotlib.pyplot as plt
-
     if missing := [column for column in (y, *looks) if column not in frame]:
         raise ValueError(f"{title} no column '{missing[0]}' (there are: {', '.join(frame.columns)})")
     counts, sizes = frame[list(looks)].reset_index(drop=True), frame[list(looks)].sum(axis=1).to_numpy()
     if counts.empty or not (counts >= 0).all(axis=None) or (sizes <= 0).any():
         raise ValueError(f"{title} a count is negative or missing, or a bar has no problem at all")
-    faces = {c: {"fc": fc, "hatch": h, "ec": INK if h or fc != "#000000" else fc} for c, (_, fc, h) in looks.items()}
-    handles = {looks[name][0]: plt.Rectangle((0, 0), 1, 1, lw=0.5, **face) for name, face in faces.items()}
-    fig, axes = open_panels(frame, None, [0.4 * len(frame)], title, handles, COLUMN)
-    ax = axes[None]
+    panels = open_panels(frame)
+    ax, _ = panels[None]
+    list_rows(ax, [f"{label}\nn = {n:,}".strip() for label, n in zip(frame[y], sizes, strict=True)])
     for at, row in counts.iterrows():
         scale, left = sizes[at] if whole else 1, 0.0
-        for name, face in faces.items():
-            width, text = row[name] / scale, f"{row[name]:,}" if row[name] else ""
-            ax.barh(at, width, 0.5, left, lw=0.5, gid=f"bar:{name}:{at}", **face)
+        for name, (label, color, hatch) in looks.items():
+            share, text = row[name] / scale, f"{row[name]:,}" if row[name] else ""
+            face = {"fc": color, "hatch": hatch, "ec": INK, "lw": 0.5, "label": label}
+            ax.barh(at, share, 0.5, left, gid=f"bar:{name}:{at}", **face)
             narrow = row[name] / (scale if whole else sizes.max()) < 0.026 * len(text)  # the number stands above it
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0 if narrow or not text else 0.85}
-            ax.text(left + width / 2, at - 0.39 * narrow, text, ha="center", va="center", bbox=box)
-            left += width
-    list_rows(ax, [f"{label}\nn = {n:,}".strip() for label, n in zip(frame[y], sizes, strict=True)], True)
+            ax.text(left + share / 2, at - 0.39 * narrow, text, ha="center", va="center", bbox=box)
+            left += share
     ax.set(xlim=(0, 1) if whole else None, xlabel=xlabel)
-    return fig
+    return finish_figure(panels, title, "", COLUMN, 0.4 * len(counts))
 
 
 def plot_headroom(headroom: dict | pd.DataFrame) -> Figure:

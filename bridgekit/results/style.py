@@ -131,10 +131,10 @@ def format_share(value: float, digits: int = 3, signed: bool = False) -> str:
     return f"{abs(exact)}" if not exact else f"{exact:{'+' if signed else ''}}"
 
 
-def format_interval(point: float, low: float, high: float, digits: int = 3, signed: bool = False) -> str:
-    """`0.982 [0.976, 0.989]`."""
-    point, low, high = (format_share(value, digits, signed) for value in (point, low, high))
-    return f"{point} [{low}, {high}]"
+def format_interval(point: float, *ends: float, digits: int = 3, signed: bool = False) -> str:
+    """`0.982 [0.976, 0.989]`; without the interval's ends the point alone."""
+    point, *ends = (format_share(value, digits, signed) for value in (point, *ends))
+    return f"{point} [{', '.join(ends)}]" if ends else point
 
 
 def format_size(rows: pd.DataFrame) -> str:
