@@ -15,15 +15,15 @@ PACKAGE = Path(__file__).parent.parent / "bridgekit"
 BELOW = {
     "keys": set(),
     "config": {"keys"},
-    "runs": {"config", "keys"},
-    "extend": {"config", "runs"},
-    "tasks": {"config", "runs", "extend"},
-    "results": {"config", "runs", "tasks"},
-    "audit": {"config", "runs", "tasks", "results"},
-    "model": {"config", "runs", "extend", "tasks"},
-    "inside.probe": {"config", "runs", "tasks", "results", "model"},
-    "train": {"config", "runs", "extend", "tasks", "results", "model", "inside.probe"},
-    "inside": {"config", "runs", "extend", "tasks", "results", "model", "train", "inside.probe"},
+    "runs": {"keys", "config"},
+    "extend": {"keys", "config", "runs"},
+    "tasks": {"keys", "config", "runs", "extend"},
+    "results": {"keys", "config", "runs", "tasks"},
+    "audit": {"keys", "config", "runs", "tasks", "results"},
+    "model": {"keys", "config", "runs", "extend", "tasks"},
+    "inside.probe": {"keys", "config", "runs", "tasks", "results", "model"},
+    "train": {"keys", "config", "runs", "extend", "tasks", "results", "model", "inside.probe"},
+    "inside": {"keys", "config", "runs", "extend", "tasks", "results", "model", "train", "inside.probe"},
 }
 EDGES = {"launch", "live", "runner", "study", "cli", "__init__", "__main__"}
 TENSORS = {"model", "train", "inside", "inside.probe"}  # the only places that may import these:
@@ -38,9 +38,11 @@ def place_of(module: str) -> str:
 
 
 def imported_names(module: str) -> set[str]:
-    """Every module that a file imports anywhere, inside functions too."""
-    names = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text(), module)):
+    """Every module that a file imports anywhere, inside functions too; what a type checker alone reads is left out."""
+    names, tree = set(), ast.parse(FILES[module].read_text(), module)
+    for branch in [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]:
+        tree.body.remove(branch)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

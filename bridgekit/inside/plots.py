@@ -1,10 +1,10 @@
-"""Figures of a look inside a bridge: attention, gates, soft tokens, entropy, CKA, the linear probe, the causal check.
+"""Figures of a look inside a bridge that no single call of `rows` or `lines` draws: maps of tokens, CKA, the probe.
 
     fig = plot_probe(list_probe(probe_pair(source, lexicon)), layers=(3, 4, 5))
     fig = plot_attention(weights, tokens, names)  # (K, S): soft tokens by source tokens
+    fig = plot_states(norms, tokens, layers)      # (L, S)
 
-Most are calls of `rows` and `lines`; attention maps and the CKA grid are images. Frames come from `measure`, `probe`
-and `causal`.
+Frames come from `measure` and `probe`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ from __future__ import annotations
 import typing
 from collections.abc import Iterable, Sequence
 
-from bridgekit.results.draw import INK, check_frame, lines, open_panels, paper_figure, rows
-from bridgekit.results.plots import as_points
-from bridgekit.results.style import PAGE, format_share, words
+from bridgekit.results.draw import BAND, check_frame, finish_figure, lines, open_panels, paper_figure
+from bridgekit.results.style import PAGE, words
 
 if typing.TYPE_CHECKING:
     import numpy as np
@@ -27,157 +26,105 @@ NOVELTY = {  # what a probe is asked about: in words
     "held_value": "a unit and value it never saw",
     "not taught": "a unit the model was never taught",
 }
-CAUSAL = {  # where the donor's states are put; whose value the answer says
-    "nowhere": "nowhere",
-    "whole prompt": "at the whole prompt",
-    "unit word": "at the unit's word",
-    "all but the word": "all but the unit's word",
-    "follows": "the donor's value",
-    "stays": "its own value",
-}
-PLACES = {"first token": "first answer token", "value": "first digit of the unit's value"}
+WIDEST = 48  # tokens of a map
 
 
-@paper_figure
 def plot_attention(
     weights: np.ndarray, tokens: Sequence[str], names: Sequence[str] = (), title: str = "", most: float | None = None
 ) -> Figure:
     """Attention of each soft token (row) to the source's tokens (column), (K, S), every token written out.
 
     `names` are the nearest words of the soft tokens; `most` is the top of the colour scale, to compare questions.
-    Of a longer prompt the 48 neighbours with the most attention are drawn, and the axis says so.
     """
+    labels = [f"{_show_token(names[i])}  {i + 1}" if len(names) else str(i + 1) for i in range(len(weights))]
+    look = {"ylabel": "soft token" + (", nearest word" if len(names) else ""), "most": most}
+    return plot_tokens(weights, tokens, labels, "attention", title=title or "What each soft token looks at", **look)
+
+
+def plot_states(norms: np.ndarray, tokens: Sequence[str], layers: Sequence[int], title: str = "") -> Figure:
+    """How long the source's states are: layers (rows) by source tokens (columns), (L, S)."""
+    title = title or "The source's states: what the bridge is given"
+    return plot_tokens(norms, tokens, list(map(str, layers)), "length of state", "source layer", title)
+
+
+@paper_figure
+def plot_tokens(
+    values: np.ndarray,
+    tokens: Sequence[str],
+    labels: Sequence[str],
+    what: str,
+    ylabel: str = "",
+    title: str = "",
+    most: float | None = None,
+) -> Figure:
+    """A map of a value that is never negative, by row and source token; of a longer prompt its busiest stretch."""
+    import matplotlib.pyplot as plt
     import numpy as np
 
-    weights = np.asarray(weights, dtype=float)
-    if weights.ndim != 2 or weights.shape[1] != len(tokens) or not weights.size:
-        raise ValueError(f"attention: weights must be (soft tokens, {len(tokens)}), got {weights.shape}")
-    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum():
-        raise ValueError("attention: weights are NaN, negative or all zero; give them after the softmax")
-    start, stop = _find_busiest(weights)
-    part, where = weights[:, start:stop], ""
-    if part.shape != weights.shape:
-        share = f"{part.sum() / weights.sum():.0%} of the attention"
-        where = f" ({start + 1}\N{EN DASH}{stop} of {len(tokens)}, {share})"
-    n_soft, every = len(part), max(1, len(part) // 24)
-    ax = _open_image(title or "What each soft token looks at", 0.9 + 0.11 * min(max(n_soft, 8), 24), PAGE)
-    image = ax.imshow(part, aspect="auto", vmin=0, vmax=most, gid="attention")
-    shown = [_show_token(token) for token in tokens[start:stop]]
-    ax.set_xticks(range(stop - start), shown, rotation=90, family="DejaVu Sans Mono", parse_math=False)
-    labels = [f"{_show_token(names[i])}  {i + 1}" if len(names) else str(i + 1) for i in range(n_soft)]
-    ax.set_yticks(range(0, n_soft, every), labels[::every], parse_math=False)
-    ax.tick_params(length=0, pad=1)
-    ax.set(xlabel=f"source token{where}", ylabel="soft token" + (", nearest word" if len(names) else ""))
-    return _add_bar(ax, image, "attention")
-
-
-def _find_busiest(weights: np.ndarray, width: int = 48) -> tuple[int, int]:
-    """The first column, and the one past the last, of the `width` neighbours with most attention."""
-    import numpy as np
-
-    width = min(width, weights.shape[1])
-    running = np.concatenate([[0], np.cumsum(weights.sum(axis=0))])
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 2 or values.shape != (len(labels), len(tokens)) or not values.size:
+        raise ValueError(f"{what}: values must be ({len(labels)} rows, {len(tokens)} tokens), got {values.shape}")
+    if not np.isfinite(values).all() or (values < 0).any() or not values.sum():
+        raise ValueError(f"{what}: values are NaN, negative or all zero; give attention after the softmax")
+    width, running = min(WIDEST, len(tokens)), np.concatenate([[0], np.cumsum(values.sum(axis=0))])
     start = int(np.argmax(running[width:] - running[:-width]))
-    return start, start + width
+    part, where = values[:, start : start + width], ""
+    if width < len(tokens):
+        stretch = f"{start + 1}\N{EN DASH}{start + width} of {len(tokens)}"
+        where = f" ({stretch}, {part.sum() / values.sum():.0%} of the {what})"
+    shown = [_show_token(token) for token in tokens[start : start + width]]
+    ticks = {"xticklabels": shown, "yticklabels": labels, "vmax": most}
+    fig = _draw_map(part, what, title, f"source token{where}", 0.9 + 0.11 * min(max(len(labels), 8), 24), **ticks)
+    fig.axes[0].set_ylabel(ylabel)
+    plt.setp(fig.axes[0].get_xticklabels(), family="DejaVu Sans Mono", rotation=90)
+    plt.setp(fig.axes[0].get_yticklabels(), rotation=0)
+    return fig
 
 
 def _show_token(token: str) -> str:
     """A token as one visible line; both tokenizer families mark spaces, byte-level ones also newlines."""
-    for mark, meaning in (("\u2581", " "), ("\u0120", " "), ("\u010a", "\n")):
-        token = token.replace(mark, meaning)
-    return token.replace("\n", NEWLINE).strip() or SPACE
+    marks = {"\u2581": " ", "\u0120": " ", "\u010a": NEWLINE, "\n": NEWLINE}
+    return token.translate(str.maketrans(marks)).strip() or SPACE
 
 
-def _open_image(title: str, height: float, width: float) -> typing.Any:
+def _draw_map(values: np.ndarray, what: str, title: str, xlabel: str, height: float, **look) -> Figure:
+    """An image of `values` (rows, columns) with the scale of its colours; `look` goes to seaborn's heatmap."""
     import pandas as pd
+    import seaborn as sns
 
-    _, axes = open_panels(pd.DataFrame({"": [0]}), None, [height], title, {}, width)
-    return axes[None]
-
-
-def _add_bar(ax: typing.Any, image: typing.Any, label: str) -> Figure:
-    bar = ax.figure.colorbar(image, ax=ax, pad=0.01, fraction=0.03, aspect=25, label=label)
-    bar.outline.set_linewidth(0.5)
-    bar.ax.tick_params(labelsize=7)
-    return ax.figure
+    panels = open_panels(pd.DataFrame([0]))
+    ax, _ = panels[None]
+    scale = {"pad": 0.01, "fraction": 0.03, "aspect": 25, "label": what}
+    sns.heatmap(values, ax=ax, vmin=0, cmap="Greys", cbar_kws=scale, gid=what, **look)
+    ax.set(xlabel=xlabel, ylabel="")
+    for text in ax.get_xticklabels() + ax.get_yticklabels():
+        text.set_parse_math(False)
+    for each in ax.figure.axes:
+        each.tick_params(length=0, pad=1, labelsize=7)
+    return finish_figure(panels, title, "", PAGE, height)
 
 
 @paper_figure
 def plot_cka(frame: pd.DataFrame) -> Figure:
     """CKA of every pair of representations (columns a, b, cka); a representation with itself is 1 and left out."""
-    import numpy as np
-
     frame = check_frame(frame, "cka", ["a", "b"], "CKA")
     names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
-    grid = np.full((len(names), len(names)), np.nan)
-    ax = _open_image("How alike are states, message and embeddings?", 1.0 + 0.2 * len(names), PAGE)
-    for row in frame.itertuples():
-        low, high = sorted([names.index(row.a), names.index(row.b)])
-        grid[high, low] = max(row.point, 0)
-        ax.text(
-            low, high, format_share(row.point, 2), ha="center", va="center", color="white" if row.point > 0.45 else INK
-        )
-    image = ax.imshow(grid, vmin=0, vmax=1, aspect="auto", gid="cka")
-    ax.set(xlim=(-0.5, len(names) - 1.5), ylim=(len(names) - 0.5, 0.5))
-    ax.set_xticks(range(len(names) - 1), [str(i + 1) for i in range(len(names) - 1)])
-    ax.set_yticks(range(1, len(names)), [f"{name}  {i}" for i, name in enumerate(names[1:], 2)])
-    ax.tick_params(length=0)
-    ax.set_xlabel(f"the same, by number (1: {names[0]})")
-    return _add_bar(ax, image, "linear CKA, unbiased")
-
-
-def plot_attention_classes(frame: pd.DataFrame) -> Figure:
-    """Share of the attention that goes to each class of source token, beside the share an even spread would give it."""
-    import pandas as pd
-
-    even = frame.assign(share=frame["uniform"], low=frame["uniform"], high=frame["uniform"], kind="spread evenly")
-    both = pd.concat([frame.assign(kind="the bridge's attention"), even], ignore_index=True)
-    look = {"xlabel": "share of attention", "title": "Which source tokens does the bridge look at?"}
-    return rows(both, "token_class", "share", color="kind", **look)
-
-
-def plot_gates(frame: pd.DataFrame) -> Figure:
-    """How far each gate is open through training; columns step, gate, value. Zero is closed."""
-    look = {"xlabel": "training step", "ylabel": "gate", "title": "How far the gates open (0: closed)"}
-    return lines(frame, "step", "value", color="gate", references={"closed": 0}, **look)
-
-
-def plot_soft_sizes(frame: pd.DataFrame) -> Figure:
-    """The share of each soft token that varies with the question; the rest is the same for all."""
-    frame = frame.assign(low=frame["varying_low"], high=frame["varying_high"])
-    look = {"xlabel": "soft token", "ylabel": "share that varies", "title": "Which soft tokens depend on the question?"}
-    return lines(frame, "soft_token", "varying", bars=True, ylim=(0, 1), height=1.3, **look)
-
-
-def plot_entropy(table: pd.DataFrame, place: str = "value") -> Figure:
-    """Entropy and probability of the right token at one place of the answer, by group, bridged and alone."""
-    import pandas as pd
-
-    table = table[table["place"] == place].assign(group=lambda rows: rows["group"].map(words))
-    right = {"entropy": "right_probability", "low": "right_low", "high": "right_high"}
-    parts = [table.assign(panel="entropy, bits"), table.assign(panel="probability of the right token")]
-    parts[1] = parts[1].assign(**{name: table[column] for name, column in right.items()})
-    look = {"xlabel": PLACES.get(place, place), "title": "How sure is the target, and is it right?"}
-    return rows(pd.concat(parts), "group", "entropy", color="condition", panel="panel", sharex=False, **look)
+    grid = frame.pivot(index="b", columns="a", values="point").reindex(index=names[1:], columns=names[:-1])
+    title, right = "How alike are states, message and embeddings?", f"the same, by number (1: {names[0]})"
+    ticks = {"xticklabels": range(1, len(names)), "yticklabels": [f"{n}  {i}" for i, n in enumerate(names[1:], 2)]}
+    look = {"vmax": 1, "annot": True, "fmt": ".2f", "annot_kws": {"size": 7}, **ticks}
+    return _draw_map(grid, "linear CKA, unbiased", title, right, 1.2 + 0.2 * len(grid), **look)
 
 
 def plot_probe(frame: pd.DataFrame, layers: Iterable[int] = ()) -> Figure:
-    """Share of units whose digit a linear probe reads, by layer (x), place (column), digit (row); `layers` are read by
-    the bridge and shaded."""
-    if unknown := set(frame["novelty"]) - set(NOVELTY):
-        raise ValueError(f"probe: unknown novelty '{min(unknown)}' (known: {', '.join(NOVELTY)})")
-    frame = as_points(frame, "accuracy").assign(asked=frame["novelty"].map(NOVELTY), place="at the " + frame["place"])
+    """Share of units whose digit a linear probe reads, by layer (x), digit and place; `layers` are read by the bridge
+    and shaded."""
+    panels = frame["digit"].map(words) + ", at the " + frame["place"]
+    frame = frame.assign(asked=frame["novelty"].map(NOVELTY), panel=panels).drop(columns="n")
     look = {"bars": True, "ylim": (-0.03, 1.03), "width": PAGE, "height": 1.0, "xlabel": "source layer"}
     look |= {"title": "Where in the source can the value be read? (share of units; shaded: what the bridge reads)"}
-    fig = lines(frame.drop(columns="n"), "layer", color="asked", panel=("digit", "place"), **look)
+    fig = lines(frame, "layer", "accuracy", color="asked", panel="panel", **look)
     for ax in fig.axes:
         for layer in layers:
-            ax.axvspan(layer - 0.4, layer + 0.4, color="#ebebeb", lw=0, zorder=0)
+            ax.axvspan(layer - 0.4, layer + 0.4, color=BAND, lw=0, zorder=0)
     return fig
-
-
-def plot_causal(table: pd.DataFrame) -> Figure:
-    """How often the answer is the donor's, and how often its own, by where the donor's states were put."""
-    table = table.assign(variant=table["variant"].replace(CAUSAL), whose=table["outcome"].map(CAUSAL))
-    title = "Put another unit's states into the source: whose value does the answer say?"
-    return rows(table, "variant", "share", color="condition", panel="whose", xlabel="share of answers", title=title)

@@ -9,14 +9,13 @@ They take frames as `verdict`, `compare` and `load_curve` give them, and never s
 
 from __future__ import annotations
 
-import math
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bridgekit.config import CONDITIONS
-from bridgekit.results.draw import INK, check_frame, lines, list_rows, open_panels, paper_figure, rows
-from bridgekit.results.style import COLORS, COLUMN, HATCHES, PAGE, words
+from bridgekit.results.draw import INK, check_frame, finish_figure, lines, list_rows, open_panels, paper_figure, rows
+from bridgekit.results.style import COLORS, COLUMN, DASH, HATCHES, PAGE, words
 from bridgekit.runs import load_jsonl
 
 if typing.TYPE_CHECKING:
@@ -38,14 +37,14 @@ AXES = {  # axis of a study: (x, label of x)
     "compression": ("n_soft_tokens", "soft tokens in a message"),
     "capacity": ("n_soft_tokens", "soft tokens in a message"),
 }
-CAPACITY = {  # column: panel
-    "recovery": "right value, of told",
-    "in_message": "any value of the message",
-    "bits_per_token": "bits per soft token",
+CAPACITY = {  # panel: columns of the value and its interval
+    "right value, of told": ("point", "low", "high"),
+    "any value of the message": ("in_message", "in_message_low", "in_message_high"),
+    "bits per soft token": ("bits_per_token", "bits_per_token_low", "bits_per_token_high"),
 }
 
 
-def load_curve(metrics: list[dict] | str | Path) -> pd.DataFrame:
+def load_curve(metrics: str | Path) -> pd.DataFrame:
     """The validation accuracies of metrics.jsonl with Wilson intervals, for `plot_accuracy_curve`.
 
     The interval's n is `n_effective` where the line has one, else the number of units: problems of one unit
@@ -56,19 +55,14 @@ def load_curve(metrics: list[dict] | str | Path) -> pd.DataFrame:
 
     from bridgekit.results.statistics import wilson
 
-    if not isinstance(metrics, list):
-        path, broken = Path(metrics), []
-        metrics = list(load_jsonl(path, broken)) if path.is_file() else []
-        if broken and broken[0] <= len(metrics):
-            raise ValueError(f"{path}:{broken[0]}: not JSON; restore the file, or give the rows that can be read")
+    broken: list[int] = []
+    lines_of = list(load_jsonl(metrics, broken)) if Path(metrics).is_file() else []
+    if broken and broken[0] <= len(lines_of):
+        raise ValueError(f"{metrics}:{broken[0]}: not JSON; restore the file")
     found = []
-    for step, result in sorted({line["step"]: line["eval"] for line in metrics if "eval" in line}.items()):
-        if "n" not in result:
-            raise ValueError(f"metrics: the evaluation at step {step} has no n, so no interval can be drawn")
+    for step, result in sorted({line["step"]: line["eval"] for line in lines_of if "eval" in line}.items()):
         size = result.get("n_effective") or result.get("n_units") or result["n"]
         for name in [c for c in CONDITIONS if c in result]:
-            if not math.isfinite(result[name]):
-                raise ValueError(f"metrics: {name} at step {step} is {result[name]}, so the curve has a hole")
             low, high = wilson(result[name] * size, size)
             row = {"step": step, "condition": name, "point": result[name], "low": low, "high": high}
             found.append(row | {"n": result["n"], "n_units": result.get("n_units")})
@@ -77,28 +71,22 @@ def load_curve(metrics: list[dict] | str | Path) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def as_points(frame: pd.DataFrame, name: str) -> pd.DataFrame:
-    """The frame with its measured column (`accuracy`, `difference`, ...) under the name `point`."""
-    return frame if "point" in frame else frame.rename(columns={name: "point"})
+def plot_losses(steps: Sequence[Mapping], title: str = "The losses of training") -> Figure:
+    """A panel for each loss, its value over steps: `steps` are dicts {loss: value}, which may name their `step`."""
+    import pandas as pd
 
-
-def check_conditions(needed: Iterable[str], present: Iterable[str], what: str) -> None:
-    """Refuse the first name that is no condition at all or was not evaluated."""
-    present = list(dict.fromkeys(present))
-    for name in (*needed, *present):
-        if name not in CONDITIONS:
-            raise ValueError(f"{what}: '{name}' is not a condition (they are: {', '.join(CONDITIONS)})")
-        if name not in present:
-            raise ValueError(f"{what}: no rows for condition '{name}' (there are: {', '.join(present)})")
+    table = pd.DataFrame(steps, dtype=float)
+    table = table if "step" in table else table.assign(step=range(1, len(table) + 1))
+    table = table.melt("step", var_name="loss", value_name="value").dropna()
+    look = {"xlabel": "training step", "title": title, "width": PAGE, "height": 1.15, "sharey": False}
+    return lines(table, "step", "value", panel="loss", **look)
 
 
 def plot_accuracy_curve(curve: pd.DataFrame, title: str = "Accuracy during training") -> Figure:
     """Accuracy over steps, from `load_curve`; conditions that never change are level lines; optional column seed."""
-    curve = as_points(curve, "accuracy")
-    check_conditions(["bridged"] if len(curve) else [], curve["condition"], "accuracy curve")
     moves = curve.groupby("condition")["point"].transform("nunique").gt(1) | curve["condition"].eq("bridged")
-    level = curve[~moves].drop_duplicates("condition")
-    levels = dict(zip(level["condition"], level[["point", "low", "high"]].itertuples(index=False), strict=True))
+    level = curve[~moves].groupby("condition", sort=False)[["point", "low", "high"]].first()
+    levels = dict(zip(level.index, level.itertuples(index=False, name=None), strict=True))
     look = {"xlabel": "training step", "ylabel": "accuracy on validation", "title": title, "height": 2.0}
     return lines(curve[moves], "step", color="condition", ends=True, references=levels, **look)
 
@@ -112,40 +100,30 @@ def plot_conditions(
     """
     if subset not in set(table["subset"]):
         raise ValueError(f"conditions: no subset '{subset}' (there are: {', '.join(table['subset'].unique())})")
-    table = as_points(table[table["subset"] == subset], "accuracy")
-    check_conditions((), table["condition"], f"conditions, {subset}")
+    table = table[table["subset"] == subset]
     target = table[table["condition"] == "target"].to_dict("records")
-    levels = {(row[panel], "target") if panel else "target": row["point"] for row in target}
-    xlabel = f"accuracy, {words(subset)}".replace("\n", " ")
-    numbers = "point" if panel else "interval"
-    return rows(table, "condition", panel=panel, numbers=numbers, references=levels, title=title, xlabel=xlabel)
+    levels = {(row[panel], "target") if panel else "target": row["accuracy"] for row in target}
+    look = {"xlabel": f"accuracy, {words(subset)}".replace("\n", " "), "numbers": "point" if panel else "interval"}
+    return rows(table, "condition", "accuracy", panel=panel, references=levels, title=title, **look)
 
 
-def plot_groups(table: pd.DataFrame, conditions: Sequence[str] = ()) -> Figure:
+def plot_groups(table: pd.DataFrame) -> Figure:
     """The conditions that matter by what the models know, a panel for each group of `conditions_table`."""
-    subsets = [s for s in GROUP_SUBSETS if s in set(table["subset"])]
-    if not subsets:
+    table = table[table["condition"].isin(GROUP_CONDITIONS) & table["subset"].isin(GROUP_SUBSETS)]
+    if table.empty:
         raise ValueError("groups: no knowledge group in this table; a task without units has none")
-    shown = list(conditions or [c for c in GROUP_CONDITIONS if c in set(table["condition"])])
-    table = as_points(table[table["condition"].isin(shown) & table["subset"].isin(subsets)], "accuracy")
-    for subset, part in table.groupby("subset"):
-        check_conditions(shown, part["condition"], f"groups, {subset}")
-    table = table.sort_values("subset", key=lambda names: names.map(subsets.index), kind="stable")
+    table = table.sort_values("subset", key=lambda names: names.map(GROUP_SUBSETS.index), kind="stable")
     title = "Who answers right, by which model knows the fact?"
-    return rows(table, "condition", panel="subset", xlabel="accuracy", title=title)
+    return rows(table, "condition", "accuracy", panel="subset", xlabel="accuracy", title=title)
 
 
 def plot_differences(differences: pd.DataFrame) -> Figure:
-    """The comparisons of a verdict (`differences()`), a panel for each set of problems, a mark for each seed."""
-    table = as_points(differences, "difference").rename(columns={"n_clusters": "n_units"})
-    table["control"] = table["b"].map(words) if "b" in table else table["label"]
-    table["block"] = table["subset"].map(words).str.replace("\n", " ") if "subset" in table else ""
-    first = {words(name) for name in table.get("a", ())}
-    what = f"accuracy of {first.pop()} minus that of the control" if len(first) == 1 else "difference in accuracy"
-    full = ("holds", "shown to be better", "not shown")
-    look = {"signed": True, "stack": True, "xlabel": what}
-    title = "Does the bridge beat its controls?"
-    return rows(table, "control", color="bridged", panel="block", fill=full, title=title, **look)
+    """The comparisons of a verdict (`differences()`), a row for each control and set of problems."""
+    places = ["" if subset == "all" else f",\n{words(subset)} problems" for subset in differences["subset"]]
+    table = differences.assign(against=differences["control"].map(words) + places)
+    look = {"signed": True, "xlabel": "accuracy of bridged minus that of the control"}
+    look |= {"fill": ("holds", "shown to be better", "not shown"), "title": "Does the bridge beat its controls?"}
+    return rows(table, "against", color="bridged", **look)
 
 
 def plot_forest(compared: pd.DataFrame, title: str = "What does each change do?") -> Figure:
@@ -153,19 +131,16 @@ def plot_forest(compared: pd.DataFrame, title: str = "What does each change do?"
 
     Full marks differ by Holm's p over the whole table; inside the grey band nothing could have been found.
     """
-    check_frame(compared, "difference", ["variant", "subset", "smallest_effect", "adjusted_p"], "forest")
-    table = as_points(compared, "difference").reset_index(drop=True)
-    copies = table.get("replicates", [""] * len(table))
-    names = table["label"] if "label" in table else table["variant"].map(words)
-    again = [f" (again {words(of)})" if isinstance(of, str) and of else "" for of in copies]
-    table["row"] = [name + copy for name, copy in zip(names, again, strict=True)]
-    reach = {subset: _reach(part) for subset, part in table.groupby("subset")}
-    seeds = "\N{EN DASH}".join(map(str, sorted({table["n_seeds"].min(), table["n_seeds"].max()})))
-    xlabel = f"accuracy, bridged, minus that of '{words(table['reference'].iloc[0])}' ({seeds} seeds)"
-    look = {"signed": True, "sharex": False, "xlim": {s: (-limit, limit) for s, limit in reach.items()}}
+    check_frame(compared, "point", ["variant", "subset", "smallest_effect"], "forest")
+    names = compared["label"] if "label" in compared else compared["variant"].map(words)
+    copies = [f" (again {words(of)})" if isinstance(of, str) and of else "" for of in compared["replicates"]]
+    reach = {subset: _reach(part) for subset, part in compared.groupby("subset")}
+    seeds = DASH.join(map(str, sorted({compared["n_seeds"].min(), compared["n_seeds"].max()})))
+    look = {"xlabel": f"accuracy, bridged, minus that of '{words(compared['reference'].iloc[0])}' ({seeds} seeds)"}
+    look |= {"signed": True, "sharex": False, "xlim": {s: (-limit, limit) for s, limit in reach.items()}}
     look |= {"fill": ("holds", "differs (Holm, p \N{LESS-THAN OR EQUAL TO} 0.05)", "no difference shown")}
-    look |= {"band": ("smallest_effect", "too small to be found (power 0.8)")}
-    return rows(table, "row", color="bridged", panel="subset", xlabel=xlabel, title=title, **look)
+    look |= {"band": ("smallest_effect", "too small to be found (power 0.8)"), "title": title}
+    return rows(compared.assign(row=names + copies), "row", color="bridged", panel="subset", **look)
 
 
 def _reach(part: pd.DataFrame) -> float:
@@ -174,9 +149,8 @@ def _reach(part: pd.DataFrame) -> float:
     One variant that ruins everything would press all others onto the line: it lies outside, and an arrow says where.
     """
     far = part.apply(lambda row: max(map(abs, [row["low"], row["high"], *row["by_seed"]])), axis=1)
-    within = part[far <= 6 * far.median()]
-    reach = max(0.01, far[within.index].max())
-    return min(1.08 * max(reach, within["smallest_effect"].max()), 1.5 * reach)
+    reach = max(0.01, far[far <= 6 * far.median()].max())
+    return min(1.08 * max(reach, part["smallest_effect"].max()), 1.5 * reach)
 
 
 def plot_curves(curves: pd.DataFrame, reference: str = "") -> Figure:
@@ -184,12 +158,11 @@ def plot_curves(curves: pd.DataFrame, reference: str = "") -> Figure:
     import pandas as pd
 
     names = curves["label"] if "label" in curves else curves["variant"].map(words)
-    table = as_points(curves, "accuracy").assign(line="bridged", panel=names)
-    first = table[table["variant"] == reference].groupby("step").agg("first").reset_index()
-    mean = table[table["variant"] == reference].groupby("step")["point"].mean().to_numpy()
-    first = first.assign(point=mean, low=mean, high=mean, line=f"mean of '{words(reference)}'")
-    others = table.loc[table["variant"] != reference, "panel"].unique() if len(first) else ()
-    table = pd.concat([table, *(first.assign(panel=panel) for panel in others)], ignore_index=True)
+    table = curves.assign(line="bridged", panel=names)
+    mean = table[table["variant"] == reference].groupby("step", as_index=False).mean(numeric_only=True)
+    mean = mean.assign(low=mean["point"], high=mean["point"], line=f"mean of '{words(reference)}'")
+    others = table.loc[table["variant"] != reference, "panel"].unique()
+    table = pd.concat([table, *(mean.assign(panel=panel) for panel in others)], ignore_index=True)
     look = {"xlabel": "training step", "ylabel": "accuracy on\nvalidation", "width": PAGE, "height": 1.15}
     return lines(table, "step", color="line", panel="panel", title="Accuracy on validation during training", **look)
 
@@ -204,51 +177,41 @@ def plot_axis(frame: pd.DataFrame, axis: str) -> Figure:
     look = {"bars": True, "log_x": True, "xlabel": label}
     if axis != "capacity":
         look |= {"color": "producer", "panel": "producer", "ylabel": "recovered, of told"}
-        title = f"What the bridge recovers, by {label}"
-        return lines(as_points(frame, "recovery"), x, references={"target_told": 1.0}, title=title, **look)
-    frame = as_points(frame, "recovery").rename(
-        columns={"point": "recovery", "low": "recovery_low", "high": "recovery_high"}
-    )
+        return lines(frame, x, references={"target_told": 1.0}, title=f"What the bridge recovers, by {label}", **look)
     parts = []
-    for column, panel in CAPACITY.items():
-        values = {"point": frame[column], "low": frame[f"{column}_low"], "high": frame[f"{column}_high"]}
-        parts.append(frame[[x, "n_facts", "seed", "n", "n_units"]].assign(panel=panel, **values))
-    guess = {(CAPACITY["recovery"], n): 1 / n for n in sorted(frame["n_facts"].unique()) if n > 1}
-    shares = dict.fromkeys([CAPACITY["recovery"], CAPACITY["in_message"]], (-0.02, 1.04))
+    for panel, (point, low, high) in CAPACITY.items():
+        if point in frame:
+            parts.append(frame.assign(panel=panel, point=frame[point], low=frame[low], high=frame[high]))
+    told, named, _ = CAPACITY
+    look |= {"references": {(told, n): 1 / n for n in sorted(frame["n_facts"].unique()) if n > 1}, "width": PAGE}
+    look |= {"sharey": False, "ylim": dict.fromkeys([told, named], (-0.02, 1.04))}
     title = "How many facts does a message hold? (colour: facts in it; dotted: guessing among them)"
-    look |= {"references": guess, "sharey": False, "ylim": shares, "width": PAGE}
     return lines(pd.concat(parts), x, color="n_facts", panel="panel", title=title, **look)
 
 
 @paper_figure
 def plot_shares(frame: pd.DataFrame, y: str, looks: Mapping, xlabel: str, title: str, whole: bool = True) -> Figure:
     """A bar for each row, divided into counts or shares of the whole; `looks`: {column: (label, colour, hatch)}."""
-    import matplotlib.pyplot as plt
-
     if missing := [column for column in (y, *looks) if column not in frame]:
         raise ValueError(f"{title} no column '{missing[0]}' (there are: {', '.join(frame.columns)})")
-    counts = frame[list(looks)].reset_index(drop=True)
-    if counts.empty or not (counts >= 0).all(axis=None) or (counts.sum(axis=1) <= 0).any():
+    counts, sizes = frame[list(looks)].reset_index(drop=True), frame[list(looks)].sum(axis=1).to_numpy()
+    if counts.empty or not (counts >= 0).all(axis=None) or (sizes <= 0).any():
         raise ValueError(f"{title} a count is negative or missing, or a bar has no problem at all")
-    faces = {
-        name: {"fc": fc, "hatch": hatch, "ec": INK if fc != "#000000" else fc} for name, (_, fc, hatch) in looks.items()
-    }
-    handles = {looks[name][0]: plt.Rectangle((0, 0), 1, 1, lw=0.5, **face) for name, face in faces.items()}
-    fig, axes = open_panels(frame, None, [0.4 * len(frame)], title, handles, COLUMN)
-    ax, sizes = axes[None], counts.sum(axis=1)
+    panels = open_panels(frame)
+    ax, _ = panels[None]
+    list_rows(ax, [f"{label}\nn = {n:,}".strip() for label, n in zip(frame[y], sizes, strict=True)])
     for at, row in counts.iterrows():
-        left, total = 0.0, sizes[at] if whole else 1
-        for name, face in faces.items():
-            ax.barh(at, row[name] / total, 0.5, left, lw=0.5, gid=f"bar:{name}:{at}", **face)
-            narrow = row[name] / (total if whole else sizes.max()) < 0.026 * len(f"{row[name]:,}")
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0 if narrow else 0.85}
-            middle = left + row[name] / total / 2
-            if row[name]:
-                ax.text(middle, at - 0.39 * narrow, f"{row[name]:,}", ha="center", va="center", bbox=box)
-            left += row[name] / total
-    list_rows(ax, [f"{label}\nn = {n:,}".strip() for label, n in zip(frame[y], sizes, strict=True)], True, True)
+        scale, left = sizes[at] if whole else 1, 0.0
+        for name, (label, color, hatch) in looks.items():
+            share, text = row[name] / scale, f"{row[name]:,}" if row[name] else ""
+            face = {"fc": color, "hatch": hatch, "ec": INK, "lw": 0.5, "label": label}
+            ax.barh(at, share, 0.5, left, gid=f"bar:{name}:{at}", **face)
+            narrow = row[name] / (scale if whole else sizes.max()) < 0.026 * len(text)  # the number stands above it
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0 if narrow or not text else 0.85}
+            ax.text(left + share / 2, at - 0.39 * narrow, text, ha="center", va="center", bbox=box)
+            left += share
     ax.set(xlim=(0, 1) if whole else None, xlabel=xlabel)
-    return fig
+    return finish_figure(panels, title, "", COLUMN, 0.4 * len(counts))
 
 
 def plot_headroom(headroom: dict | pd.DataFrame) -> Figure:

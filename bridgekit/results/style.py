@@ -4,21 +4,19 @@
     save_figure(fig, "figures/conditions", table, inputs=["runs/x/eval_samples_step_final.jsonl"])
     format_share(0.9825), format_interval(0.9825, 0.976, 0.989), markdown(frame)
 
-One colour per condition, which means nothing else in any figure; other categories take their colours from `OTHER`,
-ordered ones from `ORDERED`, outcomes of a judgement have hatches (`OUTCOMES`). Each colour comes with a marker, so
-that a grey print can be read. Importing this module imports no plotting library.
+A condition's colour means nothing else in any figure; each comes with a marker, so that a grey print can be read.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import re
 import tempfile
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 
@@ -31,6 +29,7 @@ if typing.TYPE_CHECKING:
 
 STYLE_FILE = Path(__file__).with_name("paper.mplstyle")
 COLUMN, PAGE = 3.3, 6.9  # inches: one column of a two-column paper, and both
+DASH = "\N{EN DASH}"
 
 # The two models in ochre and blue, blues for what else the target reads as text, the bridge in the one strong
 # red, controls in greys, text relays in greens, what is computed from other columns in violets.
@@ -56,7 +55,7 @@ LABELS, COLORS, MARKERS, HATCHES, DASHES = ({c: _LOOK[c][i] for c in CONDITIONS}
 FAMILY_STARTS = ("bridged", "target_suffix", "zero", "relay_full")  # a thin rule goes above these rows
 OTHER = ("#8C2D6B", "#A8B83A", "#6B3A12", "#E58FC4", "#5A6B00", "#B5179E")  # categories that are no condition
 ORDERED = ("#F2A9D8", "#D65DB1", "#9C2A7F", "#4B1D3F")  # few light, many dark
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+_SHAPES = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
 OUTCOMES = {  # of a claim: (face, hatch); no colour, so that none is taken for a condition's
     "agrees": ("#FFFFFF", ""),
@@ -73,40 +72,36 @@ SUBSET_LABELS = {
     "target_only": "target-only",
     "both": "both know it",
 }
-WORDS = {
-    "seen": "seen units",
-    "held_unit": "held-out units",
-    "held_value": "held-out values",
-    "dit": "DiT",
-    "kv": "KV cache",
-    "prefix+residual": "prefix + residual",
-    "joint": "both digits",
-}
+NOVELTY_LABELS = {"seen": "seen units", "held_unit": "held-out units", "held_value": "held-out values"}
+WORDS = LABELS | SUBSET_LABELS | NOVELTY_LABELS | {"joint": "both digits"}
+CODES = {"dit": "DiT", "kv": "KV cache", "prefix+residual": "prefix + residual"}  # also within a longer name
 
 
 def words(name: object) -> str:
     """A code name as a reader should see it: `dit x prefix+residual, swapped` is `DiT × prefix + residual, swapped`."""
-    name = str(name)
-    known = LABELS | SUBSET_LABELS | WORDS
-    if name in known:
-        return known[name]
-    for code in ("prefix+residual", "dit", "kv"):
-        name = re.sub(rf"(?<![\w+]){re.escape(code)}(?![\w+])", WORDS[code], name)
-    return name.replace(" x ", " \N{MULTIPLICATION SIGN} ").replace("_", " ")
+    if name in WORDS:
+        return WORDS[name]
+    text = re.sub(r"[\w+]+", lambda code: CODES.get(code[0], code[0]), str(name))
+    return text.replace(" x ", " \N{MULTIPLICATION SIGN} ").replace("_", " ")
 
 
-def choose_looks(values: Iterable) -> dict[typing.Any, dict]:
-    """Colour, marker and dashes of each value: a condition has its own, numbers a scale, others stand in `OTHER`."""
-    values = list(dict.fromkeys(values))
-    numbers = len(values) > 1 and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
-    others = [v for v in (sorted(values) if numbers else values) if v not in COLORS]
-    palette = ORDERED if numbers else OTHER
+def choose_looks(frame: pd.DataFrame, color: str | None) -> dict[typing.Any, dict]:
+    """Colour, marker and dashes of each value of the column `color`, or of the one condition that `color` names.
+
+    A condition has its own, numbers stand on a scale, other values in `OTHER`; marks have a dark edge, so that pale
+    ones show in grey print.
+    """
+    if color is not None and color not in frame and color not in COLORS:
+        raise ValueError(f"color: '{color}' is neither a column nor a condition")
+    values = list(dict.fromkeys(frame[color])) if color in frame else [color]
+    others, palette = [value for value in values if value not in COLORS], OTHER
+    if len(others) > 1 and frame[color].dtype.kind in "iuf":
+        others, palette = sorted(others), ORDERED
     if len(others) > len(palette):
         raise ValueError(f"colour: {len(others)} values, but at most {len(palette)} can be told apart: use panels")
-    looks = {v: {"color": COLORS[v], "marker": MARKERS[v], "ls": DASHES[v]} for v in values if v in COLORS}
-    for i, value in enumerate(others):
-        looks[value] = {"color": palette[i], "marker": _MARKERS[i], "ls": _DASHES[i]}
-    return looks
+    looks = {value: (COLORS[value], MARKERS[value], DASHES[value]) for value in values if value in COLORS}
+    looks |= {value: look for value, *look in zip(others, palette, _SHAPES, _DASHES, strict=False)}
+    return {v: {"color": c, "mec": darken(c), "mew": 0.6, "marker": m, "ls": d} for v, (c, m, d) in looks.items()}
 
 
 def darken(colour: str) -> tuple[float, ...]:
@@ -116,68 +111,67 @@ def darken(colour: str) -> tuple[float, ...]:
     return tuple(0.62 * part for part in to_rgb(colour))
 
 
-@contextlib.contextmanager
-def use_style() -> Iterator[None]:
-    """Apply the paper style, and none of the user's own, inside a `with`."""
+def use_style() -> AbstractContextManager:
+    """The paper style, and none of the user's own, for a `with`."""
     import matplotlib.style
 
-    with matplotlib.style.context(STYLE_FILE, after_reset=True):
-        yield
+    return matplotlib.style.context(STYLE_FILE, after_reset=True)
 
 
 # Numbers as text
 
 
 def format_share(value: float, digits: int = 3, signed: bool = False) -> str:
-    """The one rounding of every table, figure and text: half to even, free of binary dust; zero has no sign."""
+    """The one rounding of every table, figure and text: half to even, free of binary dust; zero has no sign.
+
+    A count is written out.
+    """
     if not math.isfinite(value):
         return f"{value}"
+    if isinstance(value, int):
+        return f"{value:{'+' if signed else ''},}"
     exact = Decimal(f"{value:.9f}").quantize(Decimal(1).scaleb(-digits), ROUND_HALF_EVEN)
     return f"{abs(exact)}" if not exact else f"{exact:{'+' if signed else ''}}"
 
 
-def format_interval(point: float, low: float, high: float, digits: int = 3, signed: bool = False) -> str:
-    """`0.982 [0.976, 0.989]`."""
-    point, low, high = (format_share(value, digits, signed) for value in (point, low, high))
-    return f"{point} [{low}, {high}]"
+def format_interval(point: float, *ends: float, digits: int = 3, signed: bool = False) -> str:
+    """`0.982 [0.976, 0.989]`; without the interval's ends the point alone."""
+    point, *ends = (format_share(value, digits, signed) for value in (point, *ends))
+    return f"{point} [{', '.join(ends)}]" if ends else point
 
 
 def format_size(rows: pd.DataFrame) -> str:
     """`n = 2,000 on 760 units`; a range where rows differ, no units where questions are independent."""
-    text = f"n = {_range(rows['n'])}"
-    if "n_units" in rows and rows["n_units"].notna().all() and (rows["n_units"] != rows["n"]).any():
-        text += f" on {_range(rows['n_units'])} units"
-    return text
-
-
-def _range(values: pd.Series) -> str:
-    low, high = int(values.min()), int(values.max())
-    return f"{low:,}" if low == high else f"{low:,}\N{EN DASH}{high:,}"
+    if "n" not in rows:
+        return ""
+    columns = ["n", "n_units"] if "n_units" in rows else ["n"]
+    texts = [DASH.join(f"{n:,.0f}" for n in sorted({rows[c].min(), rows[c].max()})) for c in columns]
+    clustered = "n_units" in rows and rows["n_units"].notna().all() and (rows["n_units"] != rows["n"]).any()
+    return f"n = {texts[0]}" + (f" on {texts[1]} units" if clustered else "")
 
 
 def markdown(frame: pd.DataFrame, strong: str | None = None) -> str:
     """A frame of texts and numbers as a Markdown table; the row whose first cell is `strong` is bold."""
-    rows = [[_cell(value).replace("\n", " ") for value in row] for row in frame.itertuples(index=False)]
+    rows = [[_cell(value) for value in row] for row in frame.itertuples(index=False)]
     rows = [[f"**{cell}**" for cell in row] if row[0] == strong else row for row in rows]
-    head = [str(column).replace("\n", " ") for column in frame.columns]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    lines = [[_cell(column) for column in frame], ["---"] + ["---:"] * (frame.shape[1] - 1), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def latex(frame: pd.DataFrame, strong: str | None = None) -> str:
     """The same table for the paper (booktabs)."""
-    table = frame.map(_cell).rename(columns=lambda name: str(name).replace("\n", " "))
-    bold = table.apply(lambda row: row.iloc[0] == strong, axis=1)
-    marks = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "<": "$<$", "\N{EN DASH}": "--"})
-    table = table.map(lambda text: text.translate(marks)).rename(columns=lambda name: name.translate(marks))
-    table = table.where(~bold, table.map(lambda text: rf"\textbf{{{text}}}"), axis=0)
+    marks = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "<": "$<$", DASH: "--"})
+    table = frame.map(_cell, marks=marks).rename(columns=lambda name: _cell(name, marks))
+    bold = (frame.iloc[:, 0] == strong).to_numpy()
+    table[bold] = r"\textbf{" + table[bold] + "}"
     return table.to_latex(index=False, column_format="l" + "r" * (table.shape[1] - 1))
 
 
-def _cell(value: object) -> str:
+def _cell(value: object, marks: dict | None = None) -> str:
     if value is None or value != value:
-        return "\N{EN DASH}"
-    return format_share(value) if isinstance(value, float) else str(value)
+        value = DASH
+    text = format_share(value) if isinstance(value, float) else str(value).replace("\n", " ")
+    return text.translate(marks or {})
 
 
 # Saving
@@ -189,8 +183,7 @@ def save_figure(fig: Figure, path_without_suffix: str | Path, data: pd.DataFrame
     The bytes depend on the figure and the data alone. Input names are relative to the sidecar, so that a run
     folder can be moved. All four files are complete before the first of them replaces an old one.
     """
-    base = Path(path_without_suffix)
-    suffixes = (".pdf", ".png", ".csv", ".json")
+    base, suffixes = Path(path_without_suffix), (".pdf", ".png", ".csv", ".json")
     if base.suffix in suffixes:
         raise ValueError(f"{base}: leave '{base.suffix}' off; {', '.join(suffixes)} are all written")
     if data.empty:
@@ -199,22 +192,13 @@ def save_figure(fig: Figure, path_without_suffix: str | Path, data: pd.DataFrame
         if not Path(file).is_file():
             raise ValueError(f"{base}: input {file} does not exist, so the figure cannot be traced to it")
     base.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{base.name}.", dir=base.parent) as folder:
-        parts = [Path(folder, base.name + suffix) for suffix in suffixes]
-        pdf, png, csv, sidecar = parts
-        with use_style():
-            fig.savefig(pdf, metadata={"Creator": "bridgekit", "Producer": None, "CreationDate": None})
-            fig.savefig(png, metadata={"Software": None})
+    with tempfile.TemporaryDirectory(prefix=f".{base.name}.", dir=base.parent) as folder, use_style():
+        parts = pdf, png, csv, sidecar = [Path(folder, base.name + suffix) for suffix in suffixes]
+        fig.savefig(pdf, metadata={"Creator": "bridgekit", "Producer": None, "CreationDate": None})
+        fig.savefig(png, metadata={"Software": None})
         data.to_csv(csv, index=False, float_format="%.10g", lineterminator="\n", encoding="utf-8")
-        facts = {
-            "figure": base.name,
-            "data": {"name": csv.name, "rows": len(data), "sha256": hash_file(csv)},
-            "inputs": [
-                {"name": Path(os.path.relpath(file, base.parent)).as_posix(), "sha256": hash_file(file)}
-                for file in inputs
-            ],
-        }
+        names = {Path(os.path.relpath(file, base.parent)).as_posix(): hash_file(file) for file in inputs}
+        facts = {"figure": base.name, "data": {"name": csv.name, "rows": len(data), "sha256": hash_file(csv)}}
+        facts["inputs"] = [{"name": name, "sha256": digest} for name, digest in names.items()]
         sidecar.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        for part in parts:
-            os.replace(part, base.parent / part.name)
-    return [base.parent / part.name for part in parts]
+        return [part.replace(base.parent / part.name) for part in parts]
