@@ -33,8 +33,7 @@ from bridgekit.config import (
 )
 from bridgekit.runner import SLOTS_PER_GPU, is_done, prepare_folder, run_planned
 from bridgekit.runs import lock_run, project_root, same_run  # noqa: F401 (same_run: its former place)
-from bridgekit.tasks import check_inputs
-from bridgekit.tasks.positions import check_positions, measure_prompts
+from bridgekit.tasks import check_inputs, check_positions, measure_prompts
 
 REPLICATE_SHIFT = 100
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

@@ -12,7 +12,7 @@ from conftest import TINY
 from bridgekit.config import ConfigError, load_config, to_flat
 from bridgekit.runs import create_run, same_run, write_status
 from bridgekit.study import Study, load_study, measure_headroom, plan_study, plan_swap, swept_keys
-from bridgekit.tasks.positions import check_positions, measure_prompts
+from bridgekit.tasks import check_positions, measure_prompts
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "parameters" / "studies").glob("*.yaml"))

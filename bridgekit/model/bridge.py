@@ -22,27 +22,31 @@ import torch
 from torch import nn
 
 from bridgekit.config import Config, ConfigError, dump_config
+from bridgekit.extend import describe_place, load_checked
 from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import Dropout, Injector, Message
 from bridgekit.model.producers import PRODUCERS
 from bridgekit.runs import write_bytes_atomic
 
+PARTS = {"producer": PRODUCERS, "injector": INJECTORS}
+
 
 class Bridge(nn.Module):
     """Optional source projection, producer, injector; soft tokens are brought to the target's embedding size."""
 
-    def __init__(self, producer: nn.Module, injector: Injector, source_width: int, projection: bool, rms: float | None):
+    def __init__(self, producer: nn.Module, injector: Injector, config: Config, source_width: int, rms: float):
         super().__init__()
-        self.producer = producer
-        self.injector = injector
-        self.rms = rms  # None: leave the size free
-        self.projection = nn.Linear(source_width, source_width, bias=False) if projection else None
-        if projection:
+        settings = config.bridge
+        self.producer, self.injector, self.projection = producer, injector, None
+        if settings.source_projection and settings.producer != "constant":
+            self.projection = nn.Linear(source_width, source_width, bias=False)
             nn.init.eye_(self.projection.weight)
         for salt, module in enumerate((m for m in self.modules() if isinstance(m, Dropout)), start=1):
             module.salt = salt
-        self.per_source_token = False  # as many message tokens as source tokens: those share their mask
-        self.metadata: dict[str, str] = {}  # saved with the weights
+        self.rms = rms if settings.rms_match else None  # None: leave the size free
+        self.per_source_token = settings.n_soft_tokens == -1  # then message and source tokens share their mask
+        digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]  # saved with the weights:
+        self.metadata = {"config": digest, "producer": settings.producer, "injector": settings.injector}
 
     def encode(self, states, mask, seeds, *, alignment=None, teacher=None, want_attention: bool = False) -> Message:
         """states (B, S, L, D_s), mask (B, S), seeds (B,) of all randomness -> Message.
@@ -60,11 +64,11 @@ class Bridge(nn.Module):
     def produce(self, states, mask, seeds, teacher=None, want_attention: bool = False) -> Message:
         """What the producer makes, at its own size; it is given what its `forward` accepts. (B, S, L, D_s), (B, S)"""
         rest = {"seeds": seeds, "teacher": teacher, "want_attention": want_attention}
-        states = states.float().flatten(2) if self.projection is None else self.projection(states.float().flatten(2))
-        accepted = inspect.signature(self.producer.forward).parameters.values()
-        if not any(p.kind == p.VAR_KEYWORD for p in accepted):
-            rest = {k: v for k, v in rest.items() if k in {p.name for p in accepted}}
-        message = self.producer(states, mask, **rest)
+        accepted = inspect.signature(self.producer.forward).parameters
+        if not any(p.kind == p.VAR_KEYWORD for p in accepted.values()):
+            rest = {name: value for name, value in rest.items() if name in accepted}
+        states = states.float().flatten(2)
+        message = self.producer(states if self.projection is None else self.projection(states), mask, **rest)
         if isinstance(message, torch.Tensor) and message.ndim == 3:
             real = mask[:, : message.shape[1]] if self.per_source_token else mask.new_ones(message.shape[:2])
             message = Message(message, real)
@@ -77,31 +81,23 @@ class Bridge(nn.Module):
 
 def load_part(config: Config, kind: str, code_dir: Path | None = None) -> tuple[type, dict]:
     """The class of the bridge's `producer` or `injector`, and the options it is built with."""
-    known, name = {"producer": PRODUCERS, "injector": INJECTORS}[kind], getattr(config.bridge, kind)
-    if name in known:
-        return known[name], {}
-    from bridgekit.extend import load_checked
-
-    return load_checked(config, f"bridge.{kind}", code_dir)
+    name = getattr(config.bridge, kind)
+    return (PARTS[kind][name], {}) if name in PARTS[kind] else load_checked(config, f"bridge.{kind}", code_dir)
 
 
 def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_dir: Path | None = None) -> Bridge:
     """A fresh bridge from `n_layers` captured layers of width `source_dim` to a target LanguageModel, on its device.
 
     `code_dir` is a finished run's own copy of a user's files. A user's part is tried before it is trained."""
-    (producer, options), (injector, more) = (load_part(config, kind, code_dir) for kind in ("producer", "injector"))
-    with blame("producer", producer):
-        made = producer(config.bridge, n_layers, source_dim, target.hidden_size, **options)
-    with blame("injector", injector):
-        brought = injector(config.bridge, target, **more)
-    rms = target.embedding_rms if config.bridge.rms_match else None
-    projection = config.bridge.source_projection and config.bridge.producer != "constant"
-    bridge = Bridge(made, brought, n_layers * source_dim, projection, rms).to(target.device)
-    bridge.per_source_token = config.bridge.n_soft_tokens == -1
-    digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]
-    bridge.metadata = {"config": digest, "producer": config.bridge.producer, "injector": config.bridge.injector}
-    if producer not in PRODUCERS.values() or injector not in INJECTORS.values():
-        try_bridge(bridge, config.bridge.n_soft_tokens, n_layers, source_dim, target)
+    given = {"producer": (n_layers, source_dim, target.hidden_size), "injector": (target,)}
+    loaded = {kind: load_part(config, kind, code_dir) for kind in PARTS}
+    parts = []
+    for kind, (part, options) in loaded.items():
+        with blame(kind, part):
+            parts.append(part(config.bridge, *given[kind], **options))
+    bridge = Bridge(*parts, config, n_layers * source_dim, target.embedding_rms).to(target.device)
+    if any(part not in PARTS[kind].values() for kind, (part, _) in loaded.items()):
+        try_bridge(bridge, (5, n_layers, source_dim), config.bridge.n_soft_tokens, target)
     return bridge
 
 
@@ -120,54 +116,53 @@ def blame(kind: str, part: type) -> Iterator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        from bridgekit.extend import describe_place
-
         why = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"bridge.{kind}: {describe_place(part)}: {' '.join(why.split())[:300]}") from error
 
 
-def try_bridge(bridge: Bridge, n_soft_tokens: int, n_layers: int, source_dim: int, target) -> None:
-    """Refuse a bridge that cannot be trained, in one line: two questions of 5 and 3 random states go through it."""
-    device, places = target.device, torch.arange(5, device=target.device)
-    states = torch.randn(2, 5, n_layers, source_dim, generator=torch.Generator().manual_seed(0)).to(device)
+def require(holds: bool, why: str) -> None:
+    if not holds:
+        raise Fault(why)
+
+
+def try_bridge(bridge: Bridge, shape: tuple[int, int, int], n_soft_tokens: int, target) -> None:
+    """Refuse a bridge that cannot be trained: two questions of 5 and 3 random states (S, L, D_s) go through it."""
+    device, places = target.device, torch.arange(5, device=target.device).expand(2, -1)
     mask = places < torch.tensor([[5], [3]], device=device)
-    states, seeds, spans = states * mask[..., None, None], mask.sum(1), torch.stack([places, places + 1], -1)
-    k = 5 if n_soft_tokens == -1 else n_soft_tokens
+    states = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device) * mask[..., None, None]
+    k, seeds = 5 if n_soft_tokens == -1 else n_soft_tokens, mask.sum(1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         with blame("producer", type(bridge.producer)), torch.no_grad():
             message = bridge.eval().produce(states, mask, seeds)
             check_message(message, (2, k, target.hidden_size))
             alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
-            if not torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4):
-                raise Fault("its tokens change with the batch: leave out padding (`mask`), draw by `seeds`")
+            same = torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4)
+            require(same, "its tokens change with the batch: leave out padding (`mask`), draw by `seeds`")
         with blame("injector", type(bridge.injector)), torch.enable_grad():
-            message = bridge.train().encode(states, mask, seeds, alignment=spans.expand(2, -1, -1))
-            soft, embeds = bridge.injector.soft(message), target.embed(places.expand(2, -1))
+            message = bridge.train().encode(states, mask, seeds, alignment=torch.stack([places, places + 1], -1))
+            soft, embeds = bridge.injector.soft(message), target.embed(places)
             embeds = embeds if soft is None else torch.cat([soft.tokens.to(target.dtype), embeds], 1)
             with bridge.injector.attach(target, lambda: message):
                 hidden = target.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state.float()
-            if not hidden.isfinite().all():
-                raise Fault("the target's hidden states are not finite with its message")
+            require(hidden.isfinite().all(), "the target's hidden states are not finite with its message")
             if hidden.requires_grad:
                 hidden.abs().sum().backward()
     with blame("producer", type(bridge.producer)):
-        if not any(p.grad is not None and p.grad.any() for p in bridge.parameters()):
-            raise Fault("no gradient reaches a parameter: make tokens from `states` by parameters")
+        reached = any(p.grad is not None and p.grad.any() for p in bridge.parameters())
+        require(reached, "no gradient reaches a parameter: make tokens from `states` by parameters")
     bridge.zero_grad(set_to_none=True)
 
 
 def check_message(message: Message, wanted: tuple[int, int, int]) -> None:
     """Refuse what is not a message of tokens of the wanted shape (B, K, D_t)."""
-    if not isinstance(message, Message):
-        found = tuple(message.shape) if isinstance(message, torch.Tensor) else type(message).__name__
-        raise Fault(f"returned {found}, wanted a Message or tokens {wanted}")
+    found = tuple(message.shape) if isinstance(message, torch.Tensor) else type(message).__name__
+    require(isinstance(message, Message), f"returned {found}, wanted a Message or tokens {wanted}")
     tokens, mask = message.tokens, message.mask
-    if tokens.shape != wanted or not tokens.is_floating_point():
-        raise Fault(f"returned tokens {tuple(tokens.shape)} of {tokens.dtype}, wanted {wanted} of torch.float32")
-    if mask.shape != wanted[:2] or mask.dtype != torch.bool:
-        raise Fault(f"returned a mask {tuple(mask.shape)} of {mask.dtype}, wanted {wanted[:2]} of torch.bool")
-    if not tokens.isfinite().all():
-        raise Fault("returned tokens with NaN or infinite numbers")
+    found, fits = f"{tuple(tokens.shape)} of {tokens.dtype}", tokens.shape == wanted and tokens.is_floating_point()
+    require(fits, f"returned tokens {found}, wanted {wanted} of torch.float32")
+    found, fits = f"{tuple(mask.shape)} of {mask.dtype}", mask.shape == wanted[:2] and mask.dtype == torch.bool
+    require(fits, f"returned a mask {found}, wanted {wanted[:2]} of torch.bool")
+    require(tokens.isfinite().all(), "returned tokens with NaN or infinite numbers")
 
 
 # ---- on disk ------------------------------------------------------------------------------------------------------

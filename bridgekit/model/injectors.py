@@ -6,6 +6,7 @@ Shapes: B batch, T target places, K message tokens, P places of the literal prom
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from torch import nn
 from bridgekit.config import ConfigError
 from bridgekit.model.message import Injector, Message, Soft
 from bridgekit.model.pair import parse_layers
-from bridgekit.model.producers import Attention
+from bridgekit.model.producers import Attention, average_spans
 
 GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
 MAX_AUTO_LAYERS = 8
@@ -22,11 +23,8 @@ MAX_AUTO_LAYERS = 8
 class Prefix(Injector):
     """Soft tokens in the target's prompt; the target itself is left as it is."""
 
-    def __init__(self, config, target):
-        super().__init__()
-
     def soft(self, message: Message) -> Soft:
-        return Soft(message.tokens, message.mask)
+        return message
 
 
 class Gate(nn.Module):
@@ -45,16 +43,15 @@ class Reading(nn.Module):
 
     def __init__(self, config, width: int):
         super().__init__()
-        self.norm_hidden = nn.LayerNorm(width)
-        self.norm_message = nn.LayerNorm(width)
-        self.attend = Attention(config.bridge_dim, config.heads, config.dropout, width, width)
+        self.norm_hidden, self.norm_message = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attend = Attention(config.bridge_dim, config.heads, config.dropout, width)
         self.gate = Gate()
 
     def forward(self, hidden, message: Message):
-        """(B, T, D_t) -> what is added to it, (B, T, D_t)"""
-        own, tokens = self.norm_hidden(hidden.float()), self.norm_message(message.tokens)
-        update, _ = self.attend(own, tokens, message.mask, seeds=message.seeds)
-        return (self.gate() * update).to(hidden.dtype)
+        """(B, T, D_t) -> with what the message adds, (B, T, D_t)"""
+        queries, tokens = self.norm_hidden(hidden.float()), self.norm_message(message.tokens)
+        update, _ = self.attend(queries, tokens, message.mask, message.seeds)
+        return hidden + (self.gate() * update).to(hidden.dtype)
 
 
 class Residual(Injector):
@@ -67,24 +64,20 @@ class Residual(Injector):
 
     @contextmanager
     def attach(self, target, current: Callable[[], Message]) -> Iterator[None]:
+        def add(reading, module, inputs, hidden):
+            return reading(hidden, current())
+
         with ExitStack() as hooks:
             for index, reading in zip(self.layers, self.readings, strict=True):
-
-                def add(module, inputs, hidden, reading=reading):
-                    return hidden + reading(hidden, current())
-
-                hooks.callback(target.layers[index].register_forward_hook(add).remove)
+                hooks.callback(target.layers[index].register_forward_hook(partial(add, reading)).remove)
             yield
 
     def gates(self) -> dict[str, float]:
         return {f"layer{i}": r.gate().item() for i, r in zip(self.layers, self.readings, strict=True)}
 
 
-class PrefixAndResidual(Residual):
+class PrefixAndResidual(Prefix, Residual):
     """The same message twice: as soft tokens, and through gated cross-attention."""
-
-    def soft(self, message: Message) -> Soft:
-        return Soft(message.tokens, message.mask)
 
 
 class Fuser(nn.Module):
@@ -93,9 +86,8 @@ class Fuser(nn.Module):
     def __init__(self, config, width: int, cache_width: int):
         super().__init__()
         self.norm_own, self.norm_message = nn.LayerNorm(cache_width), nn.LayerNorm(width)
-        self.mix = nn.Sequential(
-            nn.Linear(cache_width + width, config.bridge_dim), nn.GELU(), nn.Linear(config.bridge_dim, cache_width)
-        )
+        dim = config.bridge_dim
+        self.mix = nn.Sequential(nn.Linear(cache_width + width, dim), nn.GELU(), nn.Linear(dim, cache_width))
         self.gate = Gate()
 
     def forward(self, own, aligned):
@@ -116,42 +108,37 @@ class CacheFusion(Injector):
     def __init__(self, config, target):
         super().__init__()
         self.layers = pick_inject_layers(config.inject_layers, target.n_layers)
-        if not all(hasattr(getattr(target.layers[i], "self_attn", None), "k_proj") for i in self.layers):
+        projections = [getattr(getattr(target.layers[i], "self_attn", None), "k_proj", None) for i in self.layers]
+        if None in projections:
             kind = target.model.config.model_type
             raise ConfigError(f"bridge.injector: kv needs layers with self_attn.k_proj, {kind} has none: use residual")
-        shape = target.model.config
-        head = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
-        width = head * shape.num_key_value_heads
         for name in ("keys", "values"):
-            self.add_module(name, nn.ModuleList(Fuser(config, target.hidden_size, width) for _ in self.layers))
+            fusers = (Fuser(config, target.hidden_size, projection.out_features) for projection in projections)
+            self.add_module(name, nn.ModuleList(fusers))
 
     @contextmanager
     def attach(self, target, current: Callable[[], Message]) -> Iterator[None]:
-        placed: dict[str, torch.Tensor] = {}  # in the prompt's pass: each place's message token, and whether it has one
+        aligned: list[torch.Tensor] = []  # in the prompt's pass: each place's message token, and whether it has one
 
         def look(module, inputs, options):
             """Before each pass: which message token belongs to each place; nothing while decoding."""
-            cache = options.get("past_key_values")
-            if cache is not None and cache.get_seq_length() > 0:
-                placed.clear()
-                return
-            embeds, places = options["inputs_embeds"], options.get("position_ids")
-            if places is None:  # right-padded: a place is its index
-                places = torch.arange(embeds.shape[1], device=embeds.device)[None].expand(len(embeds), -1)
-            placed["tokens"], placed["found"] = align_message(current(), places)
+            cache, places = options.get("past_key_values"), options.get("position_ids")
+            aligned.clear()
+            if cache is None or cache.get_seq_length() == 0:
+                if places is None:  # right-padded: a place is its index
+                    rows, width, _ = options["inputs_embeds"].shape
+                    places = torch.arange(width, device=target.device).expand(rows, -1)
+                aligned.extend(align_message(current(), places))
+
+        def fuse(fuser, module, inputs, own):
+            return own + fuser(own, aligned[0]) * aligned[1][..., None].to(own.dtype) if aligned else own
 
         with ExitStack() as hooks:
             hooks.callback(target.decoder.register_forward_pre_hook(look, with_kwargs=True).remove)
             for index, keys, values in zip(self.layers, self.keys, self.values, strict=True):
                 attention = target.layers[index].self_attn
                 for module, fuser in ((attention.k_proj, keys), (attention.v_proj, values)):
-
-                    def fuse(module, inputs, own, fuser=fuser):
-                        if not placed:
-                            return own
-                        return own + fuser(own, placed["tokens"]) * placed["found"][..., None].to(own.dtype)
-
-                    hooks.callback(module.register_forward_hook(fuse).remove)
+                    hooks.callback(module.register_forward_hook(partial(fuse, fuser)).remove)
             yield
 
     def gates(self) -> dict[str, float]:
@@ -165,16 +152,10 @@ def align_message(message: Message, places: torch.Tensor) -> tuple[torch.Tensor,
     `message.alignment` (B, P, 2) gives each place's first message token and the one after its last."""
     if message.alignment is None:
         raise ValueError("this injector needs a token alignment between the source's and the target's prompts")
-    spans, n_places = message.alignment, message.alignment.shape[1]
-    start, end = spans.gather(1, places.clamp(max=n_places - 1)[..., None].expand(-1, -1, 2)).unbind(-1)
-    found = (places < n_places) & (end > start)
-    tokens = message.tokens.float() * message.mask[..., None]
-    total = torch.cat([torch.zeros_like(tokens[:, :1]), tokens.cumsum(1)], 1)  # sums of the first k tokens
-
-    def upto(index):
-        return total.gather(1, index[..., None].expand(-1, -1, total.shape[-1]))
-
-    return (upto(end) - upto(start)) / (end - start).clamp(min=1)[..., None], found
+    n = message.alignment.shape[1]
+    spans = message.alignment.gather(1, places.clamp(max=n - 1)[..., None].expand(-1, -1, 2))
+    start, end = spans.unbind(-1)
+    return average_spans(message.tokens, message.mask, start, end), (places < n) & (end > start)
 
 
 def pick_inject_layers(wanted: str, n_layers: int) -> tuple[int, ...]:

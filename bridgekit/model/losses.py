@@ -27,13 +27,7 @@ def kl_slice(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, f
     return (divergence * mask).sum(), mask.sum()
 
 
-def prompt_alignment(
-    tokens: torch.Tensor,
-    mask: torch.Tensor,
-    embeds: torch.Tensor,
-    embeds_mask: torch.Tensor,
-    reduce: Callable[[Total], Total] = lambda total: total,
-) -> Total:
+def prompt_alignment(tokens, mask, embeds, embeds_mask, reduce: Callable[[Total], Total] = lambda own: own) -> Total:
     """Squared distance of soft tokens from the teacher's embeddings at the same place, in units of their size.
 
     The shorter of the two is padded, and only places real in both count. (B, K, D), (B, K), (B, P, D), (B, P).

@@ -4,10 +4,9 @@
     soft = bridge.injector.soft(message)                 # soft tokens to put into the prompt, or None
     with bridge.injector.attach(target, current): ...    # what else it does to the target, at every step
 
-`current()` gives the message of the rows that are in the batch now: decoding drops rows that have ended. Training,
-generation and evaluation use only these three lines, so any producer works with any injector. All randomness of a
-bridge (noise, dropout) is a function of each example's seed, so that batches, processes and devices change nothing.
-Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K soft tokens, P target places.
+`current()` gives the message of the rows that are in the batch now: decoding drops rows that have ended. All noise and
+dropout of a bridge is a function of each example's seed, so that batches, processes and devices change nothing.
+Shapes: B batch, S source tokens, D_t target hidden size, K soft tokens, P target places.
 """
 
 import math
@@ -18,23 +17,19 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-MAX_SOFT_TOKENS = 2048  # the cap when there are as many soft tokens as source tokens
-
 
 @dataclass
 class Soft:
-    """What an injector hands the decode loop: soft tokens (B, K, D_t) with their mask (B, K)."""
-
-    tokens: torch.Tensor
-    mask: torch.Tensor
-
-
-@dataclass
-class Message:
-    """What crosses the bridge. `attention` and `flow_error` are there when they were asked for and apply."""
+    """What an injector hands the decode loop: soft tokens with their mask."""
 
     tokens: torch.Tensor  # (B, K, D_t)
     mask: torch.Tensor  # (B, K)
+
+
+@dataclass
+class Message(Soft):
+    """What crosses the bridge. `attention` and `flow_error` are there when they were asked for and apply."""
+
     alignment: torch.Tensor | None = None  # (B, P, 2): the message tokens, from and to, that stand for a target place
     attention: torch.Tensor | None = None  # (B, K, S), rows sum to one
     flow_error: torch.Tensor | None = None  # (B,)
@@ -50,6 +45,9 @@ class Injector(nn.Module):
     """What the target does with a message; this one does nothing. The others stand in injectors.py."""
 
     aligned = False  # does it need to know which source token stands for which target token?
+
+    def __init__(self, config=None, target=None):
+        super().__init__()
 
     def soft(self, message: Message) -> Soft | None:
         """Soft tokens for the target's prompt; None: there are none."""
@@ -85,8 +83,8 @@ def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtyp
     n = math.prod(shape)
     out = torch.empty(len(seeds), n, dtype=dtype, device=seeds.device)
     for start, end, bits in _hashes(seeds, 2 * n):
-        uniform = _uniform(bits).unflatten(1, (-1, 2))
-        out[:, start // 2 : end // 2] = (-2 * uniform[..., 0].log()).sqrt() * (2 * torch.pi * uniform[..., 1]).cos()
+        radius, angle = _uniform(bits).unflatten(1, (-1, 2)).unbind(-1)
+        out[:, start // 2 : end // 2] = (-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()
     return out.view(-1, *shape)
 
 

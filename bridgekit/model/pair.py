@@ -6,7 +6,6 @@ Shapes: B batch, S source tokens, T target tokens, L captured layers, D hidden s
 """
 
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridgekit.config import EMBEDDED, Config, ConfigError, check_models, resolve_model_folder  # noqa: F401
+from bridgekit.config import Config, ConfigError, check_models, resolve_model_folder
 from bridgekit.tasks import Prompt, units
 
 
@@ -29,18 +28,19 @@ class LanguageModel:
     origin: str  # `embedded`, folder or hub id, as configured
     fingerprint: str  # of weights and tokenizer
 
-    @property
-    def device(self) -> torch.device:
-        return self.model.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.model.dtype
-
-    @property
-    def decoder(self) -> torch.nn.Module:
-        """The model without its head: embeddings or ids to hidden states."""
-        return self.model.base_model
+    def __post_init__(self):
+        config, bos, eos = self.model.config, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self.device, self.dtype = self.model.device, self.model.dtype
+        self.decoder = self.model.base_model  # without its head: embeddings or ids to hidden states
+        self.hidden_size, self.n_layers = config.hidden_size, config.num_hidden_layers
+        self.max_positions = getattr(config, "max_position_embeddings", None)
+        self.bos: list[int] = [] if bos is None else [bos]
+        ends = self.model.generation_config.eos_token_id
+        self.eos_ids: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        # A taught answer ends in the tokenizer's own end token, which a chat model's turn ends in.
+        self.end_id: int = eos if eos in self.eos_ids else min(self.eos_ids, default=eos)
+        # What a cached text depends on: the fingerprint, which kept runs are matched by, and the end tokens.
+        self.decode_key = f"{self.fingerprint}-{'.'.join(map(str, sorted(self.eos_ids)))}"
 
     @property
     def layers(self) -> torch.nn.ModuleList:
@@ -51,44 +51,10 @@ class LanguageModel:
             kind = self.model.config.model_type
             raise ConfigError(f"pair: {kind} ('{self.origin}') has no `layers` a bridge could work on") from None
 
-    @property
-    def hidden_size(self) -> int:
-        return self.model.config.hidden_size
-
-    @property
-    def n_layers(self) -> int:
-        return self.model.config.num_hidden_layers
-
-    @property
-    def max_positions(self) -> int:
-        return self.model.config.max_position_embeddings
-
-    @cached_property
-    def bos(self) -> list[int]:
-        return [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-
-    @cached_property
-    def eos_ids(self) -> set[int]:
-        """Tokens that end an answer, as generation_config.json names them."""
-        ids = self.model.generation_config.eos_token_id
-        return set(ids if isinstance(ids, list) else [] if ids is None else [ids])
-
-    @property
-    def end_id(self) -> int:
-        """The token that a taught answer ends in: the tokenizer's own, which a chat model's turn ends in."""
-        own = self.tokenizer.eos_token_id
-        return own if own in self.eos_ids else min(self.eos_ids)
-
-    @property
-    def decode_key(self) -> str:
-        """What a cached text depends on: the fingerprint, which kept runs are matched by, and the end tokens."""
-        return f"{self.fingerprint}-{'.'.join(map(str, sorted(self.eos_ids)))}"
-
     @cached_property
     def embedding_rms(self) -> float:
         """Root mean square of the embedding table's entries: the size a soft token should have."""
-        table = self.model.get_input_embeddings().weight
-        return table.float().pow(2).mean().sqrt().item()
+        return self.model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(ids)
@@ -98,7 +64,8 @@ class LanguageModel:
 
     def offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
         """Of each text's tokens, without BOS: the first character and the one after the last."""
-        return self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        options = dict(add_special_tokens=False, return_offsets_mapping=True)
+        return self.tokenizer(texts, **options)["offset_mapping"] if texts else []
 
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor, mask: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
@@ -133,11 +100,8 @@ def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
     Tokenizing the pieces one by one would give other tokens than the model saw in training; a token that straddles
     a boundary goes to the earlier piece.
     """
-    if not prompts:
-        return []
-    encoded = lm.tokenizer([p.text for p in prompts], add_special_tokens=False, return_offsets_mapping=True)
-    pieces = []
-    for prompt, ids, offsets in zip(prompts, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    texts, pieces = [p.text for p in prompts], []
+    for prompt, ids, offsets in zip(prompts, lm.tokenize(texts), lm.offsets(texts), strict=True):
         first = sum(start < len(prompt.prefix) for start, _ in offsets)
         second = sum(start < len(prompt.prefix + prompt.question) for start, _ in offsets)
         pieces.append(Pieces(ids[:first], ids[first:second], ids[second:]))
@@ -188,30 +152,28 @@ def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
     return parse_layers("bridge.source_layers", wanted, n, auto)
 
 
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
 def fingerprint_folder(folder: Path) -> str:
     """Hash of weights and tokenizer: which model this is. Kept runs are matched by it, so it may not change."""
     digest = hashlib.sha256()
-    files = [p for pattern in ("*.safetensors", "tokenizer*", "config.json") for p in sorted(folder.glob(pattern))]
-    for path in files:
+    for path in [p for pattern in ("*.safetensors", "tokenizer*", "config.json") for p in sorted(folder.glob(pattern))]:
         digest.update(path.name.encode())
         with path.open("rb") as stream:
-            while block := stream.read(1 << 22):
-                digest.update(block)
+            hashlib.file_digest(stream, lambda: digest)
     return digest.hexdigest()[:16]
 
 
 def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
     """A frozen model in eval mode from safetensors, without remote code; one with tensors missing is refused."""
     folder = resolve_model_folder(key, model)
-    place = str(folder) if folder else model
+    place, options = folder or model, dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
+        loaded, info = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, SafetensorError, json.JSONDecodeError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"pair.{key}: cannot load '{model}': {reason}") from None
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"pair.{key}: cannot load '{model}': {str(error).strip().splitlines()[0]}") from None
     if missing := sorted(info["missing_keys"]):
         lost = f"{len(missing)} tensors, first '{missing[0]}'"
         raise ConfigError(f"pair.{key}: '{model}' lacks {lost}: they would be random; restore its safetensors")
@@ -223,38 +185,13 @@ def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -
 def load_pair(config: Config, device: torch.device | None = None) -> Pair:
     """Both models, already exchanged when the direction is swapped; `device` is where `auto` puts them."""
     check_models(config)
+    settings, seed = config.pair, units.load_lexicon_seed(config)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keys = ("source_model", "target_model") if config.pair.direction == "forward" else ("target_model", "source_model")
+    models = [("source_model", settings.source_model), ("target_model", settings.target_model)]
+    devices = [device if d == "auto" else torch.device(d) for d in (settings.source_device, settings.target_device)]
     loaded = []
-    for key, wanted in zip(keys, (config.pair.source_device, config.pair.target_device), strict=True):
-        place = device if wanted == "auto" else torch.device(wanted)
-        dtype = {"auto": "bfloat16" if place.type == "cuda" else "float32"}.get(config.pair.dtype, config.pair.dtype)
-        loaded.append(load_model(key, getattr(config.pair, key), place, getattr(torch, dtype)))
-    seed = load_lexicon_seed(config)
-    if config.task.task == "units" and seed is None:
-        raise ConfigError("pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
+    for model, place in zip(models if settings.direction == "forward" else models[::-1], devices, strict=True):
+        auto = "bfloat16" if place.type == "cuda" else "float32"
+        dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
+        loaded.append(load_model(*model, place, dtype))
     return Pair(*loaded, lexicon_seed=seed)
-
-
-def load_lexicon_seed(config: Config) -> int | None:
-    """The lexicon both models were taught, from their pairs' own records; another generator's or pair's is refused."""
-    seeds = {}
-    for key in ("target_model", "source_model"):
-        folder = resolve_model_folder(key, getattr(config.pair, key))
-        record = folder.parent / "pair.json" if folder else None
-        if record is None or not record.is_file():
-            continue
-        try:
-            known = json.loads(record.read_text())
-            seeds[key], lexicon = known["lexicon_seed"], known["lexicon"]
-        except (ValueError, KeyError, TypeError):
-            way_out = "restore it, or make the pair again"
-            raise ConfigError(f"pair.{key}: {record} does not name its lexicon: {way_out}") from None
-        made = units.fingerprint_lexicon(units.make_lexicon(seeds[key]))
-        if lexicon != made:
-            reason = f"{record} records lexicon {lexicon}, seed {seeds[key]} gives {made} now"
-            raise ConfigError(f"pair.{key}: {reason}: make the pair again with `bridgekit pair`")
-    if len(set(seeds.values())) > 1:
-        taught = " and ".join(f"{key} lexicon {seed}" for key, seed in seeds.items())
-        raise ConfigError(f"pair.source_model: the models were taught different facts ({taught}): name one pair's two")
-    return seeds.get("target_model")

@@ -1,11 +1,9 @@
 """Producers: what makes a message from the source's states. Resampler, DiT (rectified flow) and the learned constant.
 
-Departures from the first experiments: the condition is all source states through cross-attention (`dit_condition`
-mean or attention pools them into one vector, as they did); training runs the same sampling as evaluation, so that
-the target is trained on the tokens it will see (`dit_tokens: teacher` brings back tokens made from noised gold
-embeddings); the flow loss has a gradient; noise belongs to the example (its seed), not to the moment; and the network
-predicts the tokens, from which the velocity follows, so that the last step lands on its prediction and no noise is
-left over (`dit_prediction: velocity` is the usual form, which must learn to cancel all noise itself).
+Departures from the first experiments: the condition is all source states through cross-attention (`dit_condition` pools
+them, as they did); training runs the same sampling as evaluation, so that the target is trained on the tokens it will
+see (`dit_tokens: teacher` noises gold embeddings instead); the flow loss has a gradient; noise belongs to the example;
+and the network predicts the tokens, from which the velocity follows, so that no noise is left over after the last step.
 
 Shapes: B batch, S source tokens, Q queries, N keys, K soft tokens, D width, H heads.
 """
@@ -16,32 +14,35 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from bridgekit.model.message import MAX_SOFT_TOKENS, Dropout, Message, hashed_normal, hashed_uniform
+from bridgekit.model.message import Dropout, Message, hashed_normal, hashed_uniform
+from bridgekit.tasks import MAX_SOFT_TOKENS
+
+NEAR_END = 0.05  # 1 - t below which a predicted token's velocity is not divided further
+
+
+# ---- parts that they share ------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
     """Multi-head attention of queries over a context; returns its weights when asked."""
 
-    def __init__(self, dim: int, heads: int, dropout: float = 0.0, width: int = 0, context_width: int = 0):
-        """`width` of the queries and of what comes out, and `context_width`, where they are not `dim`."""
+    def __init__(self, dim: int, heads: int, dropout: float = 0.0, width: int = 0):
+        """`width` of queries, context and what comes out, where that is not `dim`."""
         super().__init__()
         self.heads, self.dropout = heads, Dropout(dropout)
         self.query = nn.Linear(width or dim, dim, bias=False)
-        self.key_value = nn.Linear(context_width or dim, 2 * dim, bias=False)
+        self.key_value = nn.Linear(width or dim, 2 * dim, bias=False)
         self.out = nn.Linear(dim, width or dim, bias=False)
 
-    def forward(self, x, context, mask=None, want_weights: bool = False, seeds=None):
+    def forward(self, x, context, mask, seeds=None, want_weights: bool = False):
         """x (B, Q, D), context (B, N, D), mask (B, N), seeds (B,) -> (B, Q, D), weights (B, Q, N) or None"""
         q = self.query(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         k, v = self.key_value(context).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        bias = None if mask is None else mask[:, None, None, :]
-        weights = None
+        mask, weights = mask[:, None, None, :], None
         if want_weights:
-            scores = (q @ k.transpose(-1, -2)) / math.sqrt(q.shape[-1])
-            if bias is not None:
-                scores = scores.masked_fill(~bias, -torch.inf)
-            weights = scores.softmax(-1).mean(1)
-        out = F.scaled_dot_product_attention(q, k, v, bias)
+            scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+            weights = scores.masked_fill(~mask, -torch.inf).softmax(-1).mean(1)
+        out = F.scaled_dot_product_attention(q, k, v, mask)
         # Dropout on the output, not on the weights: those have as many places as the batch is padded to.
         return self.dropout(self.out(out.transpose(1, 2).flatten(2)), seeds), weights
 
@@ -52,7 +53,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, dropout: float = 0.0):
         super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(), Dropout(dropout), nn.Linear(4 * dim, dim))
 
-    def forward(self, x, seeds=None):
+    def forward(self, x, seeds):
         widen, activate, dropout, narrow = self
         return narrow(dropout(activate(widen(x)), seeds))
 
@@ -62,8 +63,7 @@ class SourceReader(nn.Module):
 
     def __init__(self, n_layers: int, source_dim: int, dim: int, dropout: float):
         super().__init__()
-        self.n_layers = n_layers
-        self.dropout = Dropout(dropout)
+        self.n_layers, self.dropout = n_layers, Dropout(dropout)
         self.norm = nn.LayerNorm(source_dim, elementwise_affine=False)
         self.project = nn.Linear(n_layers * source_dim, dim)
 
@@ -72,12 +72,12 @@ class SourceReader(nn.Module):
         return self.project(self.dropout(self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2), seeds))
 
 
-def count_soft_tokens(n_soft_tokens: int, mask: torch.Tensor) -> tuple[int, torch.Tensor]:
-    """How many soft tokens and which are real; -1 takes as many as the source prompt has. mask (B, S) -> (B, K)"""
+def mask_soft_tokens(n_soft_tokens: int, mask: torch.Tensor) -> torch.Tensor:
+    """Which soft tokens are real; -1 takes as many as the source prompt has. mask (B, S) -> (B, K)"""
     if n_soft_tokens != -1:
-        return n_soft_tokens, mask.new_ones(mask.shape[0], n_soft_tokens)
-    k = min(mask.shape[1], MAX_SOFT_TOKENS)
-    return k, torch.arange(k, device=mask.device)[None, :] < mask.sum(1, keepdim=True)
+        return mask.new_ones(len(mask), n_soft_tokens)
+    places = torch.arange(min(mask.shape[1], MAX_SOFT_TOKENS), device=mask.device)
+    return places < mask.sum(1, keepdim=True)
 
 
 def sinusoids(positions: torch.Tensor, dim: int, base: float = 10_000.0) -> torch.Tensor:
@@ -87,22 +87,17 @@ def sinusoids(positions: torch.Tensor, dim: int, base: float = 10_000.0) -> torc
     return F.pad(torch.cat([angles.sin(), angles.cos()], -1), (0, dim % 2))
 
 
-def pool_stretches(source: torch.Tensor, mask: torch.Tensor, k: int) -> torch.Tensor:
-    """Mean of the j-th of k equal stretches of each row's real places; k of them or more: each place on its own.
-
-    source (B, S, dim), mask (B, S) with the real places in front -> (B, k, dim)"""
-    real = mask.sum(1, keepdim=True)
-    j = torch.arange(k, device=source.device)[None, :]
-    start, end = j * real // k, ((j + 1) * real + k - 1) // k
-    sums = F.pad((source.float() * mask[..., None]).cumsum(1), (0, 0, 1, 0))
-    wide = (-1, -1, source.shape[-1])
-    total = sums.gather(1, end[..., None].expand(*wide)) - sums.gather(1, start[..., None].expand(*wide))
-    return total / (end - start)[..., None].clamp(min=1)
+def average_spans(x: torch.Tensor, mask: torch.Tensor, start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Mean of x over the places from `start` to before `end`. x (B, N, D), mask (B, N), spans (B, K) -> (B, K, D)"""
+    sums = F.pad((x.float() * mask[..., None]).cumsum(1), (0, 0, 1, 0))  # of the first places
+    total, before = (sums.gather(1, i[..., None].expand(-1, -1, x.shape[-1])) for i in (end, start))
+    return (total - before) / (end - start)[..., None].clamp(min=1)
 
 
 class Queries(nn.Module):
-    """K learned starting points; `local` ones also start from the j-th of K stretches of the source, so that several
-    facts need not be told apart by attention alone. Where K follows the prompt, each has its own place and state."""
+    """K learned starting points; `local` ones also start from the mean of the j-th of K equal stretches of the source,
+    so that several facts need not be told apart by attention alone. Where K follows the prompt, each has its own place
+    and state."""
 
     def __init__(self, config, dim: int):
         super().__init__()
@@ -110,13 +105,26 @@ class Queries(nn.Module):
         self.points = nn.Parameter(torch.randn(max(self.n_soft_tokens, 1), dim) * 0.5)
 
     def forward(self, k: int, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """source (B, S, dim), mask (B, S) -> (B, K, dim)"""
+        """source (B, S, dim), mask (B, S) with the real places in front -> (B, K, dim)"""
+        j = torch.arange(k, device=self.points.device)
         if self.n_soft_tokens == -1:
-            places = sinusoids(torch.arange(k, device=self.points.device), self.points.shape[1])
-            return self.points + places + source[:, :k]
-        if self.local:
-            return self.points + pool_stretches(source, mask, k)
+            return self.points + sinusoids(j, self.points.shape[1]) + source[:, :k]
+        if self.local:  # a stretch of a source that is shorter than K is one place
+            real = mask.sum(1, keepdim=True)
+            return self.points + average_spans(source, mask, j * real // k, ((j + 1) * real + k - 1) // k)
         return self.points[None].expand(len(source), -1, -1)
+
+
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x after all blocks, and the mean of their weights (B, K, S), None where a block gives none."""
+    found = []
+    for block in blocks:
+        x, weights = block(x, *inputs)
+        found.append(weights)
+    return x, None if weights is None else sum(w / len(found) for w in found)
+
+
+# ---- resampler ------------------------------------------------------------------------------------------------------
 
 
 class ResamplerBlock(nn.Module):
@@ -125,16 +133,15 @@ class ResamplerBlock(nn.Module):
     def __init__(self, dim: int, heads: int, dropout: float):
         super().__init__()
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
-        self.cross = Attention(dim, heads, dropout)
-        self.self = Attention(dim, heads, dropout)
+        self.cross, self.self = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
         self.feed = FeedForward(dim, dropout)
 
     def forward(self, x, source, mask, query_mask, seeds, want_weights):
         """x (B, K, dim), source (B, S, dim) -> x, weights (B, K, S) or None"""
-        update, weights = self.cross(self.norms[0](x), source, mask, want_weights, seeds)
+        update, weights = self.cross(self.norms[0](x), source, mask, seeds, want_weights)
         x = x + update
         y = self.norms[1](x)
-        x = x + self.self(y, y, query_mask, seeds=seeds)[0]
+        x = x + self.self(y, y, query_mask, seeds)[0]
         return x + self.feed(self.norms[2](x), seeds), weights
 
 
@@ -143,26 +150,21 @@ class Resampler(nn.Module):
 
     def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
         super().__init__()
-        dim = config.bridge_dim
-        self.n_soft_tokens = config.n_soft_tokens
+        dim, self.n_soft_tokens = config.bridge_dim, config.n_soft_tokens
         self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
         self.queries = Queries(config, dim)
         self.blocks = nn.ModuleList(ResamplerBlock(dim, config.heads, config.dropout) for _ in range(config.depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, target_dim))
 
-    def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
+    def forward(self, states, mask, seeds, want_attention=False) -> Message:
         """states (B, S, L * D_s), mask (B, S) -> tokens (B, K, D_t)"""
-        source = self.read(states, seeds)
-        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask)
-        x = self.queries(k, source, mask)
-        attention = 0
-        for block in self.blocks:
-            x, weights = block(x, source, mask, query_mask, seeds, want_attention)
-            attention = attention + weights / len(self.blocks) if want_attention else None
+        source, query_mask = self.read(states, seeds), mask_soft_tokens(self.n_soft_tokens, mask)
+        x = self.queries(query_mask.shape[1], source, mask)
+        x, attention = run_blocks(self.blocks, x, source, mask, query_mask, seeds, want_attention)
         return Message(self.out(x), query_mask, attention=attention)
 
 
-NEAR_END = 0.05  # 1 - t below which a predicted token's velocity is not divided further
+# ---- rectified flow -------------------------------------------------------------------------------------------------
 
 
 def modulate(x, shift, scale):
@@ -178,19 +180,17 @@ class DiTBlock(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=False) for _ in range(3))
         self.self = Attention(dim, heads, dropout)
         self.cross = Attention(dim, heads, dropout) if cross else None
-        self.feed = FeedForward(dim, dropout)
-        self.modulation = nn.Linear(dim, 6 * dim)
+        self.feed, self.modulation = FeedForward(dim, dropout), nn.Linear(dim, 6 * dim)
         nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(self.modulation.bias)
 
     def forward(self, x, time, source, mask, query_mask, seeds, want_weights):
         """x (B, K, dim), time (B, dim), source (B, S, dim) -> x, weights (B, K, S) or None"""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(time).chunk(6, -1)
-        y = modulate(self.norms[0](x), shift_1, scale_1)
-        x = x + (1 + gate_1[:, None]) * self.self(y, y, query_mask, seeds=seeds)[0]
-        weights = None
+        y, weights = modulate(self.norms[0](x), shift_1, scale_1), None
+        x = x + (1 + gate_1[:, None]) * self.self(y, y, query_mask, seeds)[0]
         if self.cross is not None:
-            update, weights = self.cross(self.norms[1](x), source, mask, want_weights, seeds)
+            update, weights = self.cross(self.norms[1](x), source, mask, seeds, want_weights)
             x = x + update
         y = modulate(self.norms[2](x), shift_2, scale_2)
         return x + (1 + gate_2[:, None]) * self.feed(y, seeds), weights
@@ -201,18 +201,17 @@ class DiT(nn.Module):
 
     def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
         super().__init__()
-        dim = config.bridge_dim
+        dim, condition = config.bridge_dim, config.dit_condition
         self.config, self.target_dim = config, target_dim
         self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
         self.queries = Queries(config, dim)
         self.enter = nn.Linear(target_dim, dim)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        cross = config.dit_condition == "cross"
-        self.pool = Attention(dim, config.heads) if config.dit_condition == "attention" else None
-        self.pool_query = nn.Parameter(torch.randn(1, 1, dim)) if self.pool is not None else None
-        self.blocks = nn.ModuleList(DiTBlock(dim, config.heads, config.dropout, cross) for _ in range(config.depth))
-        self.norm = nn.LayerNorm(dim)
-        self.leave = nn.Linear(dim, target_dim)
+        self.pool = Attention(dim, config.heads) if condition == "attention" else None
+        self.pool_query = nn.Parameter(torch.randn(1, 1, dim)) if condition == "attention" else None
+        block = (dim, config.heads, config.dropout, condition == "cross")
+        self.blocks = nn.ModuleList(DiTBlock(*block) for _ in range(config.depth))
+        self.norm, self.leave = nn.LayerNorm(dim), nn.Linear(dim, target_dim)
 
     def condition(self, states, mask, seeds, want_weights=False):
         """The source for cross-attention (B, S, dim), its pooled vector (B, dim) or None, pooling weights."""
@@ -220,23 +219,20 @@ class DiT(nn.Module):
         if self.config.dit_condition == "mean":
             weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
             return source, (source * weights[..., None]).sum(1), weights[:, None] if want_weights else None
-        if self.pool is not None:
-            pooled, weights = self.pool(self.pool_query.expand(len(source), -1, -1), source, mask, want_weights)
-            return source, pooled[:, 0], weights
-        return source, None, None
+        if self.pool is None:
+            return source, None, None
+        query = self.pool_query.expand(len(source), -1, -1)
+        pooled, weights = self.pool(query, source, mask, want_weights=want_weights)
+        return source, pooled[:, 0], weights
 
-    def velocity(self, x, t, context, want_weights=False):
+    def velocity(self, x, t, source, pooled, *context):
         """x (B, K, D_t) at time t (B,) -> velocity (B, K, D_t), cross-attention weights (B, K, S) or None"""
-        source, pooled, mask, query_mask, seeds = context
         time = self.time(sinusoids(t * 1000, self.config.bridge_dim))
+        local = source
         if pooled is not None:
-            time = time + pooled
-        h = self.enter(x) + self.queries(x.shape[1], source if pooled is None else torch.zeros_like(source), mask)
-        attention = None
-        for block in self.blocks:
-            h, weights = block(h, time, source, mask, query_mask, seeds, want_weights)
-            if weights is not None:
-                attention = weights / len(self.blocks) + (0 if attention is None else attention)
+            time, local = time + pooled, torch.zeros_like(source)
+        h = self.enter(x) + self.queries(x.shape[1], local, context[0])
+        h, attention = run_blocks(self.blocks, h, time, source, *context)
         out = self.leave(self.norm(h))
         if self.config.dit_prediction == "tokens":
             out = (out - x) / (1 - t).clamp(min=NEAR_END)[:, None, None]
@@ -244,43 +240,40 @@ class DiT(nn.Module):
 
     def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
         """states (B, S, L * D_s), mask (B, S), seeds (B,) -> tokens (B, K, D_t); `teacher` asks for the flow's error"""
-        k, query_mask = count_soft_tokens(self.config.n_soft_tokens, mask)
         source, pooled, attention = self.condition(states, mask, seeds, want_attention)
+        query_mask = mask_soft_tokens(self.config.n_soft_tokens, mask)
         context = (source, pooled, mask, query_mask, seeds)
-        noise = hashed_normal(seeds, (k, self.target_dim))
-        flow_error = None
+        x, flow_error = hashed_normal(seeds, (query_mask.shape[1], self.target_dim)), None
         if teacher is not None:
-            flow_error, estimate = self.flow(teacher, noise, context)
+            flow_error, estimate = self.flow(*teacher, x, context)
             if self.training and self.config.dit_tokens == "teacher":
                 return Message(estimate, query_mask, flow_error=flow_error)
         steps = self.config.dit_steps_train if self.training else self.config.dit_steps_eval
-        x = noise
         for i in range(steps):
             t = torch.full((len(x),), i / steps, device=x.device)
-            v, weights = self.velocity(x, t, context, want_attention and i == steps - 1)
+            v, weights = self.velocity(x, t, *context, want_attention and i == steps - 1)
             x = x + v / steps
-            attention = weights if weights is not None else attention
-        if want_attention and attention is not None and attention.shape[1] == 1:
-            attention = attention.expand(-1, k, -1)
-        return Message(x, query_mask, attention=attention, flow_error=flow_error)
+        if attention is not None:  # of pooling: all soft tokens share it
+            weights = attention.expand(-1, query_mask.shape[1], -1)
+        return Message(x, query_mask, attention=weights, flow_error=flow_error)
 
-    def flow(self, teacher, noise, context):
+    def flow(self, embeds, real, noise, context):
         """Rectified flow towards the teacher's embeddings (unit size, cut or zero-padded to K).
 
         -> mean squared error of the velocity (B,), one-step estimate of the tokens (B, K, D_t)"""
-        embeds, real = teacher
         *_, query_mask, seeds = context
-        goal = torch.zeros_like(noise)
-        n = min(noise.shape[1], embeds.shape[1])
+        goal, n = torch.zeros_like(noise), min(noise.shape[1], embeds.shape[1])
         goal[:, :n] = (embeds * real[..., None])[:, :n].float()
         size = goal.pow(2).sum((1, 2), keepdim=True) / goal.ne(0).sum((1, 2), keepdim=True).clamp(min=1)
         goal = goal / size.sqrt()
-        t = hashed_uniform(seeds + 1, 1, noise.dtype)[:, 0]
-        x = (1 - t)[:, None, None] * noise + t[:, None, None] * goal
-        v, _ = self.velocity(x, t, context)
+        t = hashed_uniform(seeds + 1, 1, noise.dtype)[:, :, None]
+        x = (1 - t) * noise + t * goal
+        v, _ = self.velocity(x, t[:, 0, 0], *context, False)
         error = (v - (goal - noise)).pow(2).mean(-1)  # (B, K)
-        real_k = query_mask.float()
-        return (error * real_k).sum(1) / real_k.sum(1), x + (1 - t)[:, None, None] * v
+        return (error * query_mask).sum(1) / query_mask.sum(1), x + (1 - t) * v
+
+
+# ---- no source ------------------------------------------------------------------------------------------------------
 
 
 class Constant(nn.Module):
@@ -288,13 +281,12 @@ class Constant(nn.Module):
 
     def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
         super().__init__()
-        self.n_soft_tokens = config.n_soft_tokens
-        n = MAX_SOFT_TOKENS if config.n_soft_tokens == -1 else config.n_soft_tokens
-        self.tokens = nn.Parameter(torch.randn(n, target_dim))
+        k = self.n_soft_tokens = config.n_soft_tokens
+        self.tokens = nn.Parameter(torch.randn(MAX_SOFT_TOKENS if k == -1 else k, target_dim))
 
-    def forward(self, states, mask, seeds, teacher=None, want_attention=False) -> Message:
-        k, query_mask = count_soft_tokens(self.n_soft_tokens, mask)
-        return Message(self.tokens[None, :k].expand(len(mask), -1, -1), query_mask)
+    def forward(self, states, mask) -> Message:
+        query_mask = mask_soft_tokens(self.n_soft_tokens, mask)
+        return Message(self.tokens[None, : query_mask.shape[1]].expand(len(mask), -1, -1), query_mask)
 
 
 PRODUCERS = {"resampler": Resampler, "dit": DiT, "constant": Constant}

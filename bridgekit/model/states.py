@@ -3,6 +3,8 @@
 Shapes: B batch, S source tokens, L captured layers, D_s source hidden size.
 """
 
+import math
+
 import numpy as np
 import torch
 
@@ -29,16 +31,14 @@ def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Ex
     -> rows of from, to, from, to, ... ; both tokenizers cut the same text at other places, and the source's prompt may
     have facts in front. BOS stands for BOS."""
     rows, first = [], len(source.bos)
-    theirs = source.offsets([source_prompt(e).text for e in examples])
-    ours = target.offsets([literal_prompt(e).text for e in examples])
-    for e, source_offsets, target_offsets in zip(examples, theirs, ours, strict=True):
-        shift = len(source_prompt(e).prefix) - len(literal_prompt(e).prefix)
-        starts, ends = np.array(source_offsets).T
-        row = [0, first] * len(target.bos)
-        for a, b in target_offsets:
-            start = int(np.searchsorted(ends, a + shift, "right"))  # the first token that ends after our first letter
-            row += [first + start, first + int(np.searchsorted(starts, b + shift, "left"))]
-        rows.append(row)
+    read, asked = [source_prompt(e) for e in examples], [literal_prompt(e) for e in examples]
+    offsets = zip(source.offsets([p.text for p in read]), target.offsets([p.text for p in asked]), strict=True)
+    for of_source, of_target, (theirs, ours) in zip(read, asked, offsets, strict=True):
+        starts, ends = np.array(theirs).T
+        own_starts, own_ends = np.array(ours).T + len(of_source.prefix) - len(of_target.prefix)
+        start = first + np.searchsorted(ends, own_starts, "right")  # the first token that ends after our first letter
+        end = first + np.searchsorted(starts, own_ends, "left")
+        rows.append([0, first] * len(target.bos) + np.stack([start, end], 1).flatten().tolist())
     return rows
 
 
@@ -71,36 +71,33 @@ class SourceStates:
         self.lm, self.rows, self.layers = lm, rows, layers
         self.spans = None if spans is None else Ragged(spans, lm.device)
         self.lengths = np.array([len(r) for r in rows])
-        self.starts = np.concatenate([[0], np.cumsum(self.lengths)[:-1]])
-        size = int(self.lengths.sum()) * len(layers) * lm.hidden_size * lm.dtype.itemsize
-        self.flat = self._compute_all() if size <= budget_gb * 1e9 else None
+        self.starts = self.lengths.cumsum() - self.lengths
+        self.flat = None
+        shape = (int(self.lengths.sum()), len(layers), lm.hidden_size)
+        if math.prod(shape) * lm.dtype.itemsize <= budget_gb * 1e9:
+            self.flat = torch.empty(*shape, dtype=lm.dtype, device=lm.device)
+            for chunk in in_batches(self.lengths, 256):
+                states, mask = self._compute(chunk)
+                self.flat[self._places(chunk)[mask]] = states[mask]
 
-    def _compute_all(self) -> torch.Tensor:
-        """(tokens of all prompts, L, D_s)"""
-        shape = (int(self.lengths.sum()), len(self.layers), self.lm.hidden_size)
-        flat = torch.empty(shape, dtype=self.lm.dtype, device=self.lm.device)
-        for chunk in in_batches(self.lengths, 256):
-            states, mask = self._compute(chunk)
-            places = np.concatenate([np.arange(self.starts[j], self.starts[j] + self.lengths[j]) for j in chunk])
-            flat[torch.from_numpy(places).to(flat.device)] = states[mask]
-        return flat
-
-    def _compute(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compute(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         ids, mask = pad_ids([self.rows[i] for i in indices], self.lm.device)
         return self.lm.hidden_states(ids, mask.long(), self.layers), mask
+
+    def _places(self, indices: np.ndarray) -> torch.Tensor:
+        """Where the tokens of some prompts stand in the flat tensor, those of padding at its end. -> (B, S)"""
+        places = self.starts[indices, None] + np.arange(self.lengths[indices].max())
+        return torch.from_numpy(places.clip(max=len(self.flat) - 1)).to(self.flat.device)
 
     def batch(self, indices: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, L, D_s), (B, S) on the target's device; padding is zero"""
         if self.flat is None:
             states, mask = self._compute(indices)
         else:
-            lengths = self.lengths[indices]
-            places = self.starts[indices][:, None] + np.arange(lengths.max())
-            mask = torch.from_numpy(np.arange(lengths.max()) < lengths[:, None]).to(self.flat.device)
-            places = torch.from_numpy(np.minimum(places, len(self.flat) - 1)).to(self.flat.device)
-            states = self.flat[places]
-        states = states * mask[..., None, None]
-        return states.to(device), mask.to(device)
+            lengths = torch.from_numpy(self.lengths[indices]).to(self.flat.device)
+            states = self.flat[self._places(indices)]
+            mask = torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]
+        return (states * mask[..., None, None]).to(device), mask.to(device)
 
     def alignment(self, indices: np.ndarray, device: torch.device) -> torch.Tensor | None:
         """(B, P, 2); a place beyond a row's own prompt has an empty span"""

@@ -4,32 +4,36 @@
     examples = task.examples(config, lexicon_seed, "test")
     task.is_right(task.extract(text), examples[0].gold)
 
-A prompt is three pieces, so that soft tokens can be put between them: a shared `prefix` (few-shot examples, or
-nothing), the example's own `question`, and the `cue` after which the model answers.
-
 A task of your own is a class with `examples(config, split)`, named as `task.task: path/to/file.py:Class`. It may also
-define `extract(text)`, `is_complete(text)`, `is_right(extracted, gold)` and `has_groups`:
-
-    class Capitals:
-        def examples(self, config, split):
-            return from_jsonl(f"data/capitals_{split}.jsonl", split)
+define `extract(text)`, `is_complete(text)`, `is_right(extracted, gold)` and `has_groups`; see `from_jsonl`.
 """
 
 import importlib
 import inspect
+import json
 import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 
 from bridgekit import extend
-from bridgekit.config import OPTIONS, Config, ConfigError, check_models, is_path, to_flat
+from bridgekit.config import (
+    OPTIONS,
+    SOFT_INJECTORS,
+    Config,
+    ConfigError,
+    check_models,
+    is_path,
+    resolve_model_folder,
+    to_flat,
+)
 from bridgekit.runs import load_jsonl
 from bridgekit.tasks.answers import INVALID, answer_is_complete, extract_answer
 
 CUE = "\nAnswer:\n"
+LONGEST_CUE = 16  # tokens, at most, of what `soft_only` leaves of a prompt
+MAX_SOFT_TOKENS = 2048  # the cap when there are as many soft tokens as source tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +63,8 @@ class Example:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Text of one prompt in its three pieces."""
+    """A prompt in three pieces, so that soft tokens can be put between them: `prefix` (solved questions, facts, or
+    nothing), the example's own `question`, and the `cue` after which the model answers."""
 
     prefix: str
     question: str
@@ -70,28 +75,24 @@ class Prompt:
         return self.prefix + self.question + self.cue
 
 
-def literal_prompt(example: Example) -> Prompt:
-    return Prompt(example.shots, f"Question: {example.question}")
+def literal_prompt(example: Example, front: str = "") -> Prompt:
+    """The target's own prompt, with nothing in front of its question but the solved ones that all prompts have."""
+    return Prompt(example.shots + front, f"Question: {example.question}")
 
 
 def source_prompt(example: Example) -> Prompt:
     """The source's own prompt: the target's, plus the facts when they are given to it in context."""
-    return replace(literal_prompt(example), prefix=example.shots + example.facts)
+    return literal_prompt(example, example.facts)
 
 
 def told_prompt(example: Example) -> Prompt:
     """The target's prompt with the needed fact in words."""
-    return replace(literal_prompt(example), prefix=example.shots + example.told)
+    return literal_prompt(example, example.told)
 
 
 def relay_prompt(example: Example, helper_text: str) -> Prompt:
     """The target's prompt with the source's own words in front: the rival that hands over text."""
-    helper = f"Helper: {helper_text.strip().replace(chr(10), ' ')}\n"
-    return replace(literal_prompt(example), prefix=example.shots + helper)
-
-
-def same_answer(extracted: str, gold: str) -> bool:
-    return extracted == gold != INVALID
+    return literal_prompt(example, f"Helper: {helper_text.strip().replace(chr(10), ' ')}\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class Task:
     has_groups: bool = False  # is it known which model knows what?
     extract: Callable[[str], str] = extract_answer
     is_complete: Callable[[str], bool] = answer_is_complete  # may decoding stop here?
-    is_right: Callable[[str, str], bool] = same_answer
+    is_right: Callable[[str, str], bool] = lambda extracted, gold: extracted == gold != INVALID
 
 
 def get_task(config: Config, code_dir: str | Path | None = None) -> Task:
@@ -117,96 +118,42 @@ def get_task(config: Config, code_dir: str | Path | None = None) -> Task:
     parts = {p: getattr(own, p) for p in ("has_groups", "extract", "is_complete", "is_right") if hasattr(own, p)}
 
     def examples(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
-        return own_examples(task, own, config if share is None else config.with_(source_only_share=share), split)
+        config = config if share is None else config.with_(source_only_share=share)
+        return check_examples(task, config, split, list(own.examples(config, split)))
 
     task = Task(name=name, examples=examples, check=lambda config: check_splits(task, config), **parts)
     return task
 
 
-def load_examples(
-    config: Config, lexicon_seed: int | None, split: str, share: float | None = None, code_dir: str | Path | None = None
-) -> list[Example]:
+def load_examples(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
     """The examples of a split; `share` overrides the training mix's share of source-only problems."""
-    return get_task(config, code_dir).examples(config, lexicon_seed, split, share)
-
-
-def check_inputs(config: Config) -> None:
-    """Refuse missing models, data and files of the user's, before a run folder exists."""
-    check_models(config)
-    for key, text in to_flat(config).items():
-        if key in OPTIONS and is_path(text):
-            extend.load_checked(config, key)
-    get_task(config).check(config)
-
-
-# ---- tasks of the user's --------------------------------------------------------------------------------------------
-
-
-def own_examples(task: Task, own: object, config: Config, split: str) -> list[Example]:
-    """As many examples of a split as the configuration asks for, with donors; what a run cannot use is refused."""
-    examples, wanted = list(own.examples(config, split)), getattr(config.task, f"n_{split}")
-
-    def refuse(why: str):
-        raise ConfigError(f"task.task: {task.name}: examples(config, '{split}'): {why}")
-
-    if len(examples) < wanted:
-        refuse(f"gives {len(examples)} examples, task.n_{split} asks for {wanted}: ask for fewer")
-    if wrong := [e for e in examples if not isinstance(e, Example)]:
-        refuse(f"must give bridgekit.tasks.Example, got {type(wrong[0]).__name__}")
-    examples = [replace(e, split=split) for e in examples[:wanted]]
-    if len({e.id for e in examples}) < len(examples):
-        refuse("two examples have one id")
-    for e in examples:
-        if not task.is_right(task.extract(e.solution), e.gold):
-            refuse(f"{e.id}: its solution reads as '{task.extract(e.solution)}', its gold answer is '{e.gold}'")
-        if task.has_groups != (e.group is not None):
-            refuse(f"{e.id}: its group is {e.group!r}, and has_groups is {task.has_groups}")
-        if not e.told and "target_told" in config.eval.conditions:
-            refuse(f"{e.id}: has no fact in words (`told`): give it, or leave target_told out of eval.conditions")
-    return examples if any(e.donor_id for e in examples) else give_donors(examples)
-
-
-def check_splits(task: Task, config: Config) -> None:
-    """Refuse a question that is in two splits: its answer would be learned by heart."""
-    where: dict[str, str] = {}
-    for split in ("train", "val", "test"):
-        for e in task.examples(config, None, split):
-            if where.setdefault(e.facts + e.question, split) != split:
-                raise ConfigError(
-                    f"task.task: {task.name}: '{e.question[:60]}' is in {where[e.facts + e.question]} and {split}"
-                )
+    return get_task(config).examples(config, lexicon_seed, split, share)
 
 
 def from_jsonl(
-    path: str | Path, split: str, question: str = "question", answer: str = "answer", name: str = "",
-    extract: Callable[[str], str] = extract_answer,
-) -> list[Example]:  # fmt: skip
+    path: str | Path, split: str, question="question", answer="answer", name="", extract=extract_answer
+) -> list[Example]:
     """The questions of a file with one JSON object a line; a row that is none is refused with its number."""
-    path = Path(path)
+    path, examples = Path(path), []
     if not path.is_file():
         raise ConfigError(f"task.data: no file '{path}'")
-    return list(_load_rows(path, path.stat().st_mtime_ns, split, question, answer, name or path.stem, extract))
-
-
-@lru_cache(maxsize=8)
-def _load_rows(path: Path, changed_ns: int, split: str, question: str, answer: str, name: str, extract: Callable):
-    examples = []
     for number, row in enumerate(load_jsonl(path), start=1):
-        texts = row.get(question), row.get(answer)
-        if not all(isinstance(text, str) and text.strip() for text in texts):
+        texts = [text.strip() for text in (row.get(question), row.get(answer)) if isinstance(text, str)]
+        if len(texts) < 2 or not all(texts):
             raise ConfigError(f"task.data: {path}, row {number}: needs texts `{question}` and `{answer}`")
-        asked, solution = (text.strip() for text in texts)
-        if (gold := extract(solution)) == INVALID:
+        if (gold := extract(texts[1])) == INVALID:
             raise ConfigError(f"task.data: {path}, row {number}: no final answer in its `{answer}`, such as `#### 12`")
-        made = Example(id=f"{name}-{split}-{number:05d}", split=split, question=asked, solution=solution, gold=gold)
-        examples.append(made)
-    return tuple(examples)
+        name_of = f"{name or path.stem}-{split}-{number:05d}"
+        examples.append(Example(id=name_of, split=split, question=texts[0], solution=texts[1], gold=gold))
+    return examples
 
 
 def give_donors(
-    examples: list[Example], differs: str = "gold", rng: random.Random | None = None,
+    examples: list[Example],
+    differs: str = "gold",
+    rng: random.Random | None = None,
     answer_with: Callable[[Example, int], str] | None = None,
-) -> list[Example]:  # fmt: skip
+) -> list[Example]:
     """Name each example's donor: the next one of its group that differs, counted from itself or from a drawn place.
 
     `answer_with(example, value)` is the answer that the donor's value would give here. An example whose group has one
@@ -225,3 +172,96 @@ def give_donors(
             e = replace(e, donor_id=donor.id, donor_gold=answer_with(e, donor.value) if answer_with else None)
         out.append(e)
     return out
+
+
+# ---- refused before anything starts ---------------------------------------------------------------------------------
+
+
+def check_inputs(config: Config) -> None:
+    """Refuse missing models, data and files of the user's, before a run folder exists."""
+    check_models(config)
+    for key, text in to_flat(config).items():
+        if key in OPTIONS and is_path(text):
+            extend.load_checked(config, key)
+    get_task(config).check(config)
+
+
+def check_examples(task: Task, config: Config, split: str, examples: list) -> list[Example]:
+    """As many of a user's examples as the configuration asks for, with donors; what a run cannot use is refused."""
+    wanted, needs_told = getattr(config.task, f"n_{split}"), "target_told" in config.eval.conditions
+    refused = f"task.task: {task.name}: examples(config, '{split}'):"
+    if len(examples) < wanted:
+        raise ConfigError(f"{refused} gives {len(examples)} examples, task.n_{split} asks for {wanted}: ask for fewer")
+    if wrong := [e for e in examples if not isinstance(e, Example)]:
+        raise ConfigError(f"{refused} must give bridgekit.tasks.Example, got {type(wrong[0]).__name__}")
+    examples = [replace(e, split=split) for e in examples[:wanted]]
+    if len({e.id for e in examples}) < wanted:
+        raise ConfigError(f"{refused} two examples have one id")
+    for e in examples:
+        answer = task.extract(e.solution)
+        group, way_out = f"its group is {e.group!r}", "give it, or leave target_told out of eval.conditions"
+        for broken, why in (
+            (not task.is_right(answer, e.gold), f"its solution reads as '{answer}', its gold answer is '{e.gold}'"),
+            (task.has_groups != (e.group is not None), f"{group}, and has_groups is {task.has_groups}"),
+            (needs_told and not e.told, f"has no fact in words (`told`): {way_out}"),
+        ):
+            if broken:
+                raise ConfigError(f"{refused} {e.id}: {why}")
+    return examples if any(e.donor_id for e in examples) else give_donors(examples)
+
+
+def check_splits(task: Task, config: Config) -> None:
+    """Refuse a question that is in two splits: its answer would be learned by heart."""
+    where: dict[str, str] = {}
+    for split in ("train", "val", "test"):
+        for e in task.examples(config, None, split):
+            if (first := where.setdefault(e.facts + e.question, split)) != split:
+                raise ConfigError(f"task.task: {task.name}: '{e.question[:60]}' is in {first} and {split}")
+
+
+def check_positions(config: Config, n_positions: int, longest_prompt: int, longest_source: int) -> None:
+    """Refuse more text, soft tokens and answer than the target has positions.
+
+    `longest_prompt` is the target's literal prompt, `longest_source` what the bridge reads, both in tokens without
+    BOS. Injectors without soft tokens take no positions, and `soft_only` leaves the literal prompt out.
+    """
+    bridge, new = config.bridge, config.eval.max_new_tokens
+    soft = bridge.n_soft_tokens if bridge.injector in SOFT_INJECTORS else 0
+    if soft == -1:
+        soft = min(MAX_SOFT_TOKENS, 1 + longest_source + (new if bridge.source_view == "solution" else 0))
+    no_text = {bridge.prompt_mode, bridge.train_prompt_mode} <= {"soft_only", "same"}
+    for key, n_soft, text, way_out in (  # the target alone reads its whole prompt, whatever the bridge
+        ("eval.max_new_tokens", 0, longest_prompt, "use a shorter prompt or answer"),
+        ("bridge.n_soft_tokens", soft, LONGEST_CUE if no_text else longest_prompt, "use fewer soft tokens"),
+    ):
+        if (needed := 1 + n_soft + text + new) > n_positions:
+            parts = f"{n_soft} soft tokens, " * bool(n_soft) + f"{text} prompt tokens and {new} new ones"
+            raise ConfigError(f"{key}: {parts} need {needed} positions; the target has {n_positions}: {way_out}")
+
+
+def measure_prompts(config: Config) -> tuple[int, int, int] | None:
+    """The target's positions, its longest prompt and the longest text that the bridge reads, in tokens without BOS.
+
+    None where a model is not on this disk: then only the training can count.
+    """
+    from tokenizers import Tokenizer
+
+    task, keys = get_task(config), ("source_model", "target_model")
+    try:
+        folders = [resolve_model_folder(key, getattr(config.pair, key)) for key in keys]
+        task.check(config)
+    except ConfigError:  # a study makes such a pair when it runs
+        return None
+    if not all(folder and (folder / "tokenizer.json").is_file() for folder in folders):
+        return None
+    source, target = folders if config.pair.direction == "forward" else folders[::-1]
+    n_positions = json.loads((target / "config.json").read_text()).get("max_position_embeddings")
+    examples = [e for split in ("val", "test") for e in task.examples(config, None, split)]
+    prompts = [source_prompt(e) for e in examples]
+    texts = [literal_prompt(e).text for e in examples]
+    read = [prompt.prefix if config.bridge.source_view == "facts" else prompt.text for prompt in prompts]
+    longest = []
+    for folder, rows in ((target, texts), (source, read)):
+        encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(rows, add_special_tokens=False)
+        longest.append(max(len(row.ids) for row in encoded))
+    return (n_positions, *longest) if n_positions else None

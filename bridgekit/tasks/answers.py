@@ -1,25 +1,16 @@
 """Read the final answer out of generated text: one canonical number string, or `[invalid]`.
 
-    from bridgekit.tasks.answers import extract_answer
     extract_answer("... so she has 18 left.\\n#### 18.00")      # "18"
 
-Rules, named so that the same texts can be rescored under each of them:
-
-marker_last, marker_first
-    This project's own: the last (first) `#### n` before any follow-up question the model invents,
-    in canonical form. A fraction stays a fraction ("8/3"), an expression ("400-x") is no answer.
-seeds
-    The first experiments' evaluator: first `#### ` with digits, points and commas; commas dropped,
-    nothing else tidied ("18." is not "18"). It reproduces every label of their raw files.
-lm_eval_strict, lm_eval_flexible
-    The two filters of lm-evaluation-harness' `gsm8k` task with the clean-up its metric applies before
-    comparing. These and `seeds` return a label exactly as those programs would compare it.
+Rules, so that one text can be scored under each: `marker_last` and `marker_first`, this project's own, take the last or
+first `#### n` before any follow-up question that the model invents, in canonical form ("8/3" stays a fraction, "400-x"
+is no answer); `seeds` is the first experiments' evaluator, `lm_eval_strict` and `lm_eval_flexible` are the filters of
+lm-evaluation-harness for GSM8K: these three return a label exactly as those programs would compare it.
 """
-
-from __future__ import annotations
 
 import re
 import unicodedata
+from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 
 from bridgekit.runs import INVALID
@@ -45,7 +36,7 @@ _CONTINUES = re.compile(
 _CHARACTERS = dict(zip("−–—‒‐‑﹣－＋，٬．٫＄＃％⁄∕／", "--------+,,..$#%///", strict=True))
 _SPACED_THOUSANDS = re.compile("(?<=\\d)[\u00a0\u2009\u202f'’](?=\\d{3}(?!\\d))")
 _MARKER_OF_SEEDS = re.compile(r"#### (-?[0-9.,]+)")
-_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def extract_answer(text: str, rule: str = "marker_last") -> str:
@@ -97,17 +88,12 @@ def read_number(text: str) -> str:
 
 def canonical(value: Fraction) -> str:
     """Decimal digits where the value ends, else the reduced fraction: 2.50 -> "2.5", 8/3 -> "8/3"."""
-    rest, twos, fives = value.denominator, 0, 0
-    while rest % 2 == 0:
-        rest, twos = rest // 2, twos + 1
-    while rest % 5 == 0:
-        rest, fives = rest // 5, fives + 1
-    if rest != 1:
-        return f"{value.numerator}/{value.denominator}"
-    places = max(twos, fives)
-    digits = str(abs(value.numerator) * 10**places // value.denominator).rjust(places + 1, "0")
-    body = digits[: len(digits) - places] + ("." + digits[-places:] if places else "")
-    return ("-" if value < 0 else "") + body
+    with localcontext(prec=10 * MAX_NUMBER_CHARS) as context:
+        context.traps[Inexact] = True
+        try:
+            return f"{Decimal(value.numerator) / value.denominator:f}"
+        except Inexact:
+            return str(value)
 
 
 def plain_characters(text: str) -> str:
@@ -116,28 +102,16 @@ def plain_characters(text: str) -> str:
 
 
 def _plain_character(character: str) -> str:
-    if character in _CHARACTERS:
-        return _CHARACTERS[character]
     if unicodedata.category(character) == "Nd":
         return str(unicodedata.decimal(character))
     if unicodedata.decomposition(character).startswith("<fraction>"):
         return " " + unicodedata.normalize("NFKC", character).replace("⁄", "/")
-    return character
+    return _CHARACTERS.get(character, character)
 
 
-def _marker_answers(text: str) -> list[str]:
+def _marked_numbers(text: str) -> list[str]:
     found = (read_number(m.group(1)) for m in _MARKER.finditer(plain_characters(truncate_followups(text))))
     return [answer for answer in found if answer != INVALID] or [INVALID]
-
-
-def _first_marker(text: str) -> str:
-    match = _MARKER_OF_SEEDS.search(text)
-    return match.group(1) if match else INVALID
-
-
-def _last_number(text: str) -> str:
-    found = _FLEXIBLE.findall(text)
-    return (found[-1][0] or found[-1][1]).strip() if found else INVALID
 
 
 def lm_eval_cleanup(text: str) -> str:
@@ -147,9 +121,9 @@ def lm_eval_cleanup(text: str) -> str:
 
 
 RULES = {
-    "marker_last": lambda text: _marker_answers(text)[-1],
-    "marker_first": lambda text: _marker_answers(text)[0],
-    "seeds": lambda text: _first_marker(text).replace(",", ""),
-    "lm_eval_strict": lambda text: lm_eval_cleanup(_first_marker(text)),
-    "lm_eval_flexible": lambda text: lm_eval_cleanup(_last_number(text)),
+    "marker_last": lambda text: _marked_numbers(text)[-1],
+    "marker_first": lambda text: _marked_numbers(text)[0],
+    "seeds": lambda text: (_MARKER_OF_SEEDS.findall(text) or [INVALID])[0].replace(",", ""),
+    "lm_eval_strict": lambda text: lm_eval_cleanup((_MARKER_OF_SEEDS.findall(text) or [INVALID])[0]),
+    "lm_eval_flexible": lambda text: lm_eval_cleanup((_FLEXIBLE.findall(text) or [INVALID])[-1].strip()),
 }

@@ -9,10 +9,10 @@ says anything about the unit's value: subtrahends stay below the smallest produc
 """
 
 import hashlib
-import itertools
 import json
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -68,9 +68,11 @@ FAMILIES = (
 )  # fmt: skip
 FAMILY = {family.name: family for family in FAMILIES}
 # What the questions are made of: "loses" and "gives" could be invented words, and would be read as the verb.
-ORDINARY_WORDS = frozenset(
-    re.findall("[a-z]+", " ".join([*NAMES, *THINGS, *(w for f in FAMILIES for w in f.wordings)]).lower())
-)
+WORDINGS = [wording for family in FAMILIES for wording in family.wordings]
+ORDINARY_WORDS = frozenset(re.findall("[a-z]+", " ".join([*NAMES, *THINGS, *WORDINGS]).lower()))
+
+
+# ---- the lexicon ----------------------------------------------------------------------------------------------------
 
 
 def make_word(rng: random.Random) -> str:
@@ -79,29 +81,30 @@ def make_word(rng: random.Random) -> str:
     return "".join(syllables) + rng.choice("bdfgklmnprstvz")
 
 
+def make_words(rng: random.Random, n: int, taken: set[str] | frozenset[str]) -> list[str]:
+    """Invented words, none twice and none of those that are taken."""
+    words: dict[str, None] = {}
+    while len(words) < n:
+        if (word := make_word(rng)) not in taken:
+            words[word] = None
+    return list(words)
+
+
 @lru_cache(maxsize=4)
 def make_lexicon(seed: int, n_units: int = N_UNITS) -> tuple[Unit, ...]:
     """All units of a lexicon: word, value, who knows it, which split it belongs to."""
     rng = random.Random(f"lexicon {seed}")
     drawn = iter(rng.sample(VALUES, sum(HELD_VALUES.values())))
-    held = {split: list(itertools.islice(drawn, n)) for split, n in HELD_VALUES.items()}
-    open_values = [v for v in VALUES if not any(v in some for some in held.values())]
-    words: dict[str, None] = {}
-    while len(words) < n_units:
-        if (word := make_word(rng)) not in ORDINARY_WORDS:
-            words.setdefault(word)
-    fresh = iter(words)
-    units = []
-    for group, share in GROUP_SHARES.items():
+    held = {split: sorted(next(drawn) for _ in range(n)) for split, n in HELD_VALUES.items()}
+    open_values = [v for v in VALUES if v not in sum(held.values(), [])]
+    words, units = iter(make_words(rng, n_units, ORDINARY_WORDS)), []
+    for group, group_share in GROUP_SHARES.items():
         for split, split_share in SPLIT_SHARES.items():
-            n = round(n_units * share * split_share)
-            own = sorted(held.get(split, []))
+            n = round(n_units * group_share * split_share)
+            own, others = (rng.sample(values, len(values)) for values in (held.get(split, []), open_values))
             n_held = round(n * HELD_VALUE_SHARE) if own else 0
-            values = itertools.chain(
-                itertools.islice(itertools.cycle(rng.sample(own, len(own)) or [0]), n_held),
-                itertools.cycle(rng.sample(open_values, len(open_values))),
-            )
-            for i, (word, value) in enumerate(zip(itertools.islice(fresh, n), values, strict=False)):
+            for i, word in zip(range(n), words, strict=False):
+                value = own[i % len(own)] if i < n_held else others[(i - n_held) % len(others)]
                 novelty = "seen" if split == "train" else "held_value" if i < n_held else "held_unit"
                 units.append(Unit(word, value, group, split, novelty))
     return tuple(units)
@@ -120,6 +123,17 @@ def swap_roles(lexicon: tuple[Unit, ...]) -> tuple[Unit, ...]:
 
 def known_units(lexicon: tuple[Unit, ...], role: str) -> list[Unit]:
     return [u for u in lexicon if u.group in (f"{role}_only", "both")]
+
+
+def pick_train_units(units: list[Unit], share: float, values_share: float = 1.0) -> list[Unit]:
+    """The train units of a share of the values, and a share of those; a smaller share is part of a larger one."""
+    values = sorted({u.value for u in units})
+    values = random.Random("values").sample(values, len(values))[: max(1, round(len(values) * values_share))]
+    units = [u for u in units if u.value in values]
+    return units[: max(1, round(len(units) * share))]
+
+
+# ---- problems -------------------------------------------------------------------------------------------------------
 
 
 def draw_numbers(rng: random.Random, family: Family) -> dict[str, int]:
@@ -158,7 +172,6 @@ def answer_with(example: Example, value: int) -> str:
 class Problem:
     """A question with the numbers in it."""
 
-    family: Family
     numbers: dict[str, int]
     things: str
     question: str
@@ -169,12 +182,25 @@ def make_problem(rng: random.Random, family: Family, word: str) -> Problem:
     name, other = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     question = rng.choice(family.wordings).format(n=name, m=other, t=things, u=word, **numbers)
-    return Problem(family, numbers, things, question)
+    return Problem(numbers, things, question)
 
 
-def state_facts(pairs: list[tuple[str, int]]) -> str:
-    """Facts in words, as both models read them: one line, ends in a newline."""
-    return "Note: " + " ".join(f"A {word} is {value}." for word, value in pairs) + "\n"
+def state_facts(pairs: Sequence[tuple[str, int]]) -> str:
+    """Facts in words, as both models read them: one line, ends in a newline; nothing where there are none."""
+    return "Note: " + " ".join(f"A {word} is {value}." for word, value in pairs) + "\n" if pairs else ""
+
+
+def make_example(rng: random.Random, unit: Unit, split: str, i: int, name: str, pairs: tuple = ()) -> Example:
+    """The i-th problem of a split; `pairs` are the words and values that stand in the source's context."""
+    family = FAMILIES[i % len(FAMILIES)]
+    problem = make_problem(rng, family, unit.word)
+    solution, gold = solve(family, problem.numbers, unit.value, problem.things)
+    asked = {"question": problem.question, "numbers": problem.numbers, "family": family.name}
+    answer = {"solution": solution, "gold": gold, "value_at": solution.index(f"*{unit.value}=") + 1}
+    known = {"unit": unit.word, "value": unit.value, "group": unit.group, "novelty": unit.novelty}
+    facts = {"fact_pairs": pairs, "facts": state_facts(pairs), "told": state_facts([(unit.word, unit.value)])}
+    name = f"{name}-{i:05d}"
+    return Example(id=name, split=split, steps=len(family.steps), **asked, **answer, **known, **facts)
 
 
 def pick_units(units: list[Unit], n: int, rng: random.Random) -> list[Unit]:
@@ -185,28 +211,16 @@ def pick_units(units: list[Unit], n: int, rng: random.Random) -> list[Unit]:
     return picked[:n]
 
 
-def pick_train_units(units: list[Unit], share: float, values_share: float = 1.0) -> list[Unit]:
-    """The train units of a share of the values, and a share of those; a smaller share is part of a larger one."""
-    values = sorted({u.value for u in units})
-    values = random.Random("values").sample(values, len(values))[: max(1, round(len(values) * values_share))]
-    units = [u for u in units if u.value in values]
-    return units[: max(1, round(len(units) * share))]
-
-
 def make_examples(
     lexicon: tuple[Unit, ...], split: str, n: int, seed: int, *, share: float = -1.0, variant: str = "weights",
     n_facts: int = 4, train_units_share: float = 1.0, train_values_share: float = 1.0, vary_facts: bool = False,
 ) -> list[Example]:  # fmt: skip
     """n problems of a split, in the natural mix of groups or with `share` of them source-only."""
-    in_context = variant == "context"  # what has no effect in a variant must not change its draws: there it counts as
-    drawn = (n_facts, 1.0) if in_context else (4, train_units_share)  # the default
-    rng = random.Random(f"examples {seed} {split} {share} {variant} {drawn[0]} {drawn[1]}")
-    if in_context:
-        taught = {u.word for u in lexicon} | ORDINARY_WORDS
-        doublings = [2**k for k in range(n_facts.bit_length()) if 2**k < n_facts] if vary_facts else []
-        sizes = [rng.choice([*doublings, n_facts]) if doublings else n_facts for _ in range(n)]
-        examples = [_context_example(rng, split, i, size, taught) for i, size in enumerate(sizes)]
-        return give_donors(examples, "value", rng, answer_with)
+    # What has no effect in a variant must not change its draws: there it counts as the default.
+    drawn = f"{n_facts} 1.0" if variant == "context" else f"4 {train_units_share}"
+    rng = random.Random(f"examples {seed} {split} {share} {variant} {drawn}")
+    if variant == "context":
+        return make_context_examples(rng, lexicon, split, n, n_facts, vary_facts)
     shares = {g: sum(u.group == g for u in lexicon) / len(lexicon) for g in GROUPS}
     if share != -1:
         rest = 1 - shares["source_only"]
@@ -220,7 +234,7 @@ def make_examples(
             units = pick_train_units(units, train_units_share, train_values_share)
         picked += pick_units(units, count, rng)
     rng.shuffle(picked)
-    examples = [_example(rng, u, split, i, f"units-{split}-{i:05d}") for i, u in enumerate(picked)]
+    examples = [make_example(rng, u, split, i, f"units-{split}") for i, u in enumerate(picked)]
     return give_donors(examples, "value", rng, answer_with)
 
 
@@ -231,75 +245,65 @@ def make_seen_examples(
     rng = random.Random(f"seen {seed}")
     units = [u for u in lexicon if u.group == "source_only" and u.split == "train"]
     picked = pick_units(pick_train_units(units, train_units_share, train_values_share), n, rng)
-    examples = [_example(rng, u, "test", i, f"units-seen-{i:05d}") for i, u in enumerate(picked)]
+    examples = [make_example(rng, u, "test", i, "units-seen") for i, u in enumerate(picked)]
     return give_donors(examples, "value", rng, answer_with)
 
 
-def _example(rng: random.Random, unit: Unit, split: str, i: int, name: str, pairs: tuple = ()) -> Example:
-    family = FAMILIES[i % len(FAMILIES)]
-    problem = make_problem(rng, family, unit.word)
-    solution, gold = solve(family, problem.numbers, unit.value, problem.things)
-    return Example(
-        id=name, split=split, question=problem.question, solution=solution, gold=gold,
-        facts=state_facts(pairs) if pairs else "", told=state_facts([(unit.word, unit.value)]), group=unit.group,
-        unit=unit.word, value=unit.value, novelty=unit.novelty, family=family.name, steps=len(family.steps),
-        fact_pairs=pairs, numbers=problem.numbers, value_at=solution.index(f"*{unit.value}=") + 1,
-    )  # fmt: skip
-
-
-def _context_example(rng: random.Random, split: str, i: int, n_facts: int, taught: set[str]) -> Example:
-    """A problem whose fact stands in the source's context among others; no model was taught any of the words."""
-    words: dict[str, None] = {}
-    while len(words) < n_facts:
-        if (word := make_word(rng)) not in taught:
-            words.setdefault(word)
-    pairs = tuple((word, rng.choice(VALUES)) for word in words)
-    unit = Unit(*rng.choice(pairs), "source_only", split, "seen" if split == "train" else "held_unit")
-    return _example(rng, unit, split, i, f"units-context{n_facts}-{split}-{i:05d}", pairs)
+def make_context_examples(rng: random.Random, lexicon: tuple, split: str, n: int, n_facts: int, vary: bool) -> list:
+    """Problems whose fact stands in the source's context among others; no model was taught any of the words."""
+    taught = {u.word for u in lexicon} | ORDINARY_WORDS
+    doublings = [2**k for k in range(n_facts.bit_length()) if 2**k < n_facts] if vary else []
+    sizes = [rng.choice([*doublings, n_facts]) if doublings else n_facts for _ in range(n)]
+    examples = []
+    for i, size in enumerate(sizes):
+        pairs = tuple((word, rng.choice(VALUES)) for word in make_words(rng, size, taught))
+        unit = Unit(*rng.choice(pairs), "source_only", split, "seen" if split == "train" else "held_unit")
+        examples.append(make_example(rng, unit, split, i, f"units-context{size}-{split}", pairs))
+    return give_donors(examples, "value", rng, answer_with)
 
 
 # ---- as a task ------------------------------------------------------------------------------------------------------
 
 
 def load_lexicon_seed(config: Config) -> int | None:
-    """The lexicon both models were taught, from the pair's own record; another generator's is refused."""
-    folder = resolve_model_folder("target_model", config.pair.target_model)
-    record = folder.parent / "pair.json" if folder else None
-    if record is None or not record.is_file():
-        return None
-    try:
-        known = json.loads(record.read_text())
-        seed, lexicon = known["lexicon_seed"], known["lexicon"]
-    except (ValueError, KeyError, TypeError):
-        message = f"{record} does not name its lexicon: restore it, or make the pair again"
-        raise ConfigError(f"pair.target_model: {message}") from None
-    found = fingerprint_lexicon(make_lexicon(seed))
-    if lexicon != found:
-        message = f"{record} records lexicon {lexicon}, seed {seed} gives {found} now: make the pair again"
-        raise ConfigError(f"pair.target_model: {message} with `bridgekit pair`")
-    return seed
-
-
-def check_lexicon(config: Config) -> None:
-    """Refuse a pair that was taught no lexicon."""
-    if load_lexicon_seed(config) is None:
+    """The lexicon both models were taught, from their pairs' own records; another generator's or pair's is refused."""
+    seeds: dict[str, int] = {}
+    for key in ("target_model", "source_model"):
+        folder = resolve_model_folder(key, getattr(config.pair, key))
+        record = folder and folder.parent / "pair.json"
+        if not record or not record.is_file():
+            continue
+        try:
+            known = json.loads(record.read_text())
+            seeds[key], lexicon = known["lexicon_seed"], known["lexicon"]
+        except (ValueError, KeyError, TypeError):
+            why = "does not name its lexicon: restore it, or make the pair again"
+            raise ConfigError(f"pair.{key}: {record} {why}") from None
+        if lexicon != (made := fingerprint_lexicon(make_lexicon(seeds[key]))):
+            why = f"records lexicon {lexicon}, seed {seeds[key]} gives {made} now"
+            raise ConfigError(f"pair.{key}: {record} {why}: make the pair again with `bridgekit pair`")
+    if len(set(seeds.values())) > 1:
+        taught = " and ".join(f"{key} lexicon {seed}" for key, seed in seeds.items())
+        raise ConfigError(f"pair.source_model: the models were taught different facts ({taught}): name one pair's two")
+    if config.task.task == "units" and "target_model" not in seeds:
         raise ConfigError("pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
+    return seeds.get("target_model")
 
 
-def examples_of_run(config: Config, lexicon_seed: int, split: str, share: float | None = None) -> list[Example]:
+def load_examples(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
     """The problems of a split as the configuration asks for them; the test split also has some about train units."""
-    task, lexicon = config.task, make_lexicon(lexicon_seed)
-    if config.pair.direction == "swapped":
-        lexicon = swap_roles(lexicon)
-    n, shares = getattr(task, f"n_{split}"), (task.train_units_share, task.train_values_share)
-    options = dict(variant=task.variant, n_facts=task.n_facts)
+    task = config.task
+    lexicon = make_lexicon(load_lexicon_seed(config) if lexicon_seed is None else lexicon_seed)
+    lexicon = swap_roles(lexicon) if config.pair.direction == "swapped" else lexicon
+    shares = {key: getattr(task, key) for key in ("train_units_share", "train_values_share")}
+    options = {"variant": task.variant, "n_facts": task.n_facts}
     if split == "train":
-        options |= dict(share=task.source_only_share if share is None else share, vary_facts=task.vary_facts)
-        options |= dict(zip(("train_units_share", "train_values_share"), shares, strict=True))
-    examples = make_examples(lexicon, split, n, task.data_seed, **options)
+        share = task.source_only_share if share is None else share
+        options |= {"share": share, "vary_facts": task.vary_facts, **shares}
+    examples = make_examples(lexicon, split, getattr(task, f"n_{split}"), task.data_seed, **options)
     if split == "test" and task.variant == "weights":
-        examples += make_seen_examples(lexicon, max(n // 10, 8), task.data_seed, *shares)
+        examples += make_seen_examples(lexicon, max(task.n_test // 10, 8), task.data_seed, **shares)
     return examples
 
 
-TASK = Task(name="units", examples=examples_of_run, check=check_lexicon, has_groups=True)
+TASK = Task(name="units", examples=load_examples, check=load_lexicon_seed, has_groups=True)

@@ -29,8 +29,7 @@ from bridgekit.runs import (
     write_status,
     write_text_atomic,
 )  # fmt: skip
-from bridgekit.tasks import Example, literal_prompt, source_prompt
-from bridgekit.tasks.positions import check_positions
+from bridgekit.tasks import Example, check_positions, literal_prompt, source_prompt
 from bridgekit.train.conditions import count_flips, tune_router
 from bridgekit.train.experiment import Experiment
 from bridgekit.train.trainer import train_bridge

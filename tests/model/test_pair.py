@@ -13,12 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.config import ConfigError, load_config
+from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
 from bridgekit.model.generation import generate_batch, pad_ids
 from bridgekit.model.pair import (
-    EMBEDDED,
     Pieces,
-    check_models,
     fingerprint_folder,
     load_pair,
     pick_layers,
@@ -268,5 +266,5 @@ def test_a_model_the_hub_cannot_give_is_refused(monkeypatch):
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no test waits for a network
-    config = replace(load_config(), pair=replace(load_config().pair, target_model="no-such-owner/no-such-model"))
-    refuse(config, "pair.target_model", "no-such-owner/no-such-model")
+    real = dict(task="gsm8k", data="x", controls=["constant"], conditions=["source", "target", "bridged"])
+    refuse(load_config(target_model="no-such-owner/no-such-model", **real), "pair.target_model", "no-such-owner")

@@ -117,10 +117,10 @@ def test_fetching_writes_the_folder_whole_or_not_at_all(data, tmp_path, capsys):
         rows = [json.loads(line) for line in (out / f"{split}.jsonl").read_text().splitlines()]
         assert rows == [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
     with pytest.raises(FileExistsError, match="--out"):
-        gsm8k.fetch("gsm8k", out, str(data))
+        gsm8k.fetch(out, str(data))
     with pytest.raises(ConfigError, match="--origin: cannot load"):
-        gsm8k.fetch("gsm8k", tmp_path / "other", str(tmp_path / "nowhere"))
+        gsm8k.fetch(tmp_path / "other", str(tmp_path / "nowhere"))
     write(data / "test.jsonl", [{"question": "How many?", "answer": "Seven."}])
     with pytest.raises(ConfigError, match="no final answer"):
-        gsm8k.fetch("gsm8k", tmp_path / "other", str(data))
+        gsm8k.fetch(tmp_path / "other", str(data))
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "data") == ["fetched"]

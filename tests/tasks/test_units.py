@@ -299,7 +299,7 @@ def test_a_pair_without_its_lexicon_is_refused(tmp_path):
     (tmp_path / "target" / "config.json").write_text("{}")
     config = load_config(target_model=str(tmp_path / "target"))
     with pytest.raises(ConfigError, match="was taught a lexicon"):
-        units.check_lexicon(config)
+        units.load_lexicon_seed(config)
     for record, why in (
         ("{}", "does not name its lexicon"),
         ('{"lexicon_seed": 1, "lexicon": "x"}', "records lexicon x"),
