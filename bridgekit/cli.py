@@ -25,7 +25,7 @@ FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, wha
     "fetch": ("tasks.gsm8k", "bring real questions into a folder that runs read"),
     "audit": ("audit.report", "recompute every claim from its data"),
     "report": ("results.reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
-    "preserve": ("results.preserve", "keep what is worth keeping of a run in preserved_data/"),
+    "preserve": ("audit.keep", "keep what is worth keeping of a run in preserved_data/"),
     "readme": ("results.readme", "write README.md and RESULTS.md again from their templates and the kept runs"),
 }
 

@@ -1,7 +1,8 @@
-"""The first experiments' runs as records: their logs and JSONL, and the compact tables that are kept of them.
+"""Runs as records: of the first experiments, of the compact tables kept of them, and of this package.
 
     for folder in find_runs("preserved_data"):
-        record = load_run(folder)         # a run of this package too, through bridgekit.runs
+        record = load_run(folder)
+        record.at("final")                # frame by index: gold, <condition>_pred, <condition>_correct
 
 Reading never changes a file and never stops at a damaged one: what is wrong is listed in `record.problems`.
 """
@@ -17,20 +18,23 @@ import pandas as pd
 import yaml
 
 from bridgekit import config as configuration
-from bridgekit.audit.first_logs import PATH_KEYS, count_rescored, count_texts, load_end, load_log, load_outcomes
-from bridgekit.results.preserve import EVAL_FILE, compress_evaluation, find_runs, generation_of, write_gzip
-from bridgekit.results.reports import describe_answers
-from bridgekit.runs import INVALID, load_eval, load_jsonl, load_run_config
+from bridgekit.audit.first_logs import load_end, load_log, load_outcomes, parse_time
+from bridgekit.results.preserve import EVAL_FILE, find_runs, generation_of
+from bridgekit.runs import INVALID, load_jsonl, load_run_config
 
-OUTCOMES_FILE, FACTS_FILE = "outcomes.csv.gz", "run.json"
-SEED, BOOKKEEPING = "seed", ("show_eval_samples",)
-INERT = (  # keys of the first experiments: (without effect when this holds, the settings concerned)
+SETTINGS_AS_FACTS = {"world_size": "world_size", "translator_params_m": "parameters_m", "gpu": "gpu"}  # in config.yaml
+INERT = (  # keys of the first experiments: (without effect when this holds, beginnings of the settings concerned)
     (lambda c: not c.get("decode_loss_weight", 1), ("decode_interval", "decode_samples", "decode_max_length")),
-    (lambda c: c.get("bridge", "dit") != "dit", ("dit_*",)),
+    (lambda c: c.get("bridge", "dit") != "dit", ("dit_",)),
     (lambda c: not c.get("dit_loss_weight", 1), ("dit_loss_warmup",)),
     (lambda c: c.get("soft_injection", "adapter") != "adapter", ("adapter_scale",)),
+    (lambda c: True, ("show_eval_samples",)),
 )
 _STAMP = re.compile(r"_?(\d{8})_(\d{6})")
+
+
+class MissingData(ValueError):
+    """What is asked of a run is not among the data that were kept of it."""
 
 
 @dataclass
@@ -42,7 +46,7 @@ class Record:
     generation: str  # first | bridgekit | derived (a compact copy of the first)
     config: dict = field(default_factory=dict)  # flat; dotted keys for this package's runs
     facts: dict = field(default_factory=dict)  # world_size parameters_m gpu started ended crashes ...
-    outcomes: pd.DataFrame = field(default_factory=pd.DataFrame)  # step index gold <condition>_pred
+    outcomes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["step", "index", "gold"]))
     losses: pd.DataFrame = field(default_factory=pd.DataFrame)
     logged: pd.DataFrame = field(default_factory=pd.DataFrame)  # accuracies the run itself printed
     problems: list[str] = field(default_factory=list)
@@ -53,66 +57,56 @@ class Record:
         return _STAMP.sub("", self.name).strip("\"'_ ")
 
     @property
+    def steps(self) -> list[str]:
+        return sorted(self.outcomes["step"].unique(), key=step_order)
+
+    def at(self, step: str | int) -> pd.DataFrame:
+        """One evaluation by index: gold, and of every condition evaluated there the label and whether it is right."""
+        part = self.outcomes[self.outcomes["step"] == str(step)].set_index("index").sort_index().dropna(axis=1)
+        labels = part.filter(regex="_pred$")
+        right = labels.eq(part["gold"], axis=0) & (labels != INVALID)
+        return part.join(right.rename(columns=lambda name: name.replace("_pred", "_correct")))
+
+    def right(self, condition: str, step: str | int = "final", label: str = "") -> pd.Series:
+        """Right or wrong by index at one step; with `label`, whether the answer is that label."""
+        if str(step) not in self.steps:
+            raise MissingData(f"run '{self.name}' has no evaluation of step {step}")
+        if condition == "union":
+            return self.right("source", step) | self.right("target", step)
+        evaluation = self.at(step)
+        if f"{condition}_pred" not in evaluation:
+            raise MissingData(f"run '{self.name}' has no condition '{condition}' at step {step}")
+        return evaluation[f"{condition}_pred"] == label if label else evaluation[f"{condition}_correct"]
+
+    @property
     def curve(self) -> pd.DataFrame:
         """Per step: accuracy and number of invalid answers of every condition, and n."""
         rows = []
-        for step in self.steps():
+        for step in self.steps:
             part = self.at(step)
-            names = [c for c in conditions_of(part) if part[f"{c}_pred"].notna().all()]
-            row = {"step": step} | {f"{c}_acc": is_right(part, c).mean() for c in names}
-            rows.append(row | {f"invalid_{c}": int((part[f"{c}_pred"] == INVALID).sum()) for c in names}
-                        | {"n": len(part)})  # fmt: skip
-        return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["step", "n"])
-
-    def at(self, step: str | int) -> pd.DataFrame:
-        """Outcomes of one evaluation, by index."""
-        return self.outcomes[self.outcomes["step"] == str(step)].set_index("index").sort_index()
-
-    def steps(self) -> list[str]:
-        return sorted(self.outcomes["step"].unique(), key=step_order) if len(self.outcomes) else []
+            right, invalid = part.filter(regex="_correct$").mean(), (part.filter(regex="_pred$") == INVALID).sum()
+            row = {name.replace("_correct", "_acc"): share for name, share in right.items()}
+            row |= {f"invalid_{name.removesuffix('_pred')}": int(n) for name, n in invalid.items()}
+            rows.append({"step": step} | row | {"n": len(part)})
+        return pd.DataFrame(rows, columns=None if rows else ["step", "n"])
 
 
 def step_order(step: object) -> float:
     return float("inf") if str(step) == "final" else float(step)
 
 
-def conditions_of(outcomes: pd.DataFrame) -> list[str]:
-    return [c.removesuffix("_pred") for c in outcomes.columns if c.endswith("_pred")]
-
-
-def is_right(outcomes: pd.DataFrame, condition: str) -> pd.Series:
-    """Boolean per row: the label equals the gold label and is an answer at all."""
-    answers = outcomes[f"{condition}_pred"]
-    return (answers == outcomes["gold"]) & (answers != INVALID)
-
-
 def effective_settings(config: dict, seed: bool = True) -> dict:
     """The settings that can matter; without `seed` also those of replicates are equal."""
     if any("." in key for key in config):
         return configuration.effective_settings(config, seed)
-    inert = {key for holds, keys in INERT if holds(config) for key in keys} | {*BOOKKEEPING, *(() if seed else (SEED,))}
-    return {k: v for k, v in config.items() if k not in inert and not ("dit_*" in inert and k.startswith("dit_"))}
+    inert = tuple(key for holds, keys in INERT if holds(config) for key in keys) + (() if seed else ("seed",))
+    return {key: value for key, value in config.items() if not key.startswith(inert)}
 
 
 def identity(record: Record, seed: bool = True) -> tuple:
     """Equal for two runs exactly when they are the same experiment on the same number of processes."""
-    settings = effective_settings(record.config, seed)
-    return *sorted((k, repr(v)) for k, v in settings.items()), ("world_size", record.facts.get("world_size"))
-
-
-def differing_settings(one: Record, other: Record) -> dict[str, tuple]:
-    """{setting: (in one, in the other)} for the settings that differ and have an effect."""
-    return _apart(effective_settings(one.config), effective_settings(other.config))
-
-
-def inert_differences(one: Record, other: Record) -> dict[str, tuple]:
-    """{setting: (in one, in the other)} for the settings that differ without effect."""
-    effective = differing_settings(one, other)
-    return {k: v for k, v in _apart(one.config, other.config).items() if k not in (*effective, *BOOKKEEPING)}
-
-
-def _apart(one: dict, other: dict) -> dict[str, tuple]:
-    return {k: (one.get(k), other.get(k)) for k in {**one, **other} if repr(one.get(k)) != repr(other.get(k))}
+    settings = {key: repr(value) for key, value in effective_settings(record.config, seed).items()}
+    return *sorted(settings.items()), ("world_size", record.facts.get("world_size"))
 
 
 # -- run folders --------------------------------------------------------------------------------------------
@@ -121,18 +115,16 @@ def _apart(one: dict, other: dict) -> dict[str, tuple]:
 def load_run(folder: str | Path, name: str | None = None) -> Record:
     """Read one run folder; `name` defaults to the stamped folder it lies in."""
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such run folder")
-    generation = generation_of(folder)
-    if generation is None:
-        below = [path for path in find_runs(folder) if path != folder]
-        if len(below) != 1:
-            what = "no run in it" if not below else "several runs in it: " + ", ".join(p.name for p in below)
-            raise ValueError(f"{folder}: {what}; name the folder with the train.log or the evaluation files")
-        return load_run(below[0], name)
-    record = Record(name or _name_of(folder), folder, generation)
-    {"first": _load_first, "derived": _load_derived, "bridgekit": _load_own}[generation](record)
-    _check_steps(record)
+    runs = find_runs(folder)
+    if len(runs) != 1:
+        what = "several runs in it: " + ", ".join(path.name for path in runs) if runs else "no run in it"
+        raise ValueError(f"{folder}: {what}; name the folder with the train.log or the evaluation files")
+    record = Record(name or _name_of(runs[0]), runs[0], generation_of(runs[0]))
+    {"first": _load_first, "derived": _load_derived, "bridgekit": _load_own}[record.generation](record)
+    every, numbered = record.config.get("eval_every"), [int(step) for step in record.steps if step != "final"]
+    if isinstance(every, int) and every > 0 and numbered:
+        missing = sorted(set(range(0, max(numbered) + 1, every)) - set(numbered))
+        record.problems += [f"evaluation of step {step} is missing (eval_every is {every})" for step in missing]
     return record
 
 
@@ -141,8 +133,7 @@ def _name_of(folder: Path) -> str:
     folder = folder.resolve()
     if _STAMP.search(folder.name) or not _STAMP.search(folder.parent.name):
         return folder.name
-    siblings = [path for path in folder.parent.iterdir() if path.is_dir() and generation_of(path)]
-    return folder.parent.name if len(siblings) == 1 else f"{folder.parent.name}.{folder.name}"
+    return folder.parent.name if len(find_runs(folder.parent)) == 1 else f"{folder.parent.name}.{folder.name}"
 
 
 def _find(record: Record, name: str, folder: Path | None = None) -> Path | None:
@@ -157,91 +148,73 @@ def _find(record: Record, name: str, folder: Path | None = None) -> Path | None:
 
 def _load_first(record: Record) -> None:
     if log := _find(record, "train.log"):
-        facts = load_log(log)
-        record.problems += facts.pop("problems")
-        record.losses, record.logged = facts.pop("losses"), facts.pop("logged")
-        record.config = {key: _plain_value(text) for key, text in facts["settings_text"].items()}
-        record.facts = facts
+        record.facts = load_log(log)
+        record.problems += record.facts.pop("problems")
+        record.losses, record.logged = record.facts.pop("losses"), record.facts.pop("logged")
+        record.config = {key: _plain_value(text) for key, text in record.facts["settings_text"].items()}
     else:
         record.problems.append("train.log: not there, so no configuration, losses or crashes")
-    stamp = _STAMP.search(record.name)
-    started = pd.to_datetime("".join(stamp.groups()), errors="coerce") if stamp else pd.NaT
-    record.facts["started"] = None if pd.isna(started) else started.isoformat()
-    summary = _find(record, "summary.log") or _find(record, "summary.log", record.folder.parent)
+    stamp, summary = _STAMP.search(record.name), _find(record, "summary.log")
+    summary = summary or _find(record, "summary.log", record.folder.parent)
+    record.facts["started"] = parse_time("".join(stamp.groups())) if stamp else None
     record.facts["ended"] = load_end(summary) if summary else None
-    frames, seen = [], {}
-    for step, path in evaluation_files(record.folder):
-        if step in seen:
-            record.problems.append(f"{path.name}: step {step} is also in {seen[step]}; the first is kept")
-        elif _find(record, path.name):
-            seen[step] = path.name
-            frames.append(load_outcomes(path, record.problems, step))
-    if frames := [frame for frame in frames if len(frame)]:
-        record.outcomes = pd.concat(frames, ignore_index=True)
+    _load_evaluations(record)
     _compare_with_log(record)
 
 
 def _load_derived(record: Record) -> None:
-    path = _find(record, "config.yaml")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8")) if path else None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        config = None
-    if not isinstance(config, dict):
+        config = dict(yaml.safe_load((record.folder / "config.yaml").read_text(encoding="utf-8")))
+    except (yaml.YAMLError, ValueError, TypeError, OSError):
         record.problems.append("config.yaml: not there or no `key: value` lines: configuration unknown")
         config = {}
-    facts = {"world_size": "world_size", "translator_params_m": "parameters_m", "gpu": "gpu"}  # beside the settings
-    record.facts = {fact: config.pop(key) for key, fact in facts.items() if key in config}
+    record.facts = {fact: config.pop(key) for key, fact in SETTINGS_AS_FACTS.items() if key in config}
     record.config = {key: _plain_value(value) if isinstance(value, str) else value for key, value in config.items()}
-    if path := _find(record, FACTS_FILE):
-        record.facts |= json.loads(path.read_text(encoding="utf-8"))
+    _load_facts(record, "run.json")
     if path := _find(record, "losses.csv"):
         record.losses = pd.read_csv(path)
     if path := _find(record, "logged.csv"):
         record.logged = pd.read_csv(path, dtype={"step": str})
-    if path := _find(record, OUTCOMES_FILE):
-        try:
-            record.outcomes = pd.read_csv(path, dtype=str, keep_default_na=False)
-            record.outcomes["index"] = record.outcomes["index"].astype(int)
-        except (ValueError, KeyError, EOFError, OSError) as error:
-            record.problems.append(f"{OUTCOMES_FILE}: cannot be read ({str(error).splitlines()[0]})")
-            record.outcomes = pd.DataFrame()
+    try:
+        if path := _find(record, "outcomes.csv.gz"):
+            record.outcomes = pd.read_csv(path, dtype=str, keep_default_na=False).astype({"index": int})
+    except (ValueError, KeyError, EOFError, OSError) as error:
+        record.problems.append(f"{path.name}: cannot be read ({str(error).splitlines()[0]})")
     _compare_with_log(record)
 
 
 def _load_own(record: Record) -> None:
-    """A run of this package, as its own readers give it; problems about units met in training count in no score."""
-    for name in ("provenance.json", "status.json"):
-        if path := _find(record, name):
-            try:
-                record.facts |= json.loads(path.read_text(encoding="utf-8"))
-            except (ValueError, TypeError):
-                record.problems.append(f"{name}: not a JSON object")
+    _load_facts(record, "provenance.json", "status.json")
     try:
         record.config = configuration.to_flat(load_run_config(record.folder))
     except (configuration.ConfigError, OSError) as error:
         record.problems.append(f"config.yaml: configuration unknown ({error})")
     if path := _find(record, "metrics.jsonl"):
         rows = list(load_jsonl(path, broken := []))
-        losses = [{"step": r["step"], "loss": r["loss"]} | r.get("losses", {}) for r in rows if "loss" in r]
+        losses = [{"step": row["step"], "loss": row["loss"]} | row.get("losses", {}) for row in rows if "loss" in row]
         record.losses = pd.DataFrame(losses)
-        record.logged = pd.DataFrame([{"step": str(r["step"])} | r["eval"] for r in rows if "eval" in r])
+        record.logged = pd.DataFrame([{"step": str(row["step"])} | row["eval"] for row in rows if "eval" in row])
         record.problems += [f"{path.name}: line {number} is no JSON object" for number in broken]
-    frames = []
-    for step, path in evaluation_files(record.folder):
+    _load_evaluations(record)
+
+
+def _load_facts(record: Record, *names: str) -> None:
+    for path in filter(None, (_find(record, name) for name in names)):
         try:
-            frame = load_eval(path, skip_broken=True, texts=False) if _find(record, path.name) else pd.DataFrame()
-        except ValueError as error:
-            record.problems.append(f"{path.name}: {error}")
-            continue
-        if broken := frame.attrs.get("left_out"):
-            record.problems.append(f"{path.name}: not a whole JSON object (line {', '.join(map(str, broken))})")
-        if "novelty" in frame:
-            frame = frame[frame["novelty"] != "seen"]
-        labels = {c: c.replace("_extracted", "_pred") for c in frame if c.endswith("_extracted")}
-        frame = frame[["index", *labels]].rename(columns=labels | {"gold_extracted": "gold"})
-        frames.append(frame.assign(step=step).drop_duplicates("index"))
-    record.outcomes = pd.concat(frames, ignore_index=True) if frames else record.outcomes
+            record.facts |= json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, TypeError):
+            record.problems.append(f"{path.name}: not a JSON object")
+
+
+def _load_evaluations(record: Record) -> None:
+    frames, files = [record.outcomes], {}
+    for step, path in evaluation_files(record.folder):
+        if step in files:
+            record.problems.append(f"{path.name}: step {step} is also in {files[step]}; the first is kept")
+        elif _find(record, path.name):
+            files[step] = path.name
+            frames.append(load_outcomes(path, record.problems, step))
+    record.outcomes = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
 
 def evaluation_files(folder: Path) -> list[tuple[str, Path]]:
@@ -258,81 +231,12 @@ def _plain_value(text: str) -> object:
         return text
 
 
-def _check_steps(record: Record) -> None:
-    """Name the evaluations that should be there and are not."""
-    every, numbered = record.config.get("eval_every"), [int(s) for s in record.steps() if s != "final"]
-    if isinstance(every, int) and every > 0 and numbered:
-        missing = sorted(set(range(0, max(numbered) + 1, every)) - set(numbered))
-        record.problems += [f"evaluation of step {step} is missing (eval_every is {every})" for step in missing]
-
-
 def _compare_with_log(record: Record) -> None:
     """The accuracies a log printed must be those of the stored outcomes."""
     curve = record.curve.set_index("step")
     for row in record.logged.to_dict("records"):
-        for column in [f"{name}_acc" for name in row if f"{name}_acc" in curve and row["step"] in curve.index]:
-            found, name = curve.loc[row["step"], column], column.removesuffix("_acc")
+        for name in [name for name in row if f"{name}_acc" in curve and row["step"] in curve.index]:
+            found = curve.loc[row["step"], f"{name}_acc"]
             if not abs(found - row[name]) < 5.1e-4:
                 problem = f"step {row['step']}: the log says {name} {row[name]}, the outcomes give {found:.4f}"
                 record.problems.append(problem)
-
-
-# -- keeping one --------------------------------------------------------------------------------------------
-
-
-def write_tables(record: Record, folder: Path, max_jsonl_mb: float = 1.5) -> None:
-    """Configuration, outcomes, curve, losses, and what only the full texts tell, as compact tables."""
-    if record.outcomes.empty and record.losses.empty:
-        raise ValueError(f"{record.folder}: neither evaluations nor losses could be read, so there is nothing to keep")
-    settings = record.facts.get("settings_text") or {key: str(value) for key, value in record.config.items()}
-    names = {"world_size": "world_size", "translator_params_m": "parameters_m", "gpu": "gpu"}
-    lines = {**settings, **{key: record.facts.get(fact) for key, fact in names.items()}}
-    text = "".join(f"{k}: {v}\n" for k, v in lines.items() if v is not None and k not in PATH_KEYS)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
-    known = ("started", "ended", "saved_best", "stopped_at", "crashes")
-    facts = {key: record.facts[key] for key in known if record.facts.get(key)} | {"problems": record.problems}
-    (folder / FACTS_FILE).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    if len(record.outcomes):
-        write_gzip(folder / OUTCOMES_FILE, record.outcomes.to_csv(index=False, lineterminator="\n").encode())
-        record.curve.to_csv(folder / "curve.csv", index=False, float_format="%.4f")
-    for name, table in (("losses.csv", record.losses), ("logged.csv", record.logged)):
-        if len(table):
-            table.to_csv(folder / name, index=False)
-    for name, count in (("rescored.csv", count_rescored), ("texts.csv", count_texts)):
-        frames = [count(path).assign(step=step) for step, path in evaluation_files(record.folder)]
-        if frames := [frame for frame in frames if len(frame)]:
-            table = pd.concat(frames, ignore_index=True)
-            table[["step", *[c for c in table if c != "step"]]].to_csv(folder / name, index=False)
-    compress_evaluation(record.folder, folder, max_jsonl_mb, without_texts=False)
-
-
-def describe_run(folder: Path) -> str:
-    """The metrics of a kept run's manifest entry, in Markdown."""
-    record, lines = load_run(folder), []
-    if steps := record.steps():
-        last = record.at(steps[-1])
-        whole = [c for c in conditions_of(last) if last[f"{c}_pred"].notna().all()]
-        frame = pd.DataFrame({f"{c}_correct": is_right(last, c) for c in whole})
-        where = "final evaluation" if steps[-1] == "final" else f"last evaluation (step {steps[-1]}; no final one)"
-        lines += describe_answers(frame, where)
-        numbered = record.curve[record.curve["step"] != "final"]
-        if len(numbered) > 1 and "bridged_acc" in numbered:
-            peak = numbered.loc[numbered["bridged_acc"].idxmax()]
-            highest = f"{peak['bridged_acc']:.3f} at step {peak['step']}"
-            lines.append(f"- highest of {len(numbered)} numbered evaluations: {highest}")
-    elif len(record.logged):
-        row = record.logged.iloc[-1].dropna()
-        logged = ", ".join(f"{name} {value:.3f}" for name, value in row.items() if name != "step")
-        lines.append(f"- no answers kept; the log's last evaluation (step {row['step']}): {logged}")
-    facts = record.facts
-    course = [
-        len(record.losses) and f"{int(record.losses['step'].iloc[-1])} steps",
-        facts.get("parameters_m") and f"{facts['parameters_m']}M trained parameters",
-        facts.get("world_size") and f"{facts['world_size']} × {facts.get('gpu') or 'processes'}",
-        facts.get("started") and f"started {facts['started']}", facts.get("ended") and f"ended {facts['ended']}",
-    ]  # fmt: skip
-    lines += ["- " + "; ".join(part for part in course if part)] if any(course) else []
-    for crash in facts.get("crashes") or []:
-        where = f", {crash['where']}" if crash.get("where") else ""
-        lines.append(f"- crash: {crash['kind']} after step {crash['step']}{where}")
-    return "\n".join([*lines, *(f"- note: {problem}" for problem in record.problems)])

@@ -1,35 +1,23 @@
 """The tables that the notebook of the first experiments draws: curves, gains, headroom, power, claims; no raw file.
 
-records = load_records("preserved_data/first_experiments")
-fig = plot_headroom(headroom_table(records))
+records = run_audit("preserved_data/first_experiments").records
+figure = plots.plot_headroom(headroom_table(records))
 """
 
 from __future__ import annotations
 
 import itertools
 import typing
-from pathlib import Path
 
 import pandas as pd
 
-from bridgekit.audit.claims import VERDICTS, Records, Verdict, answers_at
-from bridgekit.audit.first_runs import (
-    Record,
-    conditions_of,
-    effective_settings,
-    find_runs,
-    identity,
-    is_right,
-    load_run,
-)
-from bridgekit.results.statistics import mcnemar_exact, minimum_detectable_effect, n_for_effect, wilson
+from bridgekit.audit.claims import VERDICTS, Records, Verdict
+from bridgekit.audit.first_runs import Record, effective_settings, identity
+from bridgekit.results.statistics import mcnemar_exact, minimum_detectable_effect, n_for_effect
+from bridgekit.results.table import share, tidy
+from bridgekit.results.verdict import headroom
 
 SIZES = (100, 200, 400, 800, 1600, 3200, 6400, 12800)
-
-
-def load_records(root: str | Path) -> Records:
-    """Readable runs below `root` by name."""
-    return {record.name: record for record in map(load_run, find_runs(root))}
 
 
 def direction_of(record: Record) -> str:
@@ -38,77 +26,69 @@ def direction_of(record: Record) -> str:
     return " to ".join(name.removeprefix("Meta-").split("-Instruct")[0] for name in names)
 
 
+def runs_table(records: Records) -> pd.DataFrame:
+    """Per run its direction, and its label with the named settings in which the runs of that direction differ."""
+    runs = pd.DataFrame([{"run": name, "direction": direction_of(record)} for name, record in records.items()])
+    settings = {name: effective_settings(record.config) for name, record in records.items()}
+    labels = []
+    for run, direction in runs.itertuples(index=False):
+        others = [settings[other] for other in runs["run"][runs["direction"] == direction]]
+        named = sorted(key for key, value in settings[run].items() if isinstance(value, str))
+        differ = [key for key in named if len({repr(other.get(key)) for other in others}) > 1]
+        words = ", ".join(f"{key.split('_')[-1]} {settings[run][key]}" for key in differ)
+        labels.append(f"{records[run].label}\n({words})" if words else records[run].label)
+    runs.insert(1, "label", labels)
+    return runs
+
+
 def curves_table(records: Records) -> pd.DataFrame:
     """Accuracy by run, condition and evaluation, with Wilson intervals; `group` is equal for replicates.
 
     The final evaluation has no step: the runs do not say after which step it was made.
     """
-    groups: dict[tuple, int] = {}
-    labels, rows = label_runs(records), []
-    for name, record in records.items():
-        run = {"run": name, "label": labels[name], "direction": direction_of(record)}
-        run["group"] = groups.setdefault(identity(record, seed=False), len(groups))
-        for step, condition in itertools.product(record.steps(), ("source", "target", "bridged")):
-            part = record.at(step)
-            if condition in conditions_of(part):
-                right, n = int(is_right(part, condition).sum()), len(part)
-                low, high = wilson(right, n)
-                at = {"final": step == "final", "step": None if step == "final" else int(step)}
-                share = {"accuracy": right / n, "low": low, "high": high, "n": n}
-                rows.append(run | {"condition": condition} | at | share)
-    return pd.DataFrame(rows)
-
-
-def label_runs(records: Records) -> dict[str, str]:
-    """Each run's label, with the named settings in which the runs of its direction differ."""
-    labels = {}
-    for name, record in records.items():
-        settings = [effective_settings(r.config) for r in records.values() if direction_of(r) == direction_of(record)]
-        own = effective_settings(record.config)
-        differ = [k for k, v in own.items() if isinstance(v, str) and len({repr(s.get(k)) for s in settings}) > 1]
-        words = ", ".join(f"{key.split('_')[-1]} {record.config[key]}" for key in sorted(differ))
-        labels[name] = f"{record.label}\n({words})" if words else record.label
-    return labels
-
-
-def _last_answers(records: Records, record: Record) -> dict[str, pd.Series]:
-    return {c: answers_at(records, record.name, c, record.steps()[-1]) for c in ("source", "target", "bridged")}
+    runs = runs_table(records)
+    runs["group"] = pd.factorize(pd.Series([repr(identity(record, seed=False)) for record in records.values()]))[0]
+    parts = [
+        tidy(record.at(step).reset_index()).assign(run=name, at=step)
+        for name, record in records.items()
+        for step in record.steps
+    ]
+    shares = share(pd.concat(parts), ["run", "at", "condition"]).rename(columns={"point": "accuracy"})
+    shares["final"], shares["step"] = shares["at"] == "final", pd.to_numeric(shares["at"], errors="coerce")
+    columns = [*runs, "condition", "final", "step", "accuracy", "low", "high", "n"]
+    return runs.merge(shares[shares["condition"].isin(["source", "target", "bridged"])])[columns]
 
 
 def gains_table(records: Records) -> pd.DataFrame:
     """Questions gained and lost against the target alone at each run's last evaluation."""
-    labels, rows = label_runs(records), []
-    for name, record in records.items():
-        right = _last_answers(records, record)
-        gained = int((right["bridged"] & ~right["target"]).sum())
-        lost = int((right["target"] & ~right["bridged"]).sum())
-        run = {"run": name, "label": labels[name], "direction": direction_of(record), "gained": gained, "lost": lost}
-        rows.append(run | {"n": len(right["target"]), "p": mcnemar_exact(gained, lost)})
-    return pd.DataFrame(rows).sort_values(["direction", "lost"], ascending=[False, True], ignore_index=True)
+    rows = []
+    for record in records.values():
+        last = record.at(record.steps[-1])
+        gained = int((last["bridged_correct"] & ~last["target_correct"]).sum())
+        lost = int((last["target_correct"] & ~last["bridged_correct"]).sum())
+        rows.append({"gained": gained, "lost": lost, "n": len(last), "p": mcnemar_exact(gained, lost)})
+    table = runs_table(records).join(pd.DataFrame(rows))
+    return table.sort_values(["direction", "lost"], ascending=[False, True], ignore_index=True)
 
 
 def headroom_table(records: Records) -> pd.DataFrame:
     """Who is right on how many questions, by direction: what any bridge could gain."""
     rows = {}
     for record in records.values():
-        right = _last_answers(records, record)
-        source, target = right["source"], right["target"]
-        parts = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source}
-        counts = {name: int(part.sum()) for name, part in (parts | {"neither": ~source & ~target}).items()}
+        counts = headroom(record.at(record.steps[-1])).counts
         rows.setdefault(direction_of(record), {"label": direction_of(record).replace(" to ", " to\n")} | counts)
     return pd.DataFrame(rows.values())
 
 
 def power_table(records: Records) -> pd.DataFrame:
     """The smallest difference that n questions can show, at the discordance these runs really have."""
-    right = {name: _last_answers(records, record) for name, record in records.items()}
-    same = [
-        pair for pair in itertools.combinations(records, 2) if len({identity(records[n], seed=False) for n in pair}) < 2
-    ]
-    replicated = {name for pair in same for name in pair} or set(records)
+    last = {name: record.at(record.steps[-1]) for name, record in records.items()}
+    key = {name: identity(record, seed=False) for name, record in records.items()}
+    same = [pair for pair in itertools.combinations(records, 2) if key[pair[0]] == key[pair[1]]]
+    replicated = sorted({name for pair in same for name in pair} or records)
     compared = {
-        "two runs of one setting": [(right[a]["bridged"], right[b]["bridged"]) for a, b in same],
-        "bridged against target alone": [(right[n]["bridged"], right[n]["target"]) for n in sorted(replicated)],
+        "two runs of one setting": [(last[a]["bridged_correct"], last[b]["bridged_correct"]) for a, b in same],
+        "bridged against target alone": [(last[n]["bridged_correct"], last[n]["target_correct"]) for n in replicated],
     }
     rows = []
     for label, pairs in compared.items():

@@ -1,26 +1,20 @@
-"""Keep what is worth keeping of a run or a study, with checksums, and the manifest of everything kept.
+"""Kept runs: what is kept of a run of this package, with checksums, and the manifest of everything kept.
 
-    bridgekit preserve RUN            copy or derive RUN into preserved_data/, add its manifest entry
-    bridgekit preserve --study NAME   pack the finished runs NAME_* of a runs folder into studies/NAME.tar.xz; with
-                                      --add, put those that are not kept yet to those that are
-    bridgekit preserve --manifest     write preserved_data/README.md again from the entries
+    folder = preserve("runs/phase1_20261120_132037")     # -> preserved_data/phase1_20261120_132037
+    write_manifest("preserved_data")                     # its README.md, again from the runs' entries
 
-A run of this package is kept as it is, its final evaluation compressed; a run of the first experiments becomes compact
-tables under `first_experiments/`. Nothing kept is overwritten, and a folder appears whole, by one rename. An entry is
-`manifest.md` in the run's folder: only what stands between its markers is written again, the prose stays.
+A run is kept as it is, its final evaluation compressed. Nothing kept is overwritten, and a folder appears whole, by
+one rename. An entry is `manifest.md` in the run's folder: only what stands between its markers is written again.
 """
 
 from __future__ import annotations
 
-import argparse
 import glob
 import gzip
-import importlib
 import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 import typing
 from pathlib import Path
@@ -31,14 +25,12 @@ from bridgekit.runs import hash_file, load_jsonl, write_jsonl, write_text_atomic
 ROOT, FIRST = Path("preserved_data"), "first_experiments"
 README = "README.md"
 EVAL_FILE = re.compile(r"eval_samples_step_(\d+|final)\.jsonl(?:\.gz)?")
-SMALL_FILES = (  # of a run of this package: all that its numbers are recomputed from, and how it went
-    "config.yaml", "provenance.json", "status.json", "metrics*.jsonl", "summary.log", "verdict.json", "controls.json",
-    "timing.json", "train.log", "attention.npz", "code.json", "code/*.py",
-)  # fmt: skip
+FILES = (  # all that the numbers of a run are recomputed from, and how it went
+    "config.yaml provenance.json status.json metrics*.jsonl summary.log verdict.json controls.json timing.json "
+    "train.log attention.npz code.json code/*.py"
+).split()
+_PROSE = re.compile(r"\*\*(Why it was run|Publishability)\.\*\*\s*(.*?)\s*(?=\n\*\*|\n<!--|\Z)", re.DOTALL)
 CHECKPOINTS = ("bridged", "constant")  # the diagnostics set the one against the other
-
-
-# -- which folder is a run ----------------------------------------------------------------------------------
 
 
 def find_runs(root: str | Path) -> list[Path]:
@@ -46,12 +38,13 @@ def find_runs(root: str | Path) -> list[Path]:
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder; name a run folder or a folder of run folders")
-    inside, found = root.resolve(), set()
+    inside, found = root.resolve(), []
     for path in [root, *sorted(root.rglob("*"))]:
         hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        if not hidden and path.is_dir() and path.resolve().is_relative_to(inside) and generation_of(path):
-            found.add(path)
-    return sorted(path for path in found if not found & set(path.parents))
+        whole = not hidden and path.is_dir() and path.resolve().is_relative_to(inside)
+        if whole and not set(path.parents) & set(found) and generation_of(path):
+            found.append(path)
+    return found
 
 
 def generation_of(folder: Path) -> str | None:
@@ -64,11 +57,6 @@ def generation_of(folder: Path) -> str | None:
     return "first" if "train.log" in names or any(map(EVAL_FILE.fullmatch, names)) else None
 
 
-def load_first_runs() -> typing.Any:
-    """The reader of the first experiments. By name, as the command line does: nothing below depends on the audit."""
-    return importlib.import_module("bridgekit.audit.first_runs")
-
-
 # -- keeping one run ----------------------------------------------------------------------------------------
 
 
@@ -79,12 +67,28 @@ def preserve(
     max_jsonl_mb: float = 1.5,
     max_checkpoint_mb: float = 2.0,
 ) -> Path:
-    """Keep one run; returns its folder. Texts of a larger JSONL, and larger checkpoint files, stay out."""
-    run = Path(run)
-    own = run.is_dir() and generation_of(run) == "bridgekit"
-    record = None if own else load_first_runs().load_run(run, name)
-    home = Path(root) if own else Path(root) / FIRST
-    folder = home / (name or (run.resolve().name if own else record.name)).replace('"', "").replace("'", "")
+    """Keep a run of this package; texts of a larger JSONL, and larger checkpoint files, stay out."""
+
+    def fill(folder: Path) -> str:
+        for path in sorted(found for pattern in FILES for found in Path(run).glob(pattern)):
+            if path.is_file() and not path.is_symlink():
+                place = folder / path.relative_to(run)
+                place.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, place)
+        if not compress_evaluation(Path(run), folder, max_jsonl_mb) and not (folder / "metrics.jsonl").is_file():
+            raise ValueError(f"{run}: neither evaluations nor losses could be read, so there is nothing to keep")
+        for bridge in (Path(run) / "checkpoint" / f"{name}.safetensors" for name in CHECKPOINTS):
+            if bridge.is_file() and len(data := halve_checkpoint(bridge.read_bytes())) <= max_checkpoint_mb * 1e6:
+                (folder / "checkpoint").mkdir(exist_ok=True)
+                (folder / "checkpoint" / bridge.name).write_bytes(data)
+        return describe_run(folder)
+
+    return keep_folder(Path(run), Path(root), name or Path(run).resolve().name, fill)
+
+
+def keep_folder(run: Path, home: Path, name: str, fill: typing.Callable[[Path], str]) -> Path:
+    """A new folder below `home`, filled with what is kept of a run, its checksums and the entry that `fill` returns."""
+    folder = home / name.replace('"', "").replace("'", "")
     if folder.exists():
         raise ValueError(f"{folder}: already kept; what is preserved is never overwritten (another --name?)")
     home.mkdir(parents=True, exist_ok=True)
@@ -93,30 +97,20 @@ def preserve(
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=home) as partial:
         part = Path(partial) / folder.name
         part.mkdir()
-        if own:
-            _copy_run(run, part, max_jsonl_mb, max_checkpoint_mb)
-        else:
-            load_first_runs().write_tables(record, part, max_jsonl_mb)
-        _write_checksums(run if own else record.folder, part)
-        refresh_entry(part)
+        entry = fill(part)
+        originals = [path for path in _files(run) if path.resolve().is_relative_to(run.resolve())]
+        sums = {
+            "original": {path.relative_to(run).as_posix(): hash_file(path) for path in originals},
+            "kept": {path.relative_to(part).as_posix(): hash_file(path) for path in _files(part)},
+        }
+        (part / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+        write_entry(part, entry)
         os.rename(part, folder)
     return folder
 
 
-def _copy_run(run: Path, folder: Path, max_jsonl_mb: float, max_checkpoint_mb: float) -> None:
-    for path in sorted(found for pattern in SMALL_FILES for found in run.glob(pattern)):
-        if path.is_file() and not path.is_symlink():
-            kept = folder / path.relative_to(run)
-            kept.parent.mkdir(exist_ok=True)
-            shutil.copyfile(path, kept)
-    evaluated = compress_evaluation(run, folder, max_jsonl_mb)
-    if not evaluated and not (folder / "metrics.jsonl").is_file():
-        raise ValueError(f"{run}: neither evaluations nor losses could be read, so there is nothing to keep")
-    for name in CHECKPOINTS:
-        bridge = run / "checkpoint" / f"{name}.safetensors"
-        if bridge.is_file() and len(data := halve_checkpoint(bridge.read_bytes())) <= max_checkpoint_mb * 1e6:
-            (folder / "checkpoint").mkdir(exist_ok=True)
-            (folder / "checkpoint" / bridge.name).write_bytes(data)
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def compress_evaluation(run: Path, folder: Path, max_mb: float, without_texts: bool = True) -> bool:
@@ -124,9 +118,9 @@ def compress_evaluation(run: Path, folder: Path, max_mb: float, without_texts: b
     finals = [path for path in sorted(run.glob("eval_samples_step_final.jsonl*")) if EVAL_FILE.fullmatch(path.name)]
     if not finals or finals[0].is_symlink():
         return False
+    data = finals[0].read_bytes()
     kept = folder / "eval_samples_step_final.jsonl.gz"
-    with (gzip.open if finals[0].suffix == ".gz" else open)(finals[0], "rb") as source:
-        write_gzip(kept, source)
+    kept.write_bytes(gzip.compress(gzip.decompress(data) if finals[0].suffix == ".gz" else data, mtime=0))
     if kept.stat().st_size <= max_mb * 1e6:
         return True
     kept.unlink()
@@ -148,105 +142,39 @@ def halve_checkpoint(data: bytes) -> bytes:
     return safetensors.numpy.save(tensors, metadata)
 
 
-def _write_checksums(run: Path, folder: Path) -> None:
-    """sha256 of every original file and of every file kept, so that both can be told from later changes."""
-    inside = run.resolve()
-    sums = {}
-    for name, place in (("original", run), ("kept", folder)):
-        files = [p for p in sorted(place.rglob("*")) if p.is_file()]
-        files = [p for p in files if name == "kept" or p.resolve().is_relative_to(inside)]
-        sums[name] = {p.relative_to(place).as_posix(): hash_file(p) for p in files}
-    (folder / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
-
-
 def changed_files(folder: Path) -> list[str]:
     """Kept files whose bytes are no longer those of the checksums, or that are gone."""
     kept = load_json(folder / "checksums.json").get("kept", {})
     return [n for n, digest in kept.items() if not (folder / n).is_file() or hash_file(folder / n) != digest]
 
 
-def write_gzip(path: Path, data: bytes | typing.BinaryIO) -> None:
-    """Write bytes or a binary file compressed; the same data gives the same bytes."""
-    with path.open("wb") as raw, gzip.GzipFile("", "wb", 9, raw, mtime=0) as file:
-        file.write(data) if isinstance(data, bytes) else shutil.copyfileobj(data, file, 1 << 20)
-
-
 # -- the manifest -------------------------------------------------------------------------------------------
 
 
-def refresh_entry(folder: Path) -> Path:
-    """The manifest entry of a kept run, its generated parts recomputed."""
-    own = generation_of(folder) == "bridgekit"
-    return write_entry(folder, describe_run(folder) if own else load_first_runs().describe_run(folder))
-
-
 def write_manifest(root: str | Path, blocks: dict[str, str] | None = None) -> Path:
-    """Bring every entry and the README of `root` up to date; `blocks` are further generated blocks."""
-    root = Path(root)
+    """Bring this package's entries and the README of `root` up to date; `blocks` are further generated blocks."""
+    root, groups = Path(root), {}
     root.mkdir(parents=True, exist_ok=True)
-    groups: dict[str, dict] = {}
     for folder in find_runs(root):
-        entry = refresh_entry(folder).read_text(encoding="utf-8")
-        place = folder.relative_to(root).as_posix()
-        name = re.sub(r"_seed\d+$", "", place)
-        group = groups.setdefault(name, {"name": name.split("/")[-1], "first": FIRST in place, "prose": {}, "runs": []})
-        prose = {part: _find_prose(entry, part) for part in ("Why it was run", "Publishability")}
-        group["prose"] |= {(part, text): None for part, text in prose.items() if text not in ("", UNWRITTEN)}
+        if generation_of(folder) == "bridgekit":
+            write_entry(folder, describe_run(folder))
+        entry, place = (folder / ENTRY).read_text(encoding="utf-8"), folder.relative_to(root).as_posix()
+        key = re.sub(r"_seed\d+$", "", place)
+        group = {"name": key.split("/")[-1], "first": FIRST in place, "prose": {}, "runs": []}
+        group = groups.setdefault(key, group)
+        for part, text in _PROSE.findall(entry):
+            if text not in ("", UNWRITTEN):
+                group["prose"][part, " ".join(text.split())] = None  # once, where all runs of a group say the same
         shares = dict(re.findall(r"^\| ([\w ,-]+) \| \d+/\d+ \| ([\d.]+) ", entry, re.MULTILINE))
         group["runs"].append({"name": folder.name, "place": place, "shares": shares})
-    path = root / README
+    path, listed = root / README, sorted(groups.values(), key=lambda group: group["first"])
     text = path.read_text(encoding="utf-8") if path.is_file() else render("preserved.md.j2")
-    listed = sorted(groups.values(), key=lambda group: group["first"])
     for name, body in {"runs": render("preserved_runs.md.j2", groups=listed), **(blocks or {})}.items():
         text = replace_block(text, name, body)
     if "<!-- generated: contents -->" in text:
-        headings = re.findall(r"^(##+) (.+)$", text, re.MULTILINE)
-        lines = [f"{'  ' * (len(level) - 2)}- [{title}](#{_anchor(title)})" for level, title in headings]
+        headings = re.findall(r"^##(#*) (.+)$", text, re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings]
+        lines = [f"{'  ' * len(level)}- [{title}](#{a})" for (level, title), a in zip(headings, anchors, strict=True)]
         text = replace_block(text, "contents", "\n".join(lines))
     write_text_atomic(path, text)
     return path
-
-
-def _find_prose(entry: str, part: str) -> str:
-    found = re.search(rf"\*\*{part}\.\*\*\s*(.*?)\s*(?=\n\*\*|\n<!--|\Z)", entry, re.DOTALL)
-    return " ".join(found[1].split()) if found else ""
-
-
-def _anchor(title: str) -> str:
-    return re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The `bridgekit preserve` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit preserve", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, or a folder of run folders")
-    parser.add_argument("--root", default=str(ROOT), help="where runs are kept (default: %(default)s)")
-    parser.add_argument("--name", help="keep a single run under this name")
-    parser.add_argument("--max-jsonl-mb", type=float, default=1.5, help="limit of the compressed final JSONL")
-    parser.add_argument("--max-checkpoint-mb", type=float, default=2.0, help="limit of a checkpoint file")
-    parser.add_argument("--study", help="pack the finished runs of this study into one file")
-    parser.add_argument("--add", action="store_true", help="the study is kept already: put the runs that are new to it")
-    parser.add_argument("--runs-dir", default="runs", help="where the study's runs are (default: %(default)s)")
-    parser.add_argument("--manifest", action="store_true", help="only write the manifest again")
-    args = parser.parse_args(argv)
-    if not args.runs and not args.manifest and not args.study:
-        parser.error("name a RUN, a --study, or ask for --manifest")
-    if args.study:
-        from bridgekit.results.archive import keep_study
-
-        path = keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
-        print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")
-        return 0
-    folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]
-    if args.name and len(folders) > 1:
-        raise ValueError(f"--name is for one run; {args.runs[0]} holds {len(folders)}")
-    failed = 0
-    for folder in folders:
-        try:
-            kept = preserve(folder, args.root, args.name, args.max_jsonl_mb, args.max_checkpoint_mb)
-            print(f"kept {kept}; now fill in the why and the publishability in {kept / ENTRY}")
-        except (ValueError, OSError) as error:
-            failed = 2
-            print(f"error: {error}", file=sys.stderr)
-    print(f"manifest: {write_manifest(args.root)}")
-    return failed

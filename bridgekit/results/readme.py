@@ -15,12 +15,11 @@ import json
 import re
 import sys
 import typing
-from dataclasses import dataclass
-from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 from bridgekit.results import compare, table, verdict
 from bridgekit.results.reports import load_control_steps, render
+from bridgekit.results.style import format_interval, format_share
 from bridgekit.runs import (
     find_eval,
     hash_file,
@@ -40,36 +39,28 @@ _CALLS = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 _TYPED = re.compile(r"(?<![\w./-])[-+]?\d+\.\d{2,}(?![\w.]*\.\d)|(?<![\w.])\d+(?:\.\d+)?\s?%")
 
 
-def round_number(value: float, signed: bool = False) -> str:
-    """Three decimals, halves away from zero: the one rounding of every printed share."""
-    rounded = Decimal(repr(round(float(value), 9))).quantize(Decimal("0.001"), ROUND_HALF_UP) + 0
-    return f"{rounded:+}" if signed else f"{rounded}"
-
-
-@dataclass(frozen=True)
 class Number:
-    """A recomputed value; prints its point, `.interval` its interval too, `.percent` whole percent."""
+    """The one row of a table; prints its point, `.interval` its interval too, `.percent` whole percent."""
 
-    point: float
-    low: float = float("nan")
-    high: float = float("nan")
-    n: int = 0
-    n_units: int = 0
-    signed: bool = False
-    smallest_effect: float = float("nan")
-    holds: bool = False  # after Holm's correction over its table
+    def __init__(self, rows: pd.DataFrame, signed: bool = False) -> None:
+        if len(rows) != 1:
+            raise ValueError(f"{len(rows)} rows where one number was asked for")
+        self.row, self.signed = rows.iloc[0], signed
+
+    def __getattr__(self, column: str) -> object:
+        """`low high n n_units smallest_effect holds ...`: whatever columns the table has."""
+        return self.row[column]
 
     def __str__(self) -> str:
-        return round_number(self.point, self.signed)
+        return format_share(self.point, signed=self.signed)
 
     @property
     def interval(self) -> str:
-        low, high = (round_number(end, self.signed) for end in (self.low, self.high))
-        return f"{self} [{low}, {high}]"
+        return format_interval(self.point, self.low, self.high, signed=self.signed)
 
     @property
     def percent(self) -> str:
-        return f"{Decimal(repr(round(100 * self.point, 7))).quantize(Decimal(1), ROUND_HALF_UP)}%"
+        return f"{format_share(100 * self.point, 0)}%"
 
 
 class Numbers:
@@ -94,26 +85,28 @@ class Numbers:
     def answers(self, name: str) -> pd.DataFrame:
         return table.load_answers(self.folders(name))
 
+    def rows(self, name: str, condition: str, subset: str) -> pd.DataFrame:
+        rows = table.select(self.answers(name), subset)
+        return rows[rows["condition"] == condition]
+
     def share(self, name: str, condition: str = "bridged", subset: str = "all") -> Number:
         """Share right, over all seeds."""
-        rows = table.select(self.answers(name), subset)
-        return _number(table.share(rows[rows["condition"] == condition]))
+        return Number(table.share(self.rows(name, condition, subset)))
 
     def shares(self, name: str, condition: str = "bridged", subset: str = "all") -> list[float]:
         """Share right of each seed."""
-        rows = table.select(self.answers(name), subset)
-        return table.share(rows[rows["condition"] == condition], "seed")["point"].tolist()
+        return table.share(self.rows(name, condition, subset), "seed")["point"].tolist()
 
     def recovery(self, name: str, subset: str = "source_only_held_unit") -> Number:
         """What the bridge has right as a share of what the target has right when told: mean and range of the seeds."""
         rows = table.ratio(table.select(self.answers(name), subset), "bridged", "target_told", by="seed")
-        first = rows.iloc[0]
-        ends = (first["low"], first["high"]) if len(rows) == 1 else (rows["point"].min(), rows["point"].max())
-        return Number(float(rows["point"].mean()), *map(float, ends), int(first["n"]), int(first["n_units"]))
+        if len(rows) > 1:
+            rows = rows.assign(low=rows["point"].min(), high=rows["point"].max(), point=rows["point"].mean())[:1]
+        return Number(rows)
 
     def difference(self, name: str, one: str = "bridged", other: str = "target", subset: str = "all") -> Number:
         """Share right of one condition minus another's, paired by problem and seed."""
-        return _number(table.difference(table.select(self.answers(name), subset), one, other), signed=True)
+        return Number(table.difference(table.select(self.answers(name), subset), one, other), signed=True)
 
     @functools.cache  # noqa: B019
     def verdict(self, name: str) -> verdict.Verdict:
@@ -130,21 +123,20 @@ class Numbers:
     def change(self, study: str, variant: str, reference: str, subset: str = "source_only_held_unit") -> Number:
         """Bridged accuracy of a variant minus the reference's, and the smallest effect that would have been found."""
         rows = self._compared(study, reference)
-        return _number(rows[(rows["variant"] == f"{study}_{variant}") & (rows["subset"] == subset)], signed=True)
+        return Number(rows[(rows["variant"] == f"{study}_{variant}") & (rows["subset"] == subset)], signed=True)
 
     def intervention(self, name: str, taken_out: bool) -> dict[str, Number]:
         """Held-out units after half of the values left the training: those values, or the others; before and after."""
         from bridgekit.tasks.units import make_lexicon, pick_train_units
 
-        arms = {"before": f"{name}_units", "after": f"{name}_values"}
-        folder = self.folders(arms["after"])[0]
+        arms = {"before": self.folders(f"{name}_units"), "after": self.folders(f"{name}_values")}
+        folder = arms["after"][0]
         trained = [unit for unit in make_lexicon(lexicon_seed_of(folder)) if unit.split == "train"]
         taught = {u.value for u in pick_train_units(trained, 1.0, load_run_config(folder).task.train_values_share)}
-        answers = table.load_answers({arm: self.folders(run) for arm, run in arms.items()})
-        rows = table.select(answers, "source_only_held_unit")
+        rows = table.select(table.load_answers(arms), "source_only_held_unit")
         rows = rows[(rows["condition"] == "bridged") & (rows["value"].isin(taught) != taken_out)]
-        found = {arm: _number(table.share(rows[rows["variant"] == arm])) for arm in arms}
-        return found | {"change": _number(table.difference(rows, "after", "before", on="variant"), signed=True)}
+        found = {arm: Number(table.share(rows[rows["variant"] == arm])) for arm in arms}
+        return found | {"change": Number(table.difference(rows, "after", "before", on="variant"), signed=True)}
 
     def figure_data(self, name: str, column: str, **where) -> Number:
         """A value of the data of a figure, for what needs a model; refused where an input of the figure has changed."""
@@ -160,7 +152,7 @@ class Numbers:
             rows = rows[rows[key] == value]
         if len(rows) != 1:
             raise ValueError(f"figures/{name}: {len(rows)} rows where {where}; name one")
-        return Number(float(rows[column].iloc[0]))
+        return Number(rows.rename(columns={column: "point"}))
 
     def status(self, name: str) -> dict:
         """What a run recorded of its end: `elapsed` seconds, trained `parameters`."""
@@ -185,16 +177,6 @@ class Numbers:
         return 500 * round(lines / 500)
 
 
-def _number(rows: pd.DataFrame, signed: bool = False) -> Number:
-    """The one row of a table as a number."""
-    if len(rows) != 1:
-        raise ValueError(f"{len(rows)} rows where one number was asked for")
-    row = rows.iloc[0]
-    ends = float(row["point"]), float(row["low"]), float(row["high"])
-    effect, holds = float(row.get("smallest_effect", "nan")), bool(row.get("holds", False))
-    return Number(*ends, int(row["n"]), int(row["n_units"]), signed, effect, holds)
-
-
 def render_document(name: str, root: str | Path = "preserved_data") -> str:
     """A document from its template; a template with a typed number is refused."""
     if typed := find_typed((TEMPLATES / f"{name}.j2").read_text(encoding="utf-8")):
@@ -205,12 +187,12 @@ def render_document(name: str, root: str | Path = "preserved_data") -> str:
 
 
 def _print(value: object) -> object:
-    return round_number(value) if isinstance(value, float) else value
+    return format_share(value) if isinstance(value, float) else value
 
 
 def find_typed(template: str) -> list[str]:
     """Numbers with two or more decimals, and percentages, that stand outside of any call."""
-    return [match[0] for match in _TYPED.finditer(_CALLS.sub("", template))]
+    return _TYPED.findall(_CALLS.sub("", template))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -231,7 +213,3 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{path}, line {number}: '{was}' should be '{new}' (bridgekit readme)", file=sys.stderr)
             stale = 1
     return stale
-
-
-if __name__ == "__main__":
-    sys.exit(main())

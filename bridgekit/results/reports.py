@@ -19,22 +19,22 @@ import math
 import re
 import sys
 import typing
-from collections import Counter
 from pathlib import Path
 
 from bridgekit.config import load_config, to_flat
 from bridgekit.results import verdict
 from bridgekit.results.statistics import paired_difference
+from bridgekit.results.style import format_interval, format_share
 from bridgekit.runs import find_eval, load_eval, load_jsonl, load_run_config, load_status, write_text_atomic
 
 if typing.TYPE_CHECKING:
     import pandas as pd
 
 LOG, SUMMARY, REPORT, RECORD = "LOG.md", "EXPERIMENTS_SUMMARY.md", "REPORT.md", "report.json"
-FILES = {LOG: "log.md.j2", SUMMARY: "summary.md.j2", REPORT: "report.md.j2"}
+FILES = {LOG: "log", SUMMARY: "summary", REPORT: "report"}  # file: name of its two templates, whole and block
 ENTRY, UNWRITTEN = "manifest.md", "_Not written yet._"
-COLUMNS = ("run", "date (UTC)", "bridge", "direction", "seed", "n", "source", "target", "bridged",
-           "recovered, held-out units", "verdict", "answers")  # fmt: skip
+SHOWN = ("bridge.producer", "bridge.injector", "bridge.n_soft_tokens", "train.steps", "train.batch_size",
+         "pair.direction", "eval.conditions")  # fmt: skip
 _OLD_BLOCKS = re.compile(  # of an earlier form of these files
     r"(?:## (?:Latest runs|Runs that beat the target)\n+(?:The paired [^<]+)?)?"
     r"<!-- generated: (?P<name>latest|winners|log [^\n]+?) -->\n.*?<!-- end: (?P=name) -->\n*", re.DOTALL)  # fmt: skip
@@ -59,23 +59,26 @@ def write_entry(folder: Path, metrics: str, why: str = UNWRITTEN, publishability
 
 def describe_run(folder: Path) -> str:
     """Markdown: what a run of this package answers, how long it was trained, and where its controls come from."""
-    facts, status, lines = load_json(folder / "provenance.json"), load_status(folder), []
+    facts, status, path = load_json(folder / "provenance.json"), load_status(folder), folder / "metrics.jsonl"
     try:
-        lines += describe_answers(load_eval(find_eval(folder), skip_broken=True, texts=False))
+        answers = describe_answers(load_eval(find_eval(folder), skip_broken=True, texts=False))
     except (FileNotFoundError, ValueError) as error:
-        lines.append(f"- note: {_one_line(str(error))}")
-    metrics = folder / "metrics.jsonl"
-    steps = [row["step"] for row in load_jsonl(metrics, []) if "loss" in row] if metrics.is_file() else []
-    course = [
-        steps and f"{steps[-1]:,} steps", status.get("parameters") and f"{status['parameters']:,} trained parameters",
-        facts.get("processes") and f"{facts['processes']} × {', '.join(facts.get('gpus') or []) or 'CPU'}",
-        facts.get("started") and f"started {facts['started']}",
-    ]  # fmt: skip
-    lines += ["- " + "; ".join(part for part in course if part)] if any(course) else []
-    for control, selected in load_control_steps(folder).items():
-        weights = ", ".join(f"step {step}{' (untrained)' * (not step)} by {name}" for name, step in selected.items())
-        lines.append(f"- weights of the trained control `{control}`: {weights}")
-    return "\n".join(lines)
+        answers = f"- note: {_one_line(error)}"
+    steps = [row["step"] for row in load_jsonl(path, []) if "loss" in row] if path.is_file() else []
+    course = [f"{steps[-1]:,} steps"] if steps else []
+    course += _describe_machine(facts, status) + ([f"started {facts['started']}"] if "started" in facts else [])
+    lines = [
+        f"weights of the trained control `{control}`: "
+        + ", ".join(f"step {step}{' (untrained)' * (not step)} by {selection}" for selection, step in selected.items())
+        for control, selected in load_control_steps(folder).items()
+    ]
+    return render("metrics.md.j2", answers=answers, course=course, lines=lines)
+
+
+def _describe_machine(facts: dict, status: dict) -> list[str]:
+    trained = f"{status['parameters']:,} trained parameters" if status.get("parameters") else ""
+    gpus = ", ".join(facts.get("gpus") or []) or "CPU"
+    return [part for part in (trained, f"{facts['processes']} × {gpus}" if facts.get("processes") else "") if part]
 
 
 def load_control_steps(folder: Path) -> dict[str, dict[str, int]]:
@@ -86,27 +89,17 @@ def load_control_steps(folder: Path) -> dict[str, dict[str, int]]:
     for path in sorted(folder.glob("metrics_*.jsonl")):
         control = path.stem.removeprefix("metrics_")
         scores = [(row["eval"][control], row["step"]) for row in load_jsonl(path, []) if control in row.get("eval", {})]
-        if scores:
-            steps[control] = {"mix": max(scores)[1]}
+        steps |= {control: {"mix": max(scores)[1]}} if scores else {}
     return steps
 
 
-def describe_answers(frame: pd.DataFrame, where: str = "final evaluation") -> list[str]:
+def describe_answers(frame: pd.DataFrame, where: str = "final evaluation") -> str:
     """A table of an evaluation, the source-only problems below; intervals over units where there are units."""
-    table = verdict.conditions_table(frame)
+    table, rows = verdict.conditions_table(frame), verdict.select_subset(frame)
     over = "questions" if table["n"].eq(table["n_units"]).all() else "units"
-    lines = [f"| condition, {where} | right | accuracy | 95% interval over {over} |", "|---|---|---|---|"]
-    for row in table[table["subset"].isin(["all", "source_only"])].to_dict("records"):
-        name = row["condition"] + (", source-only problems" if row["subset"] == "source_only" else "")
-        right, interval = round(row["accuracy"] * row["n"]), f"{row['low']:.3f} to {row['high']:.3f}"
-        lines.append(f"| {name} | {right}/{row['n']} | {row['accuracy']:.3f} | {interval} |")
-    rows = verdict.select_subset(frame)
-    if {"bridged_correct", "target_correct"} <= set(rows):
-        test = paired_difference(rows, "bridged", "target")
-        p = f"McNemar p = {test.mcnemar_p:.2g}" if over == "questions" else f"over {test.n_clusters} units"
-        gain = f"difference {test.difference:+.3f} ({test.low:+.3f} to {test.high:+.3f}, {p})"
-        lines += ["", f"- against the target alone: {test.gained} gained, {test.lost} lost, {gain}"]
-    return lines
+    shown = table[table["subset"].isin(["all", "source_only"])].to_dict("records")
+    test = paired_difference(rows, "bridged", "target") if {"bridged_correct", "target_correct"} <= set(rows) else None
+    return render("answers.md.j2", rows=shown, where=where, over=over, test=test).rstrip()
 
 
 def _describe_files(folder: Path) -> str:
@@ -114,8 +107,7 @@ def _describe_files(folder: Path) -> str:
     lines = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name, size = path.relative_to(folder).as_posix(), path.stat().st_size
-        passing = ".running." in name or any(part.startswith(".") for part in name.split("/"))
-        if not passing and name not in (ENTRY, RECORD, "checksums.json"):
+        if not re.search(r"\.running\.|(?:^|/)\.", name) and name not in (ENTRY, RECORD, "checksums.json"):
             lines.append(f"- `{name}` ({f'{size / 1e6:.1f} MB' if size >= 1e6 else f'{size / 1e3:.1f} kB'})")
     return "\n".join(lines)
 
@@ -126,35 +118,35 @@ def _describe_files(folder: Path) -> str:
 def build_record(folder: str | Path) -> dict:
     """A run's part of the reports, recomputed from its files: name date log, row and entry (null where it has none)."""
     folder = Path(folder)
-    settings = to_flat(load_run_config(folder))
+    settings, notes = to_flat(load_run_config(folder)), folder / "notes.md"
     facts, status = load_json(folder / "provenance.json"), load_status(folder)
+    what, judged = _describe_settings(settings, facts, status), {"outcome": status.get("state", "unknown"), "text": ""}
     record = {"name": folder.name, "date": _find_date(folder, facts), "row": None, "entry": None}
-    what, outcome, lines = _describe_settings(settings, facts, status), status.get("state", "unknown"), []
     with contextlib.suppress(FileNotFoundError):  # a run that failed has no final evaluation
         answers = find_eval(folder)
         frame = load_eval(answers, texts=False)
         judged = load_json(folder / "verdict.json") or verdict.judge([frame], seeds=[settings["run.seed"]]).to_dict()
-        outcome, table = judged["outcome"], verdict.conditions_table(frame).query("subset == 'all'")
-        shares = {r.condition: f"{r.accuracy:.3f} [{r.low:.3f}, {r.high:.3f}]" for r in table.itertuples()}
-        n, recovered = f"{table['n'].iloc[0]:,}", _describe_recovery(frame)
-        link, bridge = f"[{answers.name}]({folder.name}/{answers.name})", _name_bridge(settings)
-        cells = (f"[`{folder.name}`]({folder.name})", record["date"], bridge, settings["pair.direction"],
-                 settings["run.seed"], n, shares["source"], shares["target"], shares["bridged"], recovered, outcome,
-                 link)  # fmt: skip
-        record["row"] = dict(zip(COLUMNS, map(str, cells), strict=True))
-        result = ", ".join(f"{c} {shares[c]}" for c in ("source", "target", "bridged"))
-        lines = [f"- result on {n} test problems: {result}; recovered on held-out units {recovered}",
-                 f"- verdict: {judged['text']}", f"- answers: {link}"]  # fmt: skip
-        if _beats_target(judged):
+        table = verdict.conditions_table(frame).query("subset == 'all'").set_index("condition")
+        shares = {name: format_interval(row.accuracy, row.low, row.high) for name, row in table.iterrows()}
+        record["row"] = {
+            "run": f"[`{folder.name}`]({folder.name})",
+            "date (UTC)": record["date"],
+            "bridge": _name_bridge(settings),
+            "direction": settings["pair.direction"],
+            "seed": str(settings["run.seed"]),
+            "n": f"{table['n'].iloc[0]:,}",
+            **{name: shares[name] for name in ("source", "target", "bridged")},
+            "recovered, held-out units": _describe_recovery(frame),
+            "verdict": judged["outcome"],
+            "answers": f"[{answers.name}]({folder.name}/{answers.name})",
+        }
+        on_all = [c for c in judged["comparisons"] if c["control"] == "target" and c["subset"] == "all"]
+        if on_all and all(c["difference"]["low"] > 0 for c in on_all):
             why = f"Does the target answer what only the source knows? {what}."
-            entry = write_entry(folder, describe_run(folder), why, judged["text"]).read_text(encoding="utf-8")
-            record["entry"] = _nest_entry(entry, folder.name)
-    if status.get("state") == "failed":
-        lines.append(f"- failed in {status.get('stage') or 'no stage'}: {_one_line(status.get('error') or 'unknown')}")
-    if (folder / "notes.md").is_file():
-        lines += ["", (folder / "notes.md").read_text(encoding="utf-8").replace("<!--", "&lt;!--").strip()]
-    heading = f"### {record['date']} · `{folder.name}` · {outcome}"
-    return record | {"log": "\n".join([heading, f"- what: {what}", *lines])}
+            record["entry"] = _nest_entry(write_entry(folder, describe_run(folder), why, judged["text"]))
+    words = {"what": what, "outcome": judged["outcome"], "verdict": judged["text"], "status": status}
+    words["notes"] = notes.read_text(encoding="utf-8").replace("<!--", "&lt;!--").strip() if notes.is_file() else ""
+    return record | {"log": render("log_entry.md.j2", **words, **record).rstrip()}
 
 
 def _describe_recovery(frame: pd.DataFrame, subset: str = "source_only_held_unit") -> str:
@@ -162,12 +154,9 @@ def _describe_recovery(frame: pd.DataFrame, subset: str = "source_only_held_unit
     if held.empty or "target_told_correct" not in held or not held["target_told_correct"].any():
         return "not measured"
     share = verdict.recovery(frame, subset=subset)
-    return str(share) if math.isfinite(share.high) else f"{share.point:.3f} (too little for an interval)"
-
-
-def _beats_target(judged: dict) -> bool:
-    on_all = [c for c in judged["comparisons"] if c["control"] == "target" and c["subset"] == "all"]
-    return bool(on_all) and all(c["difference"]["low"] > 0 for c in on_all)
+    if math.isinf(share.high):
+        return f"{format_share(share.point)} (too little for an interval)"
+    return format_interval(share.point, share.low, share.high)
 
 
 def _name_bridge(settings: dict) -> str:
@@ -177,26 +166,25 @@ def _name_bridge(settings: dict) -> str:
 def _describe_settings(settings: dict, facts: dict, status: dict) -> str:
     """Composition, size, what differs from the package's defaults, and on what machine and commit it ran."""
     default, k = to_flat(load_config()), settings["bridge.n_soft_tokens"]
-    shown = ("bridge.producer", "bridge.injector", "bridge.n_soft_tokens", "train.steps", "train.batch_size",
-             "pair.direction", "eval.conditions")  # fmt: skip
-    given = {k: v for k, v in settings.items() if k in default and k not in shown and not k.startswith("run.")}
+    given = {key: value for key, value in settings.items() if key not in SHOWN and not key.startswith("run.")}
     changed = [f"{k}={list(v) if isinstance(v, tuple) else v}" for k, v in given.items() if v != default[k]]
     parts = [
         f"{_name_bridge(settings)}, {settings['pair.direction']}",
         "as many soft tokens as the source's prompt has" if k == -1 else f"{k} soft tokens",
         f"{settings['train.steps']:,} steps of {settings['train.batch_size']}, seed {settings['run.seed']}",
-        facts.get("processes") and f"{facts['processes']} × {', '.join(facts.get('gpus') or []) or 'CPU'}",
-        facts.get("commit") and f"commit {facts['commit'][:7]}" + (" with changes" if facts.get("dirty") else ""),
-        status.get("parameters") and f"{status['parameters']:,} trained parameters",
-        status.get("elapsed") and f"{status['elapsed'] / 60:.1f} minutes",
+        *_describe_machine(facts, status),
     ]
-    text = "; ".join(part for part in parts if part)
-    return _one_line(text + (f". Unlike the defaults: {', '.join(changed)}" if changed else ""))
+    if facts.get("commit"):
+        parts.append(f"commit {facts['commit'][:7]}" + " with changes" * bool(facts.get("dirty")))
+    if status.get("elapsed"):
+        parts.append(f"{status['elapsed'] / 60:.1f} minutes")
+    return _one_line("; ".join(parts) + (f". Unlike the defaults: {', '.join(changed)}" if changed else ""))
 
 
-def _nest_entry(entry: str, name: str) -> str:
+def _nest_entry(path: Path) -> str:
     """A manifest entry as a subsection: headings of its prose stay below it, markers go."""
-    lines = [line for line in entry.strip().splitlines() if not line.startswith(("<!--", f"## `{name}`"))]
+    name, entry = path.parent.name, path.read_text(encoding="utf-8").strip()
+    lines = [line for line in entry.splitlines() if not line.startswith(("<!--", f"## `{name}`"))]
     text = re.sub(r"^#+ ", "#### ", "\n".join(lines).strip(), flags=re.MULTILINE)
     return f"### [`{name}`]({name}/{ENTRY})\n\n" + re.sub(r"\n{3,}", "\n\n", text)
 
@@ -229,19 +217,11 @@ def report_end(folder: str | Path) -> None:
 
 def write_reports(runs_dir: str | Path) -> tuple[int, int]:
     """Write the three files from all runs that have ended; returns how many are in them, and how many are damaged."""
-    runs_dir = Path(runs_dir)
     with locked(runs_dir):
-        records, damaged = load_records(runs_dir)
-        winners = [record["entry"] for record in records if record["entry"]]
-        rows = [record["row"] for record in records if record["row"]]
-        counts = Counter(row["verdict"] for row in rows)
-        blocks = {
-            LOG: "\n\n".join(record["log"] for record in records),
-            SUMMARY: _table(rows),
-            REPORT: render("report_runs.md.j2", rows=rows, counts=counts, winners=winners),
-        }
-        for name, body in blocks.items():
-            edit_file(runs_dir / name, lambda text, body=body: replace_block(_OLD_BLOCKS.sub("", text), "runs", body))
+        records, damaged = load_records(Path(runs_dir))
+        for name, template in FILES.items():
+            block = render(f"{template}_runs.md.j2", records=records)
+            edit_file(Path(runs_dir, name), lambda text, b=block: replace_block(_OLD_BLOCKS.sub("", text), "runs", b))
     return len(records), damaged
 
 
@@ -286,7 +266,7 @@ def locked(runs_dir: str | Path) -> typing.Iterator[None]:
 def edit_file(path: Path, change: typing.Callable[[str], str]) -> None:
     """Read, change, write atomically; to be called inside `locked`. A new file begins as its template."""
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    changed = change(text if text is not None else render(FILES[path.name]) if path.name in FILES else "")
+    changed = change(text if text is not None else render(f"{FILES[path.name]}.md.j2") if path.name in FILES else "")
     if changed != text:
         write_text_atomic(path, changed)
 
@@ -307,6 +287,7 @@ def render(template: str, finalize: typing.Callable | None = None, **values: obj
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=loader, finalize=finalize, **options)
+    environment.filters |= {"share": format_share, "line": _one_line}
     environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment.get_template(template).render(**values)
 
@@ -319,16 +300,10 @@ def load_json(path: Path) -> dict:
         raise ValueError(f"{path}: not whole JSON; restore it, or remove it") from None
 
 
-def _table(rows: list[dict[str, str]]) -> str:
-    words = ("run", "date (UTC)", "bridge", "direction", "verdict", "answers")
-    rule = ["---" if column in words else "---:" for column in COLUMNS]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (COLUMNS, rule, *(row.values() for row in rows)))
-
-
-def _one_line(text: str, longest: int = 1200) -> str:
-    """Text that can end neither a table cell, nor a line, nor a generated block."""
+def _one_line(text: object) -> str:
+    """Text that can end neither a table cell, nor a line, nor a generated block; cut where it is very long."""
     text = " ".join(str(text).split()).replace("<!--", "&lt;!--").replace("|", "\\|")
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+    return text if len(text) <= 1200 else text[:1197] + "..."
 
 
 def main(argv: list[str] | None = None) -> int:

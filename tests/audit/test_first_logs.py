@@ -12,7 +12,7 @@ from first_generation import OOM, SETTINGS, evaluation, log_text, write_jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bridgekit.audit.first_logs import count_rescored, count_texts, load_end, load_log, load_outcomes
+from bridgekit.audit.first_logs import count_repeats, count_rescored, load_end, load_log, load_outcomes, load_texts
 
 EVALUATIONS = {"20": (0.54, 0.77, 0.5), "40": (0.54, 0.77, 0.68), "60": (0.54, 0.77, 0.64)}
 
@@ -173,7 +173,7 @@ def test_no_content_stops_the_answers_reader(tmp_path, lines):
 def test_rescoring_counts_the_labels_that_move(tmp_path):
     rows = evaluation([0, 1])
     rows[2]["bridged_full"], rows[2]["bridged_extracted"] = "#### 102.00", "102.00"
-    table = count_rescored(write_jsonl(tmp_path / "e.jsonl", rows)).set_index(["condition", "rule"])
+    table = count_rescored(load_texts(write_jsonl(tmp_path / "e.jsonl", rows), "final")).set_index(["condition", "rule"])
     stored = table.loc[("bridged", "seeds")]
     assert (stored.n, stored.moved, stored.right) == (8, 0, 2)
     strict = table.loc[("bridged", "marker_last")]
@@ -184,6 +184,6 @@ def test_rescoring_counts_the_labels_that_move(tmp_path):
 def test_repeated_and_invented_questions_are_counted(tmp_path):
     rows = evaluation([0, 1])
     rows[0]["bridged_full"] = "Q: What is number 0 of the list of questions?\nA: one\n#### 100"
-    facts = count_texts(write_jsonl(tmp_path / "e.jsonl", rows)).set_index("condition")
+    facts = count_repeats(load_texts(write_jsonl(tmp_path / "e.jsonl", rows), "final")).set_index("condition")
     assert facts["repeats_question"].to_dict() == {"bridged": 1, "source": 0, "target": 0}
     assert facts["invents_question"].to_dict() == {"bridged": 7, "source": 8, "target": 8}

@@ -1,0 +1,140 @@
+"""Keeping runs of either kind: a run of the first experiments becomes compact tables, one of this package is copied.
+
+bridgekit preserve RUN            keep RUN in preserved_data/, add its manifest entry
+bridgekit preserve --study NAME   pack the finished runs NAME_* of a runs folder into studies/NAME.tar.xz; with
+                                  --add, put those that are not kept yet to those that are
+bridgekit preserve --manifest     write preserved_data/README.md again from the entries
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from bridgekit.audit.first_logs import PATH_KEYS, count_repeats, count_rescored, load_texts
+from bridgekit.audit.first_runs import SETTINGS_AS_FACTS, Record, evaluation_files, load_run
+from bridgekit.results import archive, preserve
+from bridgekit.results.preserve import FIRST, ROOT, compress_evaluation, find_runs, generation_of
+from bridgekit.results.reports import ENTRY, describe_answers, render, write_entry
+from bridgekit.results.style import format_share
+
+
+def keep_run(
+    run: str | Path,
+    root: str | Path = ROOT,
+    name: str | None = None,
+    max_jsonl_mb: float = 1.5,
+    max_checkpoint_mb: float = 2.0,
+) -> Path:
+    """Keep one run; returns its folder. Texts of a larger JSONL, and larger checkpoint files, stay out."""
+    if Path(run).is_dir() and generation_of(Path(run)) == "bridgekit":
+        return preserve.preserve(run, root, name, max_jsonl_mb, max_checkpoint_mb)
+    record = load_run(run, name)
+
+    def fill(folder: Path) -> str:
+        write_tables(record, folder, max_jsonl_mb)
+        return describe_first(folder)
+
+    return preserve.keep_folder(record.folder, Path(root) / FIRST, record.name, fill)
+
+
+def write_tables(record: Record, folder: Path, max_jsonl_mb: float = 1.5) -> None:
+    """Configuration, outcomes, curve, losses, and what only the full texts tell, as compact tables."""
+    if record.outcomes.empty and record.losses.empty:
+        raise ValueError(f"{record.folder}: neither evaluations nor losses could be read, so there is nothing to keep")
+    settings = record.facts.get("settings_text") or {key: str(value) for key, value in record.config.items()}
+    lines = settings | {key: record.facts.get(fact) for key, fact in SETTINGS_AS_FACTS.items()}
+    text = "".join(f"{k}: {v}\n" for k, v in lines.items() if v is not None and k not in PATH_KEYS)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    known = ("started", "ended", "saved_best", "stopped_at", "crashes")
+    facts = {key: record.facts[key] for key in known if record.facts.get(key)} | {"problems": record.problems}
+    (folder / "run.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    texts = pd.concat([load_texts(path, step) for step, path in evaluation_files(record.folder)] or [pd.DataFrame()])
+    tables = {"losses.csv": record.losses, "logged.csv": record.logged}
+    tables |= {"rescored.csv": count_rescored(texts), "texts.csv": count_repeats(texts)} if len(texts) else {}
+    for name, table in tables.items():
+        if len(table):
+            table.to_csv(folder / name, index=False)
+    if len(record.outcomes):
+        compression = {"method": "gzip", "mtime": 0}
+        record.outcomes.to_csv(folder / "outcomes.csv.gz", index=False, lineterminator="\n", compression=compression)
+        record.curve.to_csv(folder / "curve.csv", index=False, float_format="%.4f")
+    compress_evaluation(record.folder, folder, max_jsonl_mb, without_texts=False)
+
+
+def describe_first(folder: Path) -> str:
+    """The metrics of a kept run's manifest entry, in Markdown."""
+    record, answers, lines = load_run(folder), "", []
+    facts = record.facts
+    if steps := record.steps:
+        where = "final evaluation" if steps[-1] == "final" else f"last evaluation (step {steps[-1]}; no final one)"
+        answers = describe_answers(record.at(steps[-1]), where)
+        numbered = record.curve[record.curve["step"] != "final"]
+        if len(numbered) > 1 and "bridged_acc" in numbered:
+            peak = numbered.loc[numbered["bridged_acc"].idxmax()]
+            highest = f"{format_share(peak['bridged_acc'])} at step {peak['step']}"
+            answers += f"\n- highest of {len(numbered)} numbered evaluations: {highest}"
+    elif len(record.logged):
+        row = record.logged.iloc[-1].dropna()
+        logged = ", ".join(f"{name} {format_share(share)}" for name, share in row.items() if name != "step")
+        answers = f"- no answers kept; the log's last evaluation (step {row['step']}): {logged}"
+    course = {
+        f"{record.losses['step'].iloc[-1] if len(record.losses) else 0} steps": len(record.losses),
+        f"{facts.get('parameters_m')}M trained parameters": facts.get("parameters_m"),
+        f"{facts.get('world_size')} × {facts.get('gpu') or 'processes'}": facts.get("world_size"),
+        f"started {facts.get('started')}": facts.get("started"),
+        f"ended {facts.get('ended')}": facts.get("ended"),
+    }
+    for crash in facts.get("crashes") or []:
+        where = f", {crash['where']}" if crash.get("where") else ""
+        lines.append(f"crash: {crash['kind']} after step {crash['step']}{where}")
+    lines += [f"note: {problem}" for problem in record.problems]
+    course = [part for part, known in course.items() if known]
+    return render("metrics.md.j2", answers=answers, course=course, lines=lines)
+
+
+def write_manifest(root: str | Path = ROOT, blocks: dict[str, str] | None = None) -> Path:
+    """Bring every entry and the README of `root` up to date; `blocks` are further generated blocks."""
+    Path(root).mkdir(parents=True, exist_ok=True)
+    for folder in find_runs(root):
+        if generation_of(folder) != "bridgekit":
+            write_entry(folder, describe_first(folder))
+    return preserve.write_manifest(root, blocks)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The `bridgekit preserve` verb."""
+    parser = argparse.ArgumentParser(prog="bridgekit preserve", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, or a folder of run folders")
+    parser.add_argument("--root", default=str(ROOT), help="where runs are kept (default: %(default)s)")
+    parser.add_argument("--name", help="keep a single run under this name")
+    parser.add_argument("--max-jsonl-mb", type=float, default=1.5, help="limit of the compressed final JSONL")
+    parser.add_argument("--max-checkpoint-mb", type=float, default=2.0, help="limit of a checkpoint file")
+    parser.add_argument("--study", help="pack the finished runs of this study into one file")
+    parser.add_argument("--add", action="store_true", help="the study is kept already: put the runs that are new to it")
+    parser.add_argument("--runs-dir", default="runs", help="where the study's runs are (default: %(default)s)")
+    parser.add_argument("--manifest", action="store_true", help="only write the manifest again")
+    args = parser.parse_args(argv)
+    if not args.runs and not args.manifest and not args.study:
+        parser.error("name a RUN, a --study, or ask for --manifest")
+    if args.study:
+        path = archive.keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
+        print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")
+        return 0
+    folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]
+    if args.name and len(folders) > 1:
+        raise ValueError(f"--name is for one run; {args.runs[0]} holds {len(folders)}")
+    failed = 0
+    for folder in folders:
+        try:
+            kept = keep_run(folder, args.root, args.name, args.max_jsonl_mb, args.max_checkpoint_mb)
+            print(f"kept {kept}; now fill in the why and the publishability in {kept / ENTRY}")
+        except (ValueError, OSError) as error:
+            failed = 2
+            print(f"error: {error}", file=sys.stderr)
+    print(f"manifest: {write_manifest(args.root)}")
+    return failed
