@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from scipy.special import stdtrit
 from torch.nn.functional import normalize
 
 from bridgekit.inside import probe
 from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import answer_logits, bridged_logits, evaluating
-from bridgekit.results.statistics import student_quantile
 from bridgekit.results.table import share
 from bridgekit.results.tables import escape
 from bridgekit.runs import load_jsonl
@@ -297,7 +297,7 @@ def cka_table(representations: dict[str, np.ndarray], units: list) -> pd.DataFra
         for b in list(grams)[i + 1 :]:
             point, *left_out = (_cka_of(x, y) for x, y in zip(grams[a], grams[b], strict=True))
             spread = np.array(left_out) - np.mean(left_out)
-            half = student_quantile((1 + LEVEL) / 2, folds - 1) * math.sqrt((folds - 1) / folds * (spread**2).sum())
+            half = float(stdtrit(folds - 1, (1 + LEVEL) / 2)) * math.sqrt((folds - 1) / folds * (spread**2).sum())
             rows.append([a, b, point, point - half, point + half, len(codes), n_units])
     return pd.DataFrame(rows, columns=["a", "b", "point", "low", "high", "n", "n_units"])
 

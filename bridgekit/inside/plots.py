@@ -106,8 +106,8 @@ def _draw_map(values: np.ndarray, what: str, title: str, xlabel: str, height: fl
 
 @paper_figure
 def plot_cka(frame: pd.DataFrame) -> Figure:
-    """CKA of every pair of representations (columns a, b, cka); a representation with itself is 1 and left out."""
-    frame = check_frame(frame, "cka", ["a", "b"], "CKA")
+    """CKA of every pair of representations (columns a, b, point); a representation with itself is 1 and left out."""
+    frame = check_frame(frame, "point", ["a", "b"], "CKA")
     names = list(dict.fromkeys([*frame["a"], *frame["b"]]))
     grid = frame.pivot(index="b", columns="a", values="point").reindex(index=names[1:], columns=names[:-1])
     title, right = "How alike are states, message and embeddings?", f"the same, by number (1: {names[0]})"
@@ -123,7 +123,7 @@ def plot_probe(frame: pd.DataFrame, layers: Iterable[int] = ()) -> Figure:
     frame = frame.assign(asked=frame["novelty"].map(NOVELTY), panel=panels).drop(columns="n")
     look = {"bars": True, "ylim": (-0.03, 1.03), "width": PAGE, "height": 1.0, "xlabel": "source layer"}
     look |= {"title": "Where in the source can the value be read? (share of units; shaded: what the bridge reads)"}
-    fig = lines(frame, "layer", "accuracy", color="asked", panel="panel", **look)
+    fig = lines(frame, "layer", color="asked", panel="panel", **look)
     for ax in fig.axes:
         for layer in layers:
             ax.axvspan(layer - 0.4, layer + 0.4, color=BAND, lw=0, zorder=0)

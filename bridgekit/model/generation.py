@@ -7,8 +7,8 @@
 Shapes: B batch, T tokens, K soft tokens, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -163,19 +163,26 @@ def decode_bridged(
     """The one place where a message meets the target's decode loop, whichever bridge it came from.
 
     Decoding is evaluation: the injector has no dropout here, also in the middle of training."""
-    current, injector, was_training = [message], bridge.injector, bridge.injector.training
+    current, injector = [message], bridge.injector
     options = dict(max_new_tokens=max_new_tokens, sample_seeds=sample_seeds, is_complete=is_complete)
 
     def select(rows: torch.Tensor) -> None:
         current[0] = current[0].select(rows)
 
-    injector.eval()
-    try:
+    with evaluating(injector):
         attach = injector.attach(target, lambda: current[0])
         soft = injector.soft(message)
         return generate_batch(target, before, after, soft=soft, attach=attach, select=select, **options)
+
+
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """The module in evaluation mode, for as long as the context is open."""
+    was_training = module.training
+    try:
+        yield module.eval()
     finally:
-        injector.train(was_training)
+        module.train(was_training)
 
 
 # ---- the cache ------------------------------------------------------------------------------------------------------

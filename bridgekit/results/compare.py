@@ -88,14 +88,21 @@ def gains_table(answers: pd.DataFrame, compared: pd.DataFrame, costs: pd.DataFra
         rows[cost["variant"]] |= {k: f"{cost[k]:,.0f}" if cost[k] == cost[k] else "" for k in ("parameters", "seconds")}
     for subset in SUBSETS:
         shares = table.share(table.select(bridged, subset), "variant")
-        accuracy, change, least = f"{subset} ({style.format_size(shares)})", f"difference, {subset}", f"could be found from, {subset}"
+        accuracy, change, least = (
+            f"{subset} ({style.format_size(shares)})",
+            f"difference, {subset}",
+            f"could be found from, {subset}",
+        )
         for found in shares.itertuples():
             row, cell = rows[found.variant], cells.get((found.variant, subset))
             row[accuracy] = style.format_interval(found.point, found.low, found.high)
             row |= {change: "reference" if found.variant == reference else none, least: none}
             if cell:
                 interval = style.format_interval(cell["point"], cell["low"], cell["high"], signed=True)
-                row |= {change: f"{interval}, p {cell['adjusted_p']:.2g}", least: style.format_share(cell["smallest_effect"])}
+                row |= {
+                    change: f"{interval}, p {cell['adjusted_p']:.2g}",
+                    least: style.format_share(cell["smallest_effect"]),
+                }
                 row["variant"] = found.variant + (f" (replicate of {of})" if (of := cell["replicates"]) else "")
     return pd.DataFrame(rows.values())
 

@@ -54,7 +54,7 @@ def load_answers(runs: Runs | dict[str, Runs], texts: bool = False) -> pd.DataFr
             variant, seed = re.sub(r"_seed\d+$", "", run) if label is None else label, frame.attrs["seed"]
             if (other := places.setdefault((variant, seed), file.parent)) != file.parent:
                 raise ValueError(f"{file.parent}: seed {seed} of '{variant}' is {other} already; name one otherwise")
-            parts.append(_tidy(frame).assign(run=run, variant=variant, seed=seed))
+            parts.append(tidy(frame).assign(run=run, variant=variant, seed=seed))
     columns = ["run", "variant", "seed", "condition", *EXAMPLE, "answer", "said", "correct", "logprob"]
     return pd.concat(parts, ignore_index=True).reindex(columns=columns + ["text"] * texts)
 
@@ -75,7 +75,7 @@ def _find_files(path: Path) -> list[Path]:
     return [path] if path.is_file() else [find_eval(folder) for folder in sorted(folders) or [path]]
 
 
-def _tidy(frame: pd.DataFrame) -> pd.DataFrame:
+def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     """One evaluation (a row per example, columns `<condition>_correct`) as a row per condition and example."""
     example = frame.rename(columns={"gold_extracted": "gold"} | ({} if "id" in frame else {"index": "id"}))
     example, parts = example[[c for c in EXAMPLE if c in example]], []

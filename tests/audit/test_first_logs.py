@@ -173,7 +173,9 @@ def test_no_content_stops_the_answers_reader(tmp_path, lines):
 def test_rescoring_counts_the_labels_that_move(tmp_path):
     rows = evaluation([0, 1])
     rows[2]["bridged_full"], rows[2]["bridged_extracted"] = "#### 102.00", "102.00"
-    table = count_rescored(load_texts(write_jsonl(tmp_path / "e.jsonl", rows), "final")).set_index(["condition", "rule"])
+    table = count_rescored(load_texts(write_jsonl(tmp_path / "e.jsonl", rows), "final")).set_index(
+        ["condition", "rule"]
+    )
     stored = table.loc[("bridged", "seeds")]
     assert (stored.n, stored.moved, stored.right) == (8, 0, 2)
     strict = table.loc[("bridged", "marker_last")]

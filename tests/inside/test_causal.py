@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from bridgekit.config import ConfigError
+from bridgekit.config import ConfigError, resolve_model_folder
 from bridgekit.inside import causal, measure, probe
-from bridgekit.model.pair import fingerprint_folder, resolve_folder
+from bridgekit.model.pair import fingerprint_folder
 from bridgekit.runs import find_eval, load_eval
 from bridgekit.tasks import source_prompt, units
 from bridgekit.train.experiment import Experiment
@@ -97,7 +97,8 @@ def test_swapped_runs_ask_the_other_models_units(tiny, pair):
 
 def test_the_answer_of_a_trained_bridge_follows_the_donor(pair, tmp_path):
     """On the smallest kept bridge that was trained on the shipped pair: the whole chain, as the notebook runs it."""
-    shipped = {role: fingerprint_folder(resolve_folder(f"{role}_model", "embedded")) for role in ("source", "target")}
+    folders = {role: resolve_model_folder(f"{role}_model", "embedded") for role in ("source", "target")}
+    shipped = {role: fingerprint_folder(folder) for role, folder in folders.items()}
     kept = [path for path in PRESERVED.glob("*/checkpoint/bridged.safetensors")
             if json.loads((path.parents[1] / "provenance.json").read_text()).items() >= shipped.items()]  # fmt: skip
     assert kept, "preserved_data holds no bridge of the shipped pair: the notebook's default run cannot be opened"
