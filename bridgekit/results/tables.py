@@ -77,7 +77,7 @@ def tabulate_variants(frame: pd.DataFrame) -> pd.DataFrame:
         subset = words(row["subset"]).replace("\n", " ")
         size = format_size(frame[frame["subset"] == row["subset"]])
         text[f"{subset} ({size})"] = format_interval(row["point"], row["low"], row["high"])
-        change, smallest = "reference", None
+        change, smallest = "reference" if row.get("reference", row["variant"]) == row["variant"] else None, None
         if row["difference"] == row["difference"]:
             p = "<0.001" if row["adjusted_p"] < 0.001 else f"{row['adjusted_p']:.2g}"
             change = [row[column] for column in ("difference", "difference_low", "difference_high")]
