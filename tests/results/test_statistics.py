@@ -19,7 +19,6 @@ from statsmodels.stats.power import normal_sample_size_one_tail
 from bridgekit.results.statistics import (
     clustered_mean,
     clustered_proportion,
-    design_effect,
     holm,
     intraclass_correlation,
     mcnemar_exact,
@@ -29,7 +28,6 @@ from bridgekit.results.statistics import (
     paired_ratio,
     pooled_mean,
     read_correct,
-    student_quantile,
     wilson,
 )
 
@@ -129,9 +127,9 @@ def test_pooled_intervals_hold_for_other_problems_and_other_seeds(n_seeds, devia
 def test_what_would_have_been_found_is_found_with_power_0_8():
     """Differences drawn around the smallest effect are significant four times in five."""
     rng, n, error, df = np.random.default_rng(2), 2000, 0.03, 200.0
-    effect = (student_quantile(0.975, df) + student_quantile(0.8, df)) * error
+    effect = (scipy.stats.t.ppf(0.975, df) + scipy.stats.t.ppf(0.8, df)) * error
     drawn = effect + error * rng.standard_normal(n)
-    assert (abs(drawn) > student_quantile(0.975, df) * error).mean() == pytest.approx(0.8, abs=0.03)
+    assert (abs(drawn) > scipy.stats.t.ppf(0.975, df) * error).mean() == pytest.approx(0.8, abs=0.03)
 
 
 # -- paired tests -------------------------------------------------------------------------------------------
@@ -277,7 +275,6 @@ def test_smallest_effect_counts_units_where_problems_are_copies():
     assert minimum_detectable_effect(400, 0.3, 100, icc=1) == minimum_detectable_effect(100, 0.3)
     assert minimum_detectable_effect(400, 0.3, 100, icc=0) == minimum_detectable_effect(400, 0.3)
     assert minimum_detectable_effect(3, 0.3) == 1  # three questions find nothing
-    assert design_effect(4, 0.5) == 2.5
 
 
 def test_correlation_equals_shrout_and_fleiss():
