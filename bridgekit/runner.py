@@ -217,7 +217,7 @@ class Runner:
             running.append(f"{job.name}: {status.get('stage', 'running')}{step}")
         if len(self.active) > 2:
             running.append(f"{len(self.active) - 2} more")
-        stage = f"{self.n_runs - n_left} of {self.n_runs} runs done"
+        stage = f"{self.n_runs - n_left} of {self.n_runs} runs finished"
         self.view.show({"stage": stage, "running": ", ".join(running), "elapsed": elapsed})
 
 

@@ -195,7 +195,7 @@ def test_a_headless_run_leaves_what_the_notebook_shows(project):
 def test_a_notebook_with_many_runs_shows_them_on_the_terminal(project, capsys):
     options = [part for text in [*TINY, "train.steps=2"] for part in ("-o", text)]
     assert cli.main(["run", "notebooks/many.ipynb", "-p", "n", "1", *options]) == 0
-    assert "0 of 1 runs done" in capsys.readouterr().out
+    assert "0 of 1 runs finished" in capsys.readouterr().out
     (folder,) = project.glob("runs/many_2*")
     assert (folder / "many.ipynb").is_file() and (project / "runs" / "many_a_seed0" / "summary.log").is_file()
 

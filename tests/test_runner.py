@@ -163,8 +163,8 @@ def test_progress_of_all_runs_is_one_line_that_a_waiting_terminal_can_follow(tmp
     made = Runner(plan("long", "short"), tmp_path, 1)
     made.view.in_notebook, made.view.followed = True, tmp_path
     made.run()
-    assert any("0 of 2 runs done" in text and "long: train bridged 3/8" in text for text in shown)
-    assert load_status(tmp_path)["stage"].endswith("of 2 runs done")
+    assert any("0 of 2 runs finished · 0:00:0" in text and "so far" in text and "long: train bridged 3/8" in text for text in shown)
+    assert load_status(tmp_path)["stage"].endswith("of 2 runs finished")
 
 
 def test_an_interruption_ends_the_children_and_marks_their_runs(tmp_path, scripted, monkeypatch):

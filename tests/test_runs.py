@@ -5,7 +5,6 @@ python -m pytest tests/test_runs.py
 
 import gzip
 import json
-import multiprocessing
 import os
 import re
 import shlex
@@ -13,7 +12,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -37,15 +38,18 @@ def lines() -> list[bytes]:
 # -- folders ----------------------------------------------------------------------------------------------------
 
 
-def _create(runs_dir: str, barrier) -> str:
-    barrier.wait()
-    return str(create_run(load_config(runs_dir=runs_dir)))
+def at_once(call, n: int = 4) -> list:
+    """What `n` calls return that start together."""
+    barrier = threading.Barrier(n)
+    with ThreadPoolExecutor(n) as pool:
+        return [made.result() for made in [pool.submit(lambda: (barrier.wait(), call())[1]) for _ in range(n)]]
 
 
-def test_runs_of_one_second_and_one_name_get_folders_of_their_own(tmp_path):
-    with multiprocessing.Manager() as manager, multiprocessing.Pool(4) as pool:
-        made = pool.starmap(_create, [(str(tmp_path / "runs"), manager.Barrier(4))] * 4)
-    assert len(set(made)) == 4 and all((Path(folder) / "config.yaml").is_file() for folder in made)
+def test_runs_of_one_second_and_one_name_get_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "stamped", lambda name: f"{name}_20261121_181101")
+    made = at_once(lambda: create_run(load_config(runs_dir=str(tmp_path / "runs"))))
+    assert sorted(p.name[len("phase1_20261121_181101") :] for p in made) == ["", "_2", "_3", "_4"]
+    assert all((folder / "config.yaml").is_file() for folder in made)
 
 
 def test_a_folder_that_is_there_or_cannot_be_made_is_refused(tmp_path):
@@ -265,18 +269,11 @@ def test_an_archive_of_equal_size_and_other_content_is_unpacked_again(some_runs,
     assert [runs.load_status(folder / "s_t_base_seed1")["best"] for folder in folders] == ["a", "b"]
 
 
-def _open(kept: str, into: str, barrier) -> str:
-    barrier.wait()
-    return str(open_study("s_t", kept, into))
-
-
-def test_processes_that_unpack_at_once_get_one_whole_copy(some_runs, tmp_path):
+def test_readers_that_unpack_at_once_get_one_whole_copy(some_runs, tmp_path):
     keep_study(some_runs, "s_t", tmp_path / "kept")
-    with multiprocessing.Manager() as manager, multiprocessing.Pool(4) as pool:
-        calls = [(str(tmp_path / "kept"), str(tmp_path / "open"), manager.Barrier(4))] * 4
-        (folder,) = set(pool.starmap(_open, calls))
-    assert [str(p) for p in (tmp_path / "open").iterdir()] == [folder]
-    assert len(list(Path(folder).glob("*/config.yaml"))) == 2
+    (folder,) = set(at_once(lambda: open_study("s_t", tmp_path / "kept", tmp_path / "open")))
+    assert list((tmp_path / "open").iterdir()) == [folder]
+    assert len(list(folder.glob("*/config.yaml"))) == 2
 
 
 def test_a_kept_run_is_found_by_name_from_any_folder_of_the_project(some_runs, tmp_path, monkeypatch):

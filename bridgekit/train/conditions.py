@@ -32,7 +32,7 @@ from bridgekit.model.message import Message, hashed_normal
 from bridgekit.model.pair import LanguageModel, split_prompts
 from bridgekit.model.states import SourceStates, in_batches
 from bridgekit.runs import write_bytes_atomic, write_jsonl
-from bridgekit.tasks import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
+from bridgekit.tasks import Example, Prompt, Task, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.tasks.answers import INVALID
 from bridgekit.train.data import split_rows
 
@@ -199,13 +199,12 @@ def decode_messages(
 
 
 class Baselines:
-    """Answers of frozen models by content: a hash of weights, numbers, decode settings and text.
+    """Answers of frozen models by content: a hash of weights, end tokens, decode settings and text.
 
     With a `path` they are shared: every process of every run appends what it has made, under a lock."""
 
-    def __init__(self, max_new_tokens: int, batch_size: int, is_complete: Callable, path: Path | None = None):
-        self.max_new_tokens, self.batch_size, self.is_complete = max_new_tokens, batch_size, is_complete
-        self.path = path
+    def __init__(self, task: Task, max_new_tokens: int, batch_size: int, path: Path | None = None):
+        self.task, self.max_new_tokens, self.batch_size, self.path = task, max_new_tokens, batch_size, path
         self.known: dict[str, Generated] = self._load() if path else {}
 
     def answer(self, lm: LanguageModel, prompts: list[Prompt]) -> list[Generated]:
@@ -214,7 +213,7 @@ class Baselines:
         rows = [lm.bos + p.all for p in split_prompts(lm, [prompts[i] for i in missing])]
         for chunk in in_batches([len(r) for r in rows], self.batch_size):
             texts = [rows[i] for i in chunk]
-            options = dict(max_new_tokens=self.max_new_tokens, is_complete=self.is_complete)
+            options = dict(max_new_tokens=self.max_new_tokens, is_complete=self.task.is_complete)
             made = generate_batch(lm, texts, [[] for _ in texts], **options)
             self.known |= {keys[missing[i]]: g for i, g in zip(chunk, made, strict=True)}
         if missing and self.path:
@@ -222,7 +221,8 @@ class Baselines:
         return [self.known[k] for k in keys]
 
     def key(self, lm: LanguageModel, prompt: Prompt) -> str:
-        parts = [lm.decode_key, str(lm.dtype), lm.device.type, self.max_new_tokens, "greedy 1", prompt.text]
+        settings = self.task.name, self.max_new_tokens, "greedy 1"
+        parts = [lm.decode_key, str(lm.dtype), lm.device.type, *settings, prompt.text]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
     @contextlib.contextmanager

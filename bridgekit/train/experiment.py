@@ -68,8 +68,7 @@ class Experiment:
         self.started = time.time()
         name = f"{self.pair.source.fingerprint}_{self.pair.target.fingerprint}".replace("/", "-")
         shared = Path(config.run.cache_dir) / f"baselines_{name}.jsonl" if accelerator else None
-        settings = config.eval.max_new_tokens, config.eval.eval_batch_size, self.task.is_complete
-        self.baselines = Baselines(*settings, shared)
+        self.baselines = Baselines(self.task, config.eval.max_new_tokens, config.eval.eval_batch_size, shared)
         self._examples: dict[tuple, list[Example]] = {}
         self._texts: dict[float, TrainingTexts] = {}
         self._configs: dict[str, Config] = {}

@@ -5,7 +5,8 @@ python -m pytest tests/train/test_conditions.py
 
 import itertools
 import json
-import multiprocessing
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -14,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.config import CONDITIONS
+from bridgekit.config import CONDITIONS, Config
 from bridgekit.model.generation import Generated, decode_bridged
 from bridgekit.model.pair import Pair, Prompt, split_prompts
 from bridgekit.model.states import SourceStates, read_source
 from bridgekit.runs import find_eval, load_eval, load_jsonl
-from bridgekit.tasks import literal_prompt, load_examples
+from bridgekit.tasks import get_task, literal_prompt, load_examples
 from bridgekit.tasks.answers import INVALID, extract_answer
 from bridgekit.train.conditions import (
     TABLE,
@@ -40,6 +41,7 @@ KEYS = set(
     "eval_step index question gold_full_text gold_extracted id split group unit value novelty family steps "
     "donor_id donor_gold sampler_seed".split()
 )
+UNITS = get_task(Config())
 TEXTS = tuple(name for name, row in TABLE.items() if isinstance(row, Text))
 
 
@@ -140,19 +142,23 @@ def test_a_baseline_is_made_anew_when_what_it_depends_on_changes(tiny, pair, val
 
 
 def append_one(path, n: int) -> None:
-    baselines = Baselines(8, 4, extract_answer, path)
+    baselines = Baselines(UNITS, 8, 4, path)
     for i in range(20):
         baselines._append({f"{n} {i}": Generated(f"text {i} " * 200, -0.5, 3)})
 
 
 def test_baselines_of_parallel_runs_are_all_kept(tmp_path):
     path = tmp_path / "cache" / "baselines.jsonl"
-    workers = [multiprocessing.get_context("fork").Process(target=append_one, args=(path, n)) for n in range(4)]
-    for worker in workers:
-        worker.start()
+    baselines = Baselines(UNITS, 8, 4, path)
+    workers = [threading.Thread(target=append_one, args=(path, n)) for n in range(4)]
+    with baselines._locked():  # whoever reads or writes now waits
+        for worker in workers:
+            worker.start()
+        time.sleep(0.5)
+        assert path.read_text() == ""
     for worker in workers:
         worker.join()
-    assert len(Baselines(8, 4, extract_answer, path).known) == 80
+    assert len(Baselines(UNITS, 8, 4, path).known) == 80
 
 
 @pytest.mark.parametrize("damage", ['{"key": "a", "te', '{"text": "no key"}\n', "\x00\x00"])
@@ -165,7 +171,7 @@ def test_a_damaged_cache_is_set_aside_and_made_again(tiny, pair, val, make_exper
     with forwards(pair.target) as count:
         assert make_experiment(config).evaluate(val, {}, "0", ("target",)) == first
     assert count[0] > 0 and path.with_suffix(".damaged").exists()
-    assert len(Baselines(8, 4, extract_answer, path).known) == len(val)
+    assert len(Baselines(UNITS, 8, 4, path).known) == len(val)
 
 
 # -- what each condition reads ----------------------------------------------------------------------------------------
@@ -291,6 +297,17 @@ def test_no_answer_flips_between_batch_sizes_on_cpu(tiny, val, make_experiment, 
     assert count[0] == 0
     rows[0]["bridged_extracted"] += "0"
     assert count_flips(experiment, val, bridge, rows)["flipped"] == 1
+
+
+def test_the_task_says_where_an_answer_is_complete(tiny, val, make_experiment, build_bridges):
+    experiment = make_experiment(tiny(max_new_tokens=32))
+    bridges, names = build_bridges(experiment), ("target", "bridged")
+    whole = {c: [g.n_tokens for g in experiment.answer(c, val, bridges)] for c in names}
+    experiment.task = replace(experiment.task, name="short", is_complete=lambda text: True)
+    experiment.baselines.task = experiment.task  # looked at every 16 tokens
+    for name in names:
+        found = [g.n_tokens for g in experiment.answer(name, val, bridges)]
+        assert found == [min(n, 16) for n in whole[name]] != whole[name]
 
 
 # -- router -----------------------------------------------------------------------------------------------------------
