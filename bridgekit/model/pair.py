@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -204,6 +205,7 @@ def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -
     """A frozen model in eval mode from safetensors, without remote code; one with tensors missing is refused."""
     folder = resolve_model_folder(key, model)
     place = str(folder) if folder else model
+    transformers.utils.logging.disable_progress_bar()  # it would stand in every log and notebook
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
