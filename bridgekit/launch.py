@@ -271,9 +271,16 @@ def refuse_unknown(notebook: str | Path, namespace: dict[str, object]) -> None:
 
 
 def resolve_config(parameters: dict[str, object]) -> Config:
-    """The configuration that a notebook with these parameters runs."""
-    values = {name: value for name, value in parameters.items() if name not in ("run_dir", "overrides")}
+    """The configuration that a notebook with these parameters runs; those that are no keys are the notebook's own."""
+    values = {name: value for name, value in parameters.items() if _is_key(name)}
     return load_config(overrides=parameters["overrides"], **values)
+
+
+def notebook_config(notebook: str | Path, namespace: dict[str, object]) -> Config:
+    """The configuration of a notebook's own names, `notebook_config("phase1", globals())`; unknown ones are refused."""
+    refuse_unknown(notebook, namespace)
+    stored = load_defaults(project_root() / "notebooks" / f"{notebook}.ipynb")
+    return resolve_config({name: namespace[name] for name in stored})
 
 
 def execute_notebook(

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -169,6 +170,7 @@ def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -
     """A frozen model in eval mode from safetensors, without remote code; one with tensors missing is refused."""
     folder = resolve_model_folder(key, model)
     place, options = folder or model, dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
+    transformers.utils.logging.disable_progress_bar()  # it would stand in every log and notebook
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)

@@ -28,9 +28,7 @@ def alone(pair, batch):
 
 @pytest.mark.parametrize("producer", ["resampler", "dit", "constant"])
 @pytest.mark.parametrize("injector, k", CLOSED)
-def test_at_the_start_the_logits_are_the_targets_own_and_every_gate_learns(
-    one_batch, pair, producer, injector, k
-):
+def test_at_the_start_the_logits_are_the_targets_own_and_every_gate_learns(one_batch, pair, producer, injector, k):
     _, bridge, batch, message = one_batch(producer=producer, injector=injector, n_soft_tokens=k)
     logits = logits_of(pair, bridge, batch, message)
     assert torch.equal(logits, alone(pair, batch)) and set(bridge.injector.gates().values()) == {0.0}
