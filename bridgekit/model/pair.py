@@ -34,7 +34,7 @@ class LanguageModel:
         self.device, self.dtype = self.model.device, self.model.dtype
         self.decoder = self.model.base_model  # without its head: embeddings or ids to hidden states
         self.hidden_size, self.n_layers = config.hidden_size, config.num_hidden_layers
-        self.max_positions = getattr(config, "max_position_embeddings", None)
+        self.max_positions = getattr(config, "max_position_embeddings", float("inf"))
         self.bos: list[int] = [] if bos is None else [bos]
         ends = self.model.generation_config.eos_token_id
         self.eos_ids: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
