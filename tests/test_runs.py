@@ -21,7 +21,7 @@ import pytest
 
 from bridgekit import runs
 from bridgekit.config import ConfigError, load_config
-from bridgekit.results.archive import keep_study
+from bridgekit.results.preserve import keep_study
 from bridgekit.runs import create_run, find_eval, find_run, load_eval, load_jsonl, lock_run, open_study, write_jsonl
 
 ROOT = Path(__file__).parent.parent
