@@ -23,7 +23,7 @@ FINAL = "phase1_all_fix/eval_samples_step_final.jsonl"
 
 
 def records_of(*folders):
-    return {record.name: record for record in map(load_run, folders)}
+    return claims.Records((record.name, record) for record in map(load_run, folders))
 
 
 def find(*folders, verdicts=()):
