@@ -130,7 +130,7 @@ def rows(
         ax.locator_params(axis="x", nbins=max(2, int(1.4 * width / len(panels))))
     tall = 0.05 + (0.12 if numbers or most < 3 else 0.09) * most  # inches of a row, if its name is no taller
     height = len(names) * max(tall, 0.15 + 0.12 * max(words(name).count("\n") for name in names))
-    return finish_figure(panels, title, xlabel, width, height)
+    return finish_figure(panels, title, xlabel, width, max(0.35, height))  # a single row too has room for its mark
 
 
 @paper_figure
