@@ -60,7 +60,7 @@ def compare_variants(
     paired = [v for v in seeds if v != reference and seeds[v] & seeds.get(reference, set())]
     for variant, subset in product(paired, SUBSETS):
         part = table.select(bridged, subset)
-        found = table.difference(part, variant, reference, on="variant").iloc[0].to_dict()
+        found = table.difference(part, variant, reference, on="variant").to_dict("records")[0]
         one, other, units = table.pair_seeds(part, variant, reference, on="variant")
         pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
         row = {"variant": variant, "reference": reference, "subset": subset} | found
