@@ -31,11 +31,8 @@ notebooks: setup  ## execute every notebook with its small parameters (CPU, some
 	  $(PY) -m bridgekit run notebooks/$$name.ipynb $$(test -f $$file && echo -f $$file) || exit 1; \
 	done
 
-smoke: setup  ## every notebook that runs something, in under a minute each: does every part work?
-	@rm -rf runs/ablation_smoke* runs/swap_smoke*  # finished runs would be kept, and nothing tried
-	@for name in phase1 ablation swap diagnostics; do \
-	  $(PY) -m bridgekit run notebooks/$$name.ipynb -f parameters/$${name}_smoke.yaml || exit 1; \
-	done
+smoke: setup  ## every notebook that runs something, in about a minute each: does every part work?
+	$(PY) tests/run_smoke.py $(ARGS)
 
 test: setup  ## run the tests (CPU, offline); one process per core, one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)

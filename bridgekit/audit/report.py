@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from bridgekit.audit.claims import VERDICTS, Verdict, judge, load_claims
 from bridgekit.audit.findings import Finding, find_all
@@ -51,7 +52,7 @@ def run_audit(root: str | Path = ROOT) -> Audit:
         place = folder.relative_to(root)
         try:
             record, changed = load_run(folder), changed_files(folder)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, EOFError, yaml.YAMLError) as error:
             audit.problems.append(f"{place}: cannot be read: {' '.join(str(error).split())}")
             continue
         changes = [f"{name} is not what was preserved (checksum)" for name in changed]

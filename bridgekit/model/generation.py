@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, K soft tokens, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,12 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from bridgekit.model.bridge import Bridge
-from bridgekit.model.message import Message, Soft, hashed_uniform
+from bridgekit.model.message import Injector, Message, Soft, hashed_uniform
 from bridgekit.model.pair import LanguageModel
 from bridgekit.tasks.answers import answer_is_complete
 
-CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended, a multiple of:
-READ_EVERY = 8  # steps between looks at which rows have ended, on a GPU
+CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
+LOOK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere 8, because to look is to wait
 SHRINK_AT = 0.75  # a batch shrinks when no larger share of its rows goes on
 GROWTH = 32  # cache slots allocated at a time
 
@@ -31,10 +31,10 @@ GROWTH = 32  # cache slots allocated at a time
 
 def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Right-padded ids and mask. -> (B, T), (B, T) bool"""
-    width = max((len(r) for r in rows), default=0)
-    ids = torch.tensor([r + [0] * (width - len(r)) for r in rows], dtype=torch.long).view(len(rows), width)
-    lengths = torch.tensor([len(r) for r in rows])
-    mask = torch.arange(width)[None, :] < lengths[:, None]
+    lengths = torch.tensor([len(r) for r in rows], dtype=torch.long)
+    mask = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([i for r in rows for i in r], dtype=torch.long)
     return ids.to(device), mask.to(device)
 
 
@@ -96,29 +96,22 @@ class Generated:
 
 @torch.no_grad()
 def generate_batch(
-    lm: LanguageModel,
-    before: list[list[int]],
-    after: list[list[int]],
-    *,
-    soft: Soft | None = None,
-    attach: AbstractContextManager | None = None,
-    select: Callable[[torch.Tensor], None] = lambda rows: None,
-    max_new_tokens: int = 96,
-    sample_seeds: torch.Tensor | None = None,
-    is_complete: Callable[[str], bool] = answer_is_complete,
-) -> list[Generated]:
-    """Greedy continuation of each row; finished rows leave the batch.
+    lm: LanguageModel, before: list, after: list, message: Message | None = None, injector: Injector | None = None,
+    max_new_tokens: int = 96, sample_seeds=None, is_complete: Callable[[str], bool] = answer_is_complete,
+) -> list[Generated]:  # fmt: skip
+    """Greedy continuation of rows of token ids, with what an injector makes of a message; ended rows leave the batch.
 
-    `attach` is what a non-prefix injector does to the target while it decodes, and `select(rows)` tells it which rows
-    are left. With `sample_seeds` (B,) the tokens are drawn instead, each row's by its own seed. A text that a task
-    calls complete (`is_complete`) ends its row, whether or not the model ended it."""
+    With `sample_seeds` (B,) the tokens are drawn instead, each row's by its own seed. A text that a task calls complete
+    (`is_complete`) ends its row, whether or not the model ended it."""
+    injector = injector or Injector()
     device, cache, most = lm.device, new_cache(lm), max_new_tokens
     rows = torch.arange(len(before), device=device)  # those in the batch
     ids, scores = (torch.zeros(len(rows), most, dtype=dtype, device=device) for dtype in (torch.long, torch.float))
     lengths = torch.full_like(rows, most)  # a row that has not ended yet has the greatest
     ends = torch.tensor(sorted(lm.eos_ids), dtype=torch.long, device=device)
-    with attach or nullcontext():
-        embeds, mask, positions = assemble(lm, pad_ids(before, device), pad_ids(after, device), soft, "left")
+    with injector.attach(lm, lambda: message):
+        texts = pad_ids(before, device), pad_ids(after, device)
+        embeds, mask, positions = assemble(lm, *texts, injector.soft(message), "left")
         inputs, position = {"inputs_embeds": embeds}, positions[:, -1:]
         for step in range(most):
             inputs |= {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
@@ -128,7 +121,7 @@ def generate_batch(
             scores[rows, step], chosen = scores_now.max(-1) if seeds is None else draw(scores_now, seeds)
             ids[rows, step], done = chosen, step + 1
             lengths[rows] = torch.where(torch.isin(chosen, ends), lengths[rows].clamp(max=done), lengths[rows])
-            if device.type == "cpu" or done % READ_EVERY == 0:  # on a GPU to look is to wait
+            if done % LOOK_EVERY.get(device.type, 8) == 0:
                 # A row's own length decides when its text is looked at, so its text cannot depend on its neighbours.
                 for row in rows[lengths[rows] > done].tolist() if done % CHECK_EVERY == 0 else ():
                     if is_complete(lm.tokenizer.decode(ids[row, :done], skip_special_tokens=True)):
@@ -139,7 +132,7 @@ def generate_batch(
                 if len(left) <= SHRINK_AT * len(rows):
                     cache.batch_select_indices(left)
                     rows, chosen, mask, position = (x[left] for x in (rows, chosen, mask, position))
-                    select(left)
+                    message = None if message is None else message.select(left)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = position = position + 1
             inputs = {"input_ids": chosen[:, None]}
@@ -157,22 +150,14 @@ def draw(scores: torch.Tensor, seeds: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def decode_bridged(
-    target: LanguageModel, bridge: Bridge, message: Message, before: list, after: list, max_new_tokens: int,
-    sample_seeds: torch.Tensor | None = None, is_complete: Callable[[str], bool] = answer_is_complete,
-) -> list[Generated]:  # fmt: skip
+    target: LanguageModel, bridge: Bridge, message: Message, before, after, max_new_tokens, sample_seeds=None, **options
+) -> list[Generated]:
     """The one place where a message meets the target's decode loop, whichever bridge it came from.
 
     Decoding is evaluation: the injector has no dropout here, also in the middle of training."""
-    current, injector = [message], bridge.injector
-    options = dict(max_new_tokens=max_new_tokens, sample_seeds=sample_seeds, is_complete=is_complete)
-
-    def select(rows: torch.Tensor) -> None:
-        current[0] = current[0].select(rows)
-
-    with evaluating(injector):
-        attach = injector.attach(target, lambda: current[0])
-        soft = injector.soft(message)
-        return generate_batch(target, before, after, soft=soft, attach=attach, select=select, **options)
+    options |= dict(max_new_tokens=max_new_tokens, sample_seeds=sample_seeds)
+    with evaluating(bridge.injector) as injector:
+        return generate_batch(target, before, after, message, injector, **options)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,7 +34,7 @@ class LanguageModel:
         self.device, self.dtype = self.model.device, self.model.dtype
         self.decoder = self.model.base_model  # without its head: embeddings or ids to hidden states
         self.hidden_size, self.n_layers = config.hidden_size, config.num_hidden_layers
-        self.max_positions = getattr(config, "max_position_embeddings", None)
+        self.max_positions = getattr(config, "max_position_embeddings", float("inf"))
         self.bos: list[int] = [] if bos is None else [bos]
         ends = self.model.generation_config.eos_token_id
         self.eos_ids: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -169,6 +170,7 @@ def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -
     """A frozen model in eval mode from safetensors, without remote code; one with tensors missing is refused."""
     folder = resolve_model_folder(key, model)
     place, options = folder or model, dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
+    transformers.utils.logging.disable_progress_bar()  # it would stand in every log and notebook
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)

@@ -20,9 +20,6 @@ from bridgekit.tasks import MAX_SOFT_TOKENS
 NEAR_END = 0.05  # 1 - t below which a predicted token's velocity is not divided further
 
 
-# ---- parts that they share ------------------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Multi-head attention of queries over a context; returns its weights when asked."""
 
@@ -115,6 +112,39 @@ class Queries(nn.Module):
         return self.points[None].expand(len(source), -1, -1)
 
 
+class Block(nn.Module):
+    """Attention to the source (cross) and among the queries (self) in the given order, then feed-forward.
+
+    With `timed`, the time shifts, scales and gates self-attention and feed-forward; at first it does nothing."""
+
+    def __init__(self, config, order: tuple[str, ...], timed: bool = False):
+        super().__init__()
+        dim, self.order = config.bridge_dim, order
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=not timed) for _ in range(3))
+        for name in order:
+            self.add_module(name, Attention(dim, config.heads, config.dropout))
+        self.feed = FeedForward(dim, config.dropout)
+        if timed:
+            self.modulation = nn.Linear(dim, 6 * dim)
+            nn.init.zeros_(self.modulation.weight)
+            nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x, source, mask, query_mask, seeds, want_weights, time=None):
+        """x (B, K, dim), source (B, S, dim), time (B, 1, dim) -> x, weights (B, K, S) or None"""
+        changes, weights = [0.0] * 6 if time is None else self.modulation(time).chunk(6, -1), None
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = changes
+        for name, norm in zip(self.order, self.norms, strict=False):
+            y = norm(x)
+            if name == "cross":
+                update, weights = self.cross(y, source, mask, seeds, want_weights)
+            else:
+                y = y * (1 + scale_1) + shift_1
+                update = (1 + gate_1) * self.self(y, y, query_mask, seeds)[0]
+            x = x + update
+        y = self.norms[2](x) * (1 + scale_2) + shift_2
+        return x + (1 + gate_2) * self.feed(y, seeds), weights
+
+
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *inputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x after all blocks, and the mean of their weights (B, K, S), None where a block gives none."""
     found = []
@@ -122,27 +152,6 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *inputs) -> tuple[torch.T
         x, weights = block(x, *inputs)
         found.append(weights)
     return x, None if weights is None else sum(w / len(found) for w in found)
-
-
-# ---- resampler ------------------------------------------------------------------------------------------------------
-
-
-class ResamplerBlock(nn.Module):
-    """Cross-attention to the source, self-attention among the queries, feed-forward."""
-
-    def __init__(self, dim: int, heads: int, dropout: float):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim) for _ in range(3))
-        self.cross, self.self = Attention(dim, heads, dropout), Attention(dim, heads, dropout)
-        self.feed = FeedForward(dim, dropout)
-
-    def forward(self, x, source, mask, query_mask, seeds, want_weights):
-        """x (B, K, dim), source (B, S, dim) -> x, weights (B, K, S) or None"""
-        update, weights = self.cross(self.norms[0](x), source, mask, seeds, want_weights)
-        x = x + update
-        y = self.norms[1](x)
-        x = x + self.self(y, y, query_mask, seeds)[0]
-        return x + self.feed(self.norms[2](x), seeds), weights
 
 
 class Resampler(nn.Module):
@@ -153,7 +162,7 @@ class Resampler(nn.Module):
         dim, self.n_soft_tokens = config.bridge_dim, config.n_soft_tokens
         self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
         self.queries = Queries(config, dim)
-        self.blocks = nn.ModuleList(ResamplerBlock(dim, config.heads, config.dropout) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, ("cross", "self")) for _ in range(config.depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, target_dim))
 
     def forward(self, states, mask, seeds, want_attention=False) -> Message:
@@ -162,38 +171,6 @@ class Resampler(nn.Module):
         x = self.queries(query_mask.shape[1], source, mask)
         x, attention = run_blocks(self.blocks, x, source, mask, query_mask, seeds, want_attention)
         return Message(self.out(x), query_mask, attention=attention)
-
-
-# ---- rectified flow -------------------------------------------------------------------------------------------------
-
-
-def modulate(x, shift, scale):
-    """x (B, K, dim), shift and scale (B, dim) -> (B, K, dim)"""
-    return x * (1 + scale[:, None]) + shift[:, None]
-
-
-class DiTBlock(nn.Module):
-    """Self-attention, cross-attention to the source (if it is not pooled), feed-forward; all gated by the time."""
-
-    def __init__(self, dim: int, heads: int, dropout: float, cross: bool):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=False) for _ in range(3))
-        self.self = Attention(dim, heads, dropout)
-        self.cross = Attention(dim, heads, dropout) if cross else None
-        self.feed, self.modulation = FeedForward(dim, dropout), nn.Linear(dim, 6 * dim)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-
-    def forward(self, x, time, source, mask, query_mask, seeds, want_weights):
-        """x (B, K, dim), time (B, dim), source (B, S, dim) -> x, weights (B, K, S) or None"""
-        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(time).chunk(6, -1)
-        y, weights = modulate(self.norms[0](x), shift_1, scale_1), None
-        x = x + (1 + gate_1[:, None]) * self.self(y, y, query_mask, seeds)[0]
-        if self.cross is not None:
-            update, weights = self.cross(self.norms[1](x), source, mask, seeds, want_weights)
-            x = x + update
-        y = modulate(self.norms[2](x), shift_2, scale_2)
-        return x + (1 + gate_2[:, None]) * self.feed(y, seeds), weights
 
 
 class DiT(nn.Module):
@@ -209,8 +186,8 @@ class DiT(nn.Module):
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.pool = Attention(dim, config.heads) if condition == "attention" else None
         self.pool_query = nn.Parameter(torch.randn(1, 1, dim)) if condition == "attention" else None
-        block = (dim, config.heads, config.dropout, condition == "cross")
-        self.blocks = nn.ModuleList(DiTBlock(*block) for _ in range(config.depth))
+        order = ("self", "cross") if condition == "cross" else ("self",)  # a pooled source comes with the time
+        self.blocks = nn.ModuleList(Block(config, order, timed=True) for _ in range(config.depth))
         self.norm, self.leave = nn.LayerNorm(dim), nn.Linear(dim, target_dim)
 
     def condition(self, states, mask, seeds, want_weights=False):
@@ -232,7 +209,7 @@ class DiT(nn.Module):
         if pooled is not None:
             time, local = time + pooled, torch.zeros_like(source)
         h = self.enter(x) + self.queries(x.shape[1], local, context[0])
-        h, attention = run_blocks(self.blocks, h, time, source, *context)
+        h, attention = run_blocks(self.blocks, h, source, *context, time[:, None])
         out = self.leave(self.norm(h))
         if self.config.dit_prediction == "tokens":
             out = (out - x) / (1 - t).clamp(min=NEAR_END)[:, None, None]
@@ -271,9 +248,6 @@ class DiT(nn.Module):
         v, _ = self.velocity(x, t[:, 0, 0], *context, False)
         error = (v - (goal - noise)).pow(2).mean(-1)  # (B, K)
         return (error * query_mask).sum(1) / query_mask.sum(1), x + (1 - t) * v
-
-
-# ---- no source ------------------------------------------------------------------------------------------------------
 
 
 class Constant(nn.Module):

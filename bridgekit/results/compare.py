@@ -11,9 +11,8 @@ Everything is computed from the table of answers (`table.load_answers`); no numb
 import json
 import math
 import re
-from collections import Counter
+from collections import namedtuple
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import NormalDist
@@ -49,11 +48,9 @@ def compare_variants(
     Holm's levels. `replicates` is {name: the variant it repeats}; their seeds are shifted by whole hundreds. A pair of
     which one run is missing is left out; without a reference there are no rows.
     """
-    replicates, ranks, shifts, rows = replicates or {}, Counter(), {}, []
-    for name, of in replicates.items():
-        ranks[of] += 1
-        shifts[name] = REPLICATE_SHIFT * ranks[of]
-    bridged = answers[answers["condition"] == "bridged"]
+    repeated = pd.Series(replicates or {}, dtype=object)
+    shifts = REPLICATE_SHIFT * (1 + repeated.groupby(repeated).cumcount())
+    bridged, rows = answers[answers["condition"] == "bridged"], []
     # so that a replicate meets its own pair
     bridged = bridged.assign(seed=bridged["seed"] - bridged["variant"].map(shifts).fillna(0).astype(int))
     seeds = {variant: set(cell["seed"]) for variant, cell in bridged.groupby("variant", sort=False)}
@@ -65,7 +62,7 @@ def compare_variants(
         pooled = stats.pooled_mean(one - other, units, lowest=-1.0)
         row = {"variant": variant, "reference": reference, "subset": subset} | found
         row |= {"by_seed": (one - other).mean(axis=0).tolist(), "deviation": pooled.error, "df": pooled.df}
-        rows.append(row | {"replicates": replicates.get(variant, "")})
+        rows.append(row | {"replicates": repeated.get(variant, "")})
     compared = pd.DataFrame(rows)
     if rows:
         compared["adjusted_p"] = stats.holm(compared["p"].to_dict())
@@ -113,14 +110,13 @@ def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
     A module that is switched off is gone from the count. Seconds depend on what else ran on the same device.
     """
 
-    def load(folder: str | Path, name: str, key: str) -> float:
-        path = Path(folder) / name
+    def load(path: Path, key: str) -> float:
         return json.loads(path.read_text()).get(key, math.nan) if path.is_file() else math.nan
 
     rows = []
     for variant, folders in runs.items():
-        seconds = float(np.mean([load(folder, "timing.json", "train bridged") for folder in folders]))
-        parameters = load(folders[-1], "status.json", "parameters")
+        seconds = float(np.mean([load(Path(folder) / "timing.json", "train bridged") for folder in folders]))
+        parameters = load(Path(folders[-1]) / "status.json", "parameters")
         rows.append({"variant": variant, "parameters": parameters, "seconds": seconds})
     return pd.DataFrame(rows)
 
@@ -236,25 +232,16 @@ BRANCHES = {  # branch: (lowest accuracy in percent, the variants that are due)
 }
 
 
-@dataclass(frozen=True)
-class Decision:
-    """Which ablations the plan's rule asks for after one Phase 1 run, and how firm that is."""
-
-    right: int
-    accuracy: Interval  # bridged, over units
-    target: float  # the target alone, on the same problems
-    branch: str
-    variants: tuple[str, ...]  # that the plan asks for
-    replicate: dict[str, float]  # probability of each branch for a replicate of this run
-    differs: float  # probability that a replicate lands in another branch
-    judged: verdict.Verdict
+Decision = namedtuple("Decision", "right accuracy target branch variants replicate differs judged")
 
 
 def decide(frame: pd.DataFrame) -> Decision:
-    """The decision from one final evaluation with `bridged_correct`, `target_correct` and, if there, `unit`.
+    """Which ablations the plan's rule asks for after one Phase 1 run, from its final evaluation, and how firm that is.
 
-    The rule looks at the final bridged accuracy alone: 0.70 and above goes on, from 0.65 the variants B and C are due,
-    below it A, B and C. The claim rule stands beside it, because a bridge that does nothing may pass 0.70.
+    The rule looks at the final bridged `accuracy` alone (`right` answers): 0.70 and above goes on, from 0.65 the
+    `variants` B and C are due, below it A, B and C. `replicate` is the probability of each branch for a replicate of
+    this run, `differs` that of another one. The claim rule stands beside it (`judged`), because a bridge that does
+    nothing may pass 0.70 where the `target` alone does.
     """
     rows = verdict.select_subset(frame)
     correct, units = stats.read_correct(rows, "bridged"), rows.get("unit")

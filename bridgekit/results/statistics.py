@@ -5,7 +5,7 @@
 
 Problems about one unit stand or fall together, so the unit is resampled, not the problem. A null unit, or no unit
 column at all, makes each question its own cluster. The methods were chosen by their coverage at level 0.95 when units
-of 2 to 4 problems are shared; `python tests/results/coverage.py` simulates this table again:
+of 2 to 4 problems are shared; `python tests/results/test_statistics.py` simulates this table again:
 
 | interval                                    | mean of 36 cells | lowest cell |
 |---------------------------------------------|------------------|-------------|
@@ -283,16 +283,18 @@ def _percentiles(replicates: np.ndarray, point: float, n_clusters: int) -> tuple
 
 
 def _check_values(values: Sequence, name: str, binary: bool = False) -> np.ndarray:
+    """The values as numbers; refused where nothing can be counted, or not everything."""
     series = pd.Series(values)
-    if series.empty:
-        raise ValueError(f"`{name}` is empty: there is nothing to count")
-    if missing := int(series.isna().sum()):
-        raise ValueError(f"`{name}` misses {missing} of {len(series)} values: evaluate it on every question")
-    numbers = series.to_numpy(dtype=float)
-    if binary and not np.isin(numbers, (0, 1)).all():
-        raise ValueError(f"`{name}` must hold only right (True) and wrong (False)")
-    if np.isinf(numbers).any():
-        raise ValueError(f"`{name}` holds an infinite number: it has no mean")
+    numbers, missing = series.to_numpy(dtype=float), int(series.isna().sum())
+    problems = {
+        "is empty: there is nothing to count": series.empty,
+        f"misses {missing} of {len(series)} values: evaluate it on every question": missing > 0,
+        "must hold only right (True) and wrong (False)": binary and not np.isin(numbers, (0, 1)).all(),
+        "holds an infinite number: it has no mean": np.isinf(numbers).any(),
+    }
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(f"`{name}` {problem}")
     return numbers
 
 

@@ -5,15 +5,15 @@
     verdict.text, verdict.table()                    # the claim in two sentences with its details; a row per control
     conditions_table(frame)                          # what the bars and the table are drawn from
 
-The rule: bridged beats `target`, `shuffled`, each selection of the trained controls `constant` and `self_bridge` (best
-on the mix, best on source-only problems, last weights), each with a paired interval over units above zero in every
-training seed, and on the source-only problems `shuffled` and the constants once more; and each comparison's largest p
-survives Holm. A control whose weights are known to be from before half of the training counts as not run. Rivals stand
-beside the rule. Problems about units that the bridge was trained on (novelty `seen`) count nowhere in it, because their
-answers can be memorised; they have a row of their own in the table.
+The rule: bridged beats `target`, `shuffled` and each selection of the trained controls `constant` and `self_bridge`,
+and on the source-only problems `shuffled` and the constants once more, each with a paired interval over units above
+zero in every training seed; and each control's largest p survives Holm. A control whose weights are known to be from
+before half of the training counts as not run. Problems about units that the bridge was trained on (novelty `seen`)
+count nowhere in it, because their answers can be memorised; they have a row of their own in the table.
 """
 
-from collections.abc import Sequence
+from collections import namedtuple
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -36,19 +36,7 @@ ALPHA = 0.05
 TELLING = 5  # equal wrong answers that show two frames to be one run; fewer may be chance
 
 
-@dataclass(frozen=True)
-class Headroom:
-    """What a perfect bridge could gain over the target, and what this many problems can show."""
-
-    n: int
-    n_units: int
-    source: Interval
-    target: Interval
-    union: Interval
-    counts: dict[str, int]  # problems right for source_only, both, target_only, neither
-    gain_possible: float  # union minus target
-    smallest_effect: float  # found with power 0.8, at the two models' own discordance and correlation
-    text: str
+Headroom = namedtuple("Headroom", "n n_units source target union counts gain_possible smallest_effect text")
 
 
 @dataclass
@@ -110,13 +98,17 @@ def describe_control(name: str) -> str:
 
 
 def headroom(frame: pd.DataFrame) -> Headroom:
-    """How much room there is for transfer, from the source's and the target's own answers alone."""
+    """What a perfect bridge could gain over the target, from the source's and the target's own answers alone.
+
+    `counts` are the problems right for source_only, both, target_only, neither; `gain_possible` is union minus target;
+    `smallest_effect` is found with power 0.8, at the two models' own discordance and correlation.
+    """
     rows = select_subset(frame)
     source, target = read_correct(rows, "source"), read_correct(rows, "target")
     shares = {name: _accuracy(rows, name) for name in ("source", "target", "union")}
     n, n_units = len(rows), shares["target"].n_clusters
-    masks = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source}
-    counts = {name: int(mask.sum()) for name, mask in (masks | {"neither": ~source & ~target}).items()}
+    kinds = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source}
+    counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~source & ~target}).items()}
     # with no discordant pair the rule of three says how many there may still be
     discordance = max(counts["source_only"] + counts["target_only"], min(3, n)) / n
     icc = stats.intraclass_correlation(source.astype(float) - target, rows.get("unit"))
@@ -128,7 +120,7 @@ def headroom(frame: pd.DataFrame) -> Headroom:
         f"bridge that loses nothing can gain {format_share(gain, signed=True)}. The smallest gain this set finds with "
         f"power 0.8 is {format_share(effect, signed=True)}{hope}."
     )
-    return Headroom(n, n_units, **shares, counts=counts, gain_possible=gain, smallest_effect=effect, text=text)
+    return Headroom(n, n_units, *shares.values(), counts, gain, effect, text)
 
 
 def recovery(
@@ -179,20 +171,17 @@ def judge(
         seeds = [frame.attrs.get("seed", i) for i, frame in enumerate(frames, start=1)]
     if not seeds or len(seeds) != len(frames) or len(set(seeds)) != len(seeds):
         raise ValueError(f"judge: {len(frames)} frames, seeds {list(seeds)}: give one frame for each distinct seed")
-    _check_distinct(frames)
     parts = {seed: select_subset(frame) for seed, frame in zip(seeds, frames, strict=True)}
     shares = [_accuracy(rows, "bridged") for rows in parts.values()]
-    comparisons, not_run = _compare(parts, "all", steps)
-    only, left_out, not_applicable = _select_source_only(parts)
-    comparisons, not_run = comparisons + _compare(only, "source_only", steps)[0], not_run + left_out
-    _adjust(comparisons)
+    _check_distinct(parts.values())
+    comparisons, not_run, not_applicable = _apply_rule(parts, steps)
     failed = [c for c in comparisons if not c.holds]
     harms = any(c.control == "target" and c.difference.high < 0 for c in comparisons)
-    found = {"harms": harms, "fails": failed, "unproven": not_run, "transfers": True}
-    outcome = next(name for name, holds in found.items() if holds)
-    known = [r for r in RIVALS if all(f"{r}_correct" in rows for rows in parts.values())]
+    outcomes = {"harms": harms, "fails": failed, "unproven": not_run, "transfers": True}
+    outcome = next(outcome for outcome, found in outcomes.items() if found)
+    known = [rival for rival in RIVALS if all(f"{rival}_correct" in rows for rows in parts.values())]
     rivals = {rival: [paired_difference(rows, "bridged", rival) for rows in parts.values()] for rival in known}
-    neither = [rows[~rows["union_correct"]] if "union_correct" in rows else rows[:0] for rows in parts.values()]
+    neither = [rows[~read_correct(rows, "union")] if "union_correct" in rows else rows[:0] for rows in parts.values()]
     exact = [_accuracy(rows, "bridged") if len(rows) else None for rows in neither]
     found = (outcome == "transfers", not not_run, outcome, comparisons, not_run, not_applicable, failed, rivals, exact)
     verdict = Verdict(*found, seeds=list(seeds))
@@ -200,17 +189,15 @@ def judge(
     return verdict
 
 
-def _check_distinct(frames: Sequence[pd.DataFrame]) -> None:
+def _check_distinct(parts: Iterable[pd.DataFrame]) -> None:
     """Refuse a run that is given twice: equal log-probabilities, or without them equal answers, some of them wrong."""
     fingerprints = []
-    for frame in frames:
-        rows = frame.sort_values("id") if "id" in frame else frame
-        answers = [c for c in rows if c.endswith(("_logprob", "_extracted", "_correct", "_said"))]
+    for rows in parts:
+        rows = rows.set_index("id").sort_index() if "id" in rows else rows
         if "bridged_logprob" in rows:
-            answers = ["bridged_logprob"]
-        elif "bridged_correct" not in rows or (~rows["bridged_correct"].astype(bool)).sum() < TELLING:
-            continue
-        fingerprints.append(rows[["id", *answers] if "id" in rows else answers].astype(str).to_csv(index=False))
+            fingerprints.append(rows["bridged_logprob"].to_csv())
+        elif len(rows) - read_correct(rows, "bridged").sum() >= TELLING:
+            fingerprints.append(rows.filter(regex="_(extracted|correct|said)$").to_csv())
     if len(set(fingerprints)) < len(fingerprints):
         raise ValueError("judge: two frames are the same run (equal answers or log-probabilities); give one per seed")
 
@@ -219,9 +206,9 @@ def select_subset(frame: pd.DataFrame, subset: str = "all", allow_empty: bool = 
     """The rows of one of SUBSETS, `union_correct` added; held-out problems unless it names the seen ones."""
     if frame.empty:
         raise ValueError("the evaluation has no rows: nothing to judge")
-    for key in {"id", "index"} & set(frame):
-        if len(twice := frame[key][frame[key].duplicated()]):
-            raise ValueError(f"{key} {twice.iloc[0]} occurs twice: give one evaluation step of one run")
+    key = "id" if "id" in frame else "index"
+    if key in frame and len(twice := frame[key][frame[key].duplicated()]):
+        raise ValueError(f"{key} {twice.iloc[0]} occurs twice: give one evaluation step of one run")
     rows = table.select(frame, subset)
     if rows.empty and not allow_empty:
         raise ValueError(f"no held-out problem in subset `{subset}`: all rows are seen units or other groups")
@@ -230,53 +217,44 @@ def select_subset(frame: pd.DataFrame, subset: str = "all", allow_empty: bool = 
     return rows
 
 
+def _apply_rule(parts: dict[int, pd.DataFrame], steps: int | None) -> tuple[list[Comparison], list[str], list[str]]:
+    """All comparisons of the rule with whether they hold, what was not run, and what does not apply."""
+    comparisons, not_run = _compare(parts, "all", steps)
+    grouped = {s: rows for s, rows in parts.items() if "group" in rows and rows["group"].notna().any()}
+    only = {s: table.select(rows, "source_only") for s, rows in grouped.items()}
+    few = [s for s in parts if s not in only or only[s].empty or _accuracy(only[s], "bridged").n_clusters < 2]
+    not_run += [f"the source-only part (fewer than two held-out units in seed {s})" for s in few if only]
+    # its controls are those of the whole set: one that was not run is named there already
+    comparisons += _compare({s: rows for s, rows in only.items() if s not in few}, "source_only", steps)[0]
+    # a comparison holds if its interval lies above zero and its control's largest p of all seeds survives Holm; where
+    # it does not survive, only the seed with that largest p fails
+    largest = {c.label: max(o.difference.p for o in comparisons if o.label == c.label) for c in comparisons}
+    adjusted = stats.holm(largest)
+    for c in comparisons:
+        c.adjusted_p = adjusted[c.label]
+        c.holds = c.difference.low > 0 and (c.adjusted_p <= ALPHA or c.difference.p < largest[c.label])
+    return comparisons, not_run, [] if only else ["the source-only part (this task has no knowledge groups)"]
+
+
 def _compare(parts: dict[int, pd.DataFrame], subset: str, steps: int | None) -> tuple[list[Comparison], list[str]]:
     """Bridged minus each control in each seed, and the controls that were not run, or not trained, in every seed."""
     comparisons, not_run = [], []
     # a bridge trained on the natural mix has one constant, not two: the second is never missed
     for control in (*RULE[subset], "constant_natural"):
-        ran = set()
-        for selection, (seed, rows) in product(("mix", *SELECTIONS), parts.items()):
-            name = control if selection == "mix" else f"{control}.{selection}"
-            if f"{name}_correct" not in rows:
-                continue
-            ran.add(seed)
-            step = rows.attrs.get("controls", {}).get(control, {}).get(selection)
+        names = {control: "mix"} | {f"{control}.{selection}": selection for selection in SELECTIONS}
+        ran = [(n, s) for n, s in product(names, parts) if f"{n}_correct" in parts[s]]
+        for name, seed in ran:
+            rows = parts[seed]
+            step = rows.attrs.get("controls", {}).get(control, {}).get(names[name])
             if step == 0 or step is not None and 2 * step < (rows.attrs.get("steps") or steps or 0):
                 where = f", seed {seed}" if len(parts) > 1 else ""
                 not_run.append(f"{describe_control(name)} (not trained: weights of step {step:,}{where})")
             else:
                 comparisons.append(Comparison(seed, name, subset, paired_difference(rows, "bridged", name), step=step))
-        if len(ran) < len(parts) and (ran or control in RULE[subset]):
-            missing = ", ".join(str(seed) for seed in parts if seed not in ran)
-            not_run.append(control + (f" (seed {missing})" if ran else ""))
+        missing = [str(seed) for seed in parts if all(seed != other for _, other in ran)]
+        if missing and (ran or control in RULE[subset]):
+            not_run.append(control + (f" (seed {', '.join(missing)})" if ran else ""))
     return comparisons, not_run
-
-
-def _select_source_only(parts: dict[int, pd.DataFrame]) -> tuple[dict[int, pd.DataFrame], list[str], list[str]]:
-    """The source-only problems of the seeds that have enough, what was left out, and whether it applies at all."""
-    grouped = {s: rows for s, rows in parts.items() if "group" in rows and rows["group"].notna().any()}
-    if not grouped:
-        return {}, [], ["the source-only part (this task has no knowledge groups)"]
-    left_out = [f"the source-only part (no knowledge groups in seed {s})" for s in parts if s not in grouped]
-    only = {s: table.select(rows, "source_only") for s, rows in grouped.items()}
-    few = [s for s, rows in only.items() if rows.empty or _accuracy(rows, "bridged").n_clusters < 2]
-    left_out += [f"the source-only part (fewer than two held-out units in seed {s})" for s in few]
-    return {s: rows for s, rows in only.items() if s not in few}, left_out, []
-
-
-def _adjust(comparisons: list[Comparison]) -> None:
-    """A comparison holds if its interval lies above zero and its control's largest p of all seeds survives Holm.
-
-    Where it does not survive, only the seed with that largest p fails.
-    """
-    largest = {}
-    for c in comparisons:
-        largest[c.label] = max(largest.get(c.label, 0.0), c.difference.p)
-    adjusted = stats.holm(largest)
-    for c in comparisons:
-        c.adjusted_p = adjusted[c.label]
-        c.holds = c.difference.low > 0 and (c.adjusted_p <= ALPHA or c.difference.p < largest[c.label])
 
 
 def _accuracy(rows: pd.DataFrame, condition: str) -> Interval:

@@ -18,12 +18,11 @@ def one_batch(tiny, pair, val, training_set):
         config, indices = tiny(**changes), np.array(indices)
         torch.manual_seed(0)
         bridge = build_bridge(config, 2, pair.source.hidden_size, pair.target).eval()
-        if opened:
-            for name, p in bridge.named_parameters():
-                if name.endswith("opening"):
-                    torch.nn.init.constant_(p, 1.0)
-                elif name.endswith(("attend.out.weight", "mix.2.weight")):
-                    p.data *= 10  # so much that greedy text changes
+        for name, p in bridge.named_parameters() if opened else ():
+            if name.endswith("opening"):
+                torch.nn.init.constant_(p, 1.0)
+            elif name.endswith(("attend.out.weight", "mix.2.weight")):
+                p.data *= 10  # so much that greedy text changes
         batch = training_set(config, val[:12]).batch(indices, indices)
         message = bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment)
         return config, bridge, batch, message
@@ -33,10 +32,8 @@ def one_batch(tiny, pair, val, training_set):
 
 @pytest.fixture
 def build(tiny, pair):
-    """`build(producer=..., ...)`: a bridge for `source()`, its weights drawn from one seed.
-
-    Gates that start at zero would hide what stands behind them: they are opened, as a first step does.
-    """
+    """`build(producer=..., ...)`: a bridge for `source()`, from one seed; what starts at zero is opened, as training
+    does, because it would hide what stands behind it."""
 
     def make(training: bool = False, **changes):
         torch.manual_seed(0)

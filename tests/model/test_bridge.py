@@ -6,6 +6,7 @@ python -m pytest tests/model/test_bridge.py
 import itertools
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,29 +29,27 @@ def real(message) -> list[torch.Tensor]:
 
 
 def test_the_configuration_names_what_there_is():
-    assert set(PRODUCERS) <= set(PRODUCER_NAMES) and set(INJECTORS) <= set(INJECTOR_NAMES)
+    assert set(PRODUCERS) == set(PRODUCER_NAMES) and set(INJECTORS) == set(INJECTOR_NAMES)
 
 
 @pytest.mark.parametrize("producer", PRODUCERS)
 def test_a_projection_starts_as_the_identity_and_is_gone_when_off(build, source, producer):
     off, on = build(producer=producer), build(producer=producer, source_projection=True)
-    assert off.projection is None and not any("projection" in name for name in off.state_dict())
     before = off.encode(*source(), SEEDS).tokens
     assert torch.equal(on.encode(*source(), SEEDS).tokens, before)
     if producer == "constant":  # nothing to project: the count stays
         assert on.n_parameters == off.n_parameters
     else:
         torch.nn.init.zeros_(on.projection.weight)
-        assert on.n_parameters > off.n_parameters
+        assert on.n_parameters > off.n_parameters and off.projection is None
         assert not torch.allclose(on.encode(*source(), SEEDS).tokens, before)
 
 
-@pytest.mark.parametrize("producer, k", [("resampler", 4), ("resampler", -1), ("dit", 4), ("dit", -1)])
+@pytest.mark.parametrize("producer, k", [*itertools.product(("resampler", "dit"), (4, -1))])
 def test_dropout_of_a_bridge_does_not_depend_on_the_batch(build, source, producer, k):
     bridge = build(training=True, producer=producer, n_soft_tokens=k, **RANDOM)
     states, mask = source()
     message = bridge.encode(states, mask, SEEDS)
-    assert torch.equal(bridge.encode(states, mask, SEEDS).tokens, message.tokens)
     wide = bridge.encode(*source(width=11, filler=7.0), SEEDS)
     for i, n in enumerate(mask.sum(1).tolist()):
         alone = bridge.encode(states[i : i + 1, :n], mask[i : i + 1, :n], SEEDS[i : i + 1])
@@ -66,9 +65,8 @@ def test_dropout_of_an_injector_does_not_depend_on_the_batch(one_batch, pair, in
     _, bridge, batch, message = one_batch(True, injector=injector, n_soft_tokens=k, **RANDOM)
 
     def logits(message, rows):
-        before, after, labels = (
-            (ids[rows], mask[rows]) for ids, mask in (batch.before, batch.after, (batch.labels, batch.labels_mask))
-        )
+        parts = (batch.before, batch.after, (batch.labels, batch.labels_mask))
+        before, after, labels = ((ids[rows], mask[rows]) for ids, mask in parts)
         return bridged_logits(pair.target, bridge, message, before, after, *labels)
 
     without = logits(message, slice(0, 6))
@@ -76,9 +74,8 @@ def test_dropout_of_an_injector_does_not_depend_on_the_batch(one_batch, pair, in
     together = logits(message, slice(0, 6))
     assert not torch.allclose(together, without, atol=1e-3)
     for i in (0, 4):
-        alone = logits(message.select(torch.tensor([i])), slice(i, i + 1))
-        real_places = batch.labels_mask[i]
-        assert torch.allclose(alone[0][real_places], together[i][real_places], atol=1e-4)
+        alone, mask = logits(message.select(torch.tensor([i])), slice(i, i + 1)), batch.labels_mask[i]
+        assert torch.allclose(alone[0][mask], together[i][mask], atol=1e-4)
 
 
 # -- a user's own parts -------------------------------------------------------------------------------------
@@ -104,7 +101,6 @@ MEAN = """mean = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 @pytest.fixture
 def write_part(tmp_path, monkeypatch, tiny, pair):
     """`write_part(result, ...)`: a configuration whose producer is a user's file, and the bridge that it makes."""
-    pytest.importorskip("bridgekit.extend")
     monkeypatch.chdir(tmp_path)  # a user's file is named from the project's root
     number = itertools.count()
 
@@ -122,32 +118,32 @@ def test_a_users_producer_trains_in_a_bridge(write_part, pair, val, training_set
     changes = dict(injector=injector, n_soft_tokens=k, producer_options=["width=12"])
     config, bridge = write_part(body=MEAN if k == 4 else "return self.net(states)", **changes)
     assert bridge.producer.net[0].out_features == 12 and bridge.metadata["producer"].endswith(":Mine")
-    batch = training_set(config, val).batch(*2 * (torch.arange(6).numpy(),))
-    optimizer, found = torch.optim.AdamW(bridge.parameters(), lr=3e-3), []
+    batch, found = training_set(config, val).batch(np.arange(6), np.arange(6)), []
+    texts = batch.before, batch.after, batch.labels, batch.labels_mask
+    optimizer = torch.optim.AdamW(bridge.parameters(), lr=3e-3)
     for _ in range(12):
         message = bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment)
         assert message.mask.sum(1).tolist() == ([4] * 6 if k == 4 else batch.mask.sum(1).tolist())
-        logits = bridged_logits(
-            pair.target, bridge, message, batch.before, batch.after, batch.labels, batch.labels_mask
-        )
-        total, count = losses.answer_nll(logits, batch.labels, batch.labels_mask)
+        total, count = losses.answer_nll(bridged_logits(pair.target, bridge, message, *texts), *texts[2:])
+        optimizer.zero_grad()
         (total / count).backward()
-        optimizer.step(), optimizer.zero_grad()
+        optimizer.step()
         found.append((total / count).item())
     assert found[-1] < found[0] - 0.02
 
 
-def test_a_users_forward_is_given_what_it_accepts(write_part):
-    body = "self.seen = {names}; " + MEAN
-    for arguments, names in ((", seeds", "[seeds]"), (", *, want_attention, teacher", "[want_attention, teacher]")):
-        _, bridge = write_part(arguments=arguments, body=body.replace("{names}", names))
-        bridge.encode(torch.randn(2, 3, 2, bridge.producer.net[0].in_features // 2), torch.ones(2, 3).bool(), SEEDS[:2])
-        assert [type(x).__name__ for x in bridge.producer.seen] == (
-            ["Tensor"] if "seeds" in names else ["bool", "NoneType"]
-        )
-    _, bridge = write_part(arguments=", **rest", body=body.replace("{names}", "sorted(rest)"))
+@pytest.mark.parametrize(
+    "arguments, names, found",
+    [
+        (", seeds", "[seeds]", ["Tensor"]),
+        (", *, want_attention, teacher", "[want_attention, teacher]", ["bool", "NoneType"]),
+        (", **rest", "list(rest.values())", ["Tensor", "NoneType", "bool"]),
+    ],
+)
+def test_a_users_forward_is_given_what_it_accepts(write_part, arguments, names, found):
+    _, bridge = write_part(arguments=arguments, body=f"self.seen = {names}; {MEAN}")
     bridge.encode(torch.randn(2, 3, 2, bridge.producer.net[0].in_features // 2), torch.ones(2, 3).bool(), SEEDS[:2])
-    assert bridge.producer.seen == ["seeds", "teacher", "want_attention"]
+    assert [type(x).__name__ for x in bridge.producer.seen] == found
 
 
 @pytest.mark.parametrize(
@@ -175,9 +171,8 @@ def test_trying_a_users_part_leaves_no_trace(write_part):
     _, bridge = write_part()
     drawn = torch.rand(1)
     torch.manual_seed(3)
-    for p in bridge.producer.net:  # as many draws as building takes
-        if isinstance(p, torch.nn.Linear):
-            p.reset_parameters()
+    for p in bridge.producer.net[::2]:  # as many draws as building takes
+        p.reset_parameters()
     assert torch.equal(torch.rand(1), drawn) and all(p.grad is None for p in bridge.parameters())
 
 
@@ -196,14 +191,10 @@ def test_weights_come_back_with_what_is_known_of_them(build, source, tmp_path):
 def test_weights_of_another_shape_or_a_broken_file_are_refused(build, tmp_path):
     save_bridge(build(), tmp_path, "bridged", {})
     path = tmp_path / "checkpoint/bridged.safetensors"
-    for damage in (None, path.read_bytes()[:100]):
-        if damage:
-            path.write_bytes(damage)
-        with pytest.raises(
-            ConfigError, match=r"bridged.safetensors: does not fit the run's config.yaml \(.*"
-        ) as caught:
+    for damaged in (path.read_bytes(), path.read_bytes()[:100]):
+        path.write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"^[^\n]*safetensors: does not fit the run's config.yaml \([^\n]*$"):
             load_bridge(build(bridge_dim=8), tmp_path, "bridged")
-        assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match="no checkpoint of 'constant'"):
         load_bridge(build(), tmp_path, "constant")
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
+from bridgekit.model import generation
 from bridgekit.model.bridge import build_bridge
 from bridgekit.model.generation import (
     CHECK_EVERY,
@@ -26,7 +27,7 @@ from bridgekit.model.generation import (
     unpad,
 )
 from bridgekit.model.injectors import Prefix
-from bridgekit.model.message import Message, Soft, hashed_normal
+from bridgekit.model.message import Message, hashed_normal
 from bridgekit.model.pair import split_prompts
 from bridgekit.model.states import SourceStates, in_batches, read_source
 from bridgekit.tasks import literal_prompt, told_prompt
@@ -40,59 +41,50 @@ def prompts(pair, val) -> list[list[int]]:
     """Token ids of prompts of several lengths whose answers have several lengths; some end at once."""
     lm = pair.target
     texts = [literal_prompt(e) for e in val[:6]] + [told_prompt(e) for e in val[6:8]]
-    rows = [lm.bos + p.all for p in split_prompts(lm, texts)]
     almost = lm.bos + lm.tokenize([literal_prompt(val[8]).text + val[8].solution])[0]  # nothing left but the end
-    return [almost, *rows]
+    return [almost, *(lm.bos + p.all for p in split_prompts(lm, texts))]
 
 
-def generate(lm, rows, **options):
-    return generate_batch(lm, rows, [[] for _ in rows], max_new_tokens=options.pop("max_new_tokens", N_NEW), **options)
+def generate(lm, rows, n: int = N_NEW, **options):
+    return generate_batch(lm, rows, [[] for _ in rows], max_new_tokens=n, **options)
 
 
-@pytest.fixture(scope="module")
-def by_transformers(pair, prompts) -> list[tuple[list[int], list[int]]]:
-    """(prompt, new tokens) of the library's own `generate`, one prompt at a time."""
-    pairs = []
-    for row in prompts:
+def alike(found, others, tolerance: float = 1e-5) -> bool:
+    logprobs = [g.logprob for g in others]
+    same = [(g.text, g.n_tokens) for g in found] == [(g.text, g.n_tokens) for g in others]
+    return same and [g.logprob for g in found] == pytest.approx(logprobs, abs=tolerance)
+
+
+def test_greedy_text_is_that_of_transformers_with_its_log_probability(pair, prompts):
+    lm, lengths = pair.target, set()
+    for found, row in zip(generate(lm, prompts), prompts, strict=True):
         ids = torch.tensor([row])
         with torch.no_grad():
-            out = pair.target.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=N_NEW, do_sample=False
-            )
-        pairs.append((row, out[0, len(row) :].tolist()))
-    return pairs
-
-
-def test_greedy_text_is_that_of_transformers(pair, prompts, by_transformers):
-    lengths = set()
-    for said, (_, new) in zip(generate(pair.target, prompts), by_transformers, strict=True):
-        assert said.text == pair.target.tokenizer.decode(new, skip_special_tokens=True)
-        assert said.n_tokens == len(new)
-        lengths.add(len(new))
+            out = lm.model.generate(ids, attention_mask=ids * 0 + 1, max_new_tokens=N_NEW, do_sample=False)
+            new = out[0, len(row) :]
+            scores = lm.model(torch.cat([ids[0], new])[None]).logits[0, len(row) - 1 : -1].double().log_softmax(-1)
+        assert found.text == lm.tokenizer.decode(new, skip_special_tokens=True) and found.ids == tuple(new.tolist())
+        assert found.logprob == pytest.approx(scores.gather(1, new[:, None]).mean().item(), abs=1e-5)
+        lengths.add(found.n_tokens)
     assert min(lengths) == 1 and len(lengths) >= 4  # rows did leave the batch one after the other
-
-
-def test_logprob_is_that_of_the_generated_tokens_read_back(pair, prompts, by_transformers):
-    for said, (row, new) in zip(generate(pair.target, prompts), by_transformers, strict=True):
-        with torch.no_grad():
-            scores = pair.target.model(torch.tensor([row + new])).logits[0].double().log_softmax(-1)
-        wanted = [scores[len(row) + i - 1, token].item() for i, token in enumerate(new)]
-        assert said.logprob == pytest.approx(sum(wanted) / len(wanted), abs=1e-5)
 
 
 def test_rows_that_end_early_change_nothing_for_the_others(pair, prompts):
     together = generate(pair.target, prompts)
-    for i, row in enumerate(prompts):
-        (alone,) = generate(pair.target, [row])
-        assert alone.text == together[i].text and alone.n_tokens == together[i].n_tokens
-        assert alone.logprob == pytest.approx(together[i].logprob, abs=1e-5)
-    backwards = generate(pair.target, prompts[::-1])[::-1]
-    assert [g.text for g in backwards] == [g.text for g in together]
+    assert alike([generate(pair.target, [row])[0] for row in prompts], together)
+    assert alike(generate(pair.target, prompts[::-1])[::-1], together)
+    assert [g.n_tokens for g in generate(pair.target, prompts, 5)] == [1] + [5] * (len(prompts) - 1)
+
+
+def test_looking_at_ends_less_often_as_on_a_gpu_changes_nothing(pair, prompts, monkeypatch):
+    lm, together = pair.target, generate(pair.target, prompts)
+    monkeypatch.setitem(generation.LOOK_EVERY, "cpu", 8)
+    assert alike(generate(lm, prompts), together)
 
 
 def test_decoding_stops_when_the_answer_is_complete(pair, val):
     """A model that starts a new line where it should end, as base models do, stops soon after its answer."""
-    lm = pair.target
+    lm, n = pair.target, CHECK_EVERY * 12
     (line,), (end,) = lm.tokenize(["\n"])[0], lm.eos_ids
     rows = [lm.bos + p.all for p in split_prompts(lm, [literal_prompt(e) for e in val[:4]])]
 
@@ -103,22 +95,14 @@ def test_decoding_stops_when_the_answer_is_complete(pair, val):
 
     hook = lm.model.lm_head.register_forward_hook(go_on)
     try:
-        going_on = generate(lm, rows, max_new_tokens=CHECK_EVERY * 12)
-        never = generate(lm, rows, max_new_tokens=CHECK_EVERY * 12, is_complete=lambda text: False)
-        at_once = generate(lm, rows, max_new_tokens=CHECK_EVERY * 12, is_complete=lambda text: True)
+        going_on = generate(lm, rows, n)
+        for is_complete, n_tokens in ((lambda text: False, n), (bool, CHECK_EVERY)):  # that is the task's to say
+            assert {g.n_tokens for g in generate(lm, rows, n, is_complete=is_complete)} == {n_tokens}
     finally:
         hook.remove()
-    for said, ended in zip(going_on, generate(lm, rows, max_new_tokens=CHECK_EVERY * 12), strict=True):
-        assert said.text.startswith(ended.text + "\n") and answer_is_complete(said.text)
-        assert said.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY  # looked at every so many steps
-    assert {g.n_tokens for g in never} == {CHECK_EVERY * 12}  # what is complete is the task's to say
-    assert {g.n_tokens for g in at_once} == {CHECK_EVERY}
-
-
-@pytest.mark.parametrize("n", [1, 5])
-def test_no_more_than_max_new_tokens(pair, prompts, n):
-    said = generate(pair.target, prompts, max_new_tokens=n)
-    assert [g.n_tokens for g in said] == [1] + [n] * (len(prompts) - 1)
+    for found, ended in zip(going_on, generate(lm, rows, n), strict=True):
+        assert found.text.startswith(ended.text + "\n") and answer_is_complete(found.text)
+        assert found.n_tokens == -(-ended.n_tokens // CHECK_EVERY) * CHECK_EVERY  # looked at every so many steps
 
 
 # -- soft tokens --------------------------------------------------------------------------------------------
@@ -129,55 +113,38 @@ def test_soft_tokens_stand_for_the_text_they_embed(pair, prompts, cut):
     """A piece of the prompt given as embeddings, of ragged length, gives the text of the whole prompt."""
     lm, (first, second) = pair.target, cut
     ids, mask = pad_ids([row[first:second] for row in prompts], lm.device)
-    soft = Soft(lm.embed(ids), mask)
-    before, after = [row[:first] for row in prompts], [row[second:] for row in prompts]
-    bridged = generate_batch(lm, before, after, soft=soft, max_new_tokens=N_NEW)
-    plain = generate(lm, prompts)
-    assert [g.text for g in bridged] == [g.text for g in plain]
-    assert [g.logprob for g in bridged] == pytest.approx([g.logprob for g in plain], abs=1e-5)
+    texts = [row[:first] for row in prompts], [row[second:] for row in prompts]
+    assert alike(generate_batch(lm, *texts, Message(lm.embed(ids), mask), Prefix(), N_NEW), generate(lm, prompts))
 
 
-@given(
-    st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4),
-    st.sampled_from(["left", "right"]),
-)
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.booleans())
 @settings(max_examples=50, deadline=None)
-def test_compacting_moves_padding_to_one_side_and_keeps_order(rows, side):
+def test_compacting_moves_padding_to_one_side_and_keeps_order(rows, left):
     mask = torch.tensor(rows)
     embeds = torch.arange(mask.numel(), dtype=torch.float).view(*mask.shape, 1)
-    packed, packed_mask = compact(embeds, mask, side)
+    packed, packed_mask = compact(embeds, mask, "left" if left else "right")
     for i, row in enumerate(rows):
-        n = sum(row)
-        assert packed_mask[i].tolist() == (
-            [False] * (5 - n) + [True] * n if side == "left" else [True] * n + [False] * (5 - n)
-        )
+        assert packed_mask[i].tolist() == sorted(row, reverse=not left)
         assert packed[i][packed_mask[i]].tolist() == embeds[i][mask[i]].tolist()
 
 
 def test_positions_count_what_is_real(pair):
     before, after = pad_ids([[5, 6], [7]], pair.target.device), pad_ids([[8], [9, 10]], pair.target.device)
-    soft = Soft(torch.zeros(2, 2, pair.target.hidden_size), torch.tensor([[True, True], [True, False]]))
-    embeds, mask, positions = assemble(pair.target, before, after, soft, "left")
-    assert positions[0].tolist() == [0, 0, 1, 2, 3, 4][-embeds.shape[1] :]
+    soft = Message(torch.zeros(2, 2, pair.target.hidden_size), torch.tensor([[True, True], [True, False]]))
+    _, mask, positions = assemble(pair.target, before, after, soft, "left")
     assert [p[m].tolist() for p, m in zip(positions, mask, strict=True)] == [[0, 1, 2, 3, 4], [0, 1, 2, 3]]
 
 
 class Watching(Prefix):
-    """A prefix that notes, at every step of the target, the rows of its message and of the batch."""
-
-    def __init__(self):
-        super().__init__(None, None)
-        self.seen: list[tuple[int, int]] = []
-        self.tokens: list[torch.Tensor] = []
+    """A prefix that notes, at every step of the target, its message and how many rows the batch has."""
 
     @contextmanager
     def attach(self, target, current):
         def note(module, arguments, keywords):
             given = keywords["inputs_embeds"] if keywords.get("inputs_embeds") is not None else keywords["input_ids"]
-            self.seen.append((len(current().tokens), len(given)))
-            self.tokens.append(current().tokens)
+            self.seen.append((current().tokens[:, 0, 0].tolist(), len(given)))
 
-        hook = target.model.register_forward_pre_hook(note, with_kwargs=True)
+        hook, self.seen = target.model.register_forward_pre_hook(note, with_kwargs=True), []
         try:
             yield
         finally:
@@ -185,52 +152,45 @@ class Watching(Prefix):
 
 
 def test_an_injector_sees_the_message_of_the_rows_that_are_left(pair, prompts):
-    lm = pair.target
-    bridge = torch.nn.Module()
+    lm, bridge, n = pair.target, torch.nn.Module(), len(prompts)
     bridge.injector = Watching()
-    marks = torch.arange(len(prompts)).float()[:, None, None].expand(-1, 2, lm.hidden_size) * 1e-3
-    message = Message(marks, torch.ones(len(prompts), 2, dtype=torch.bool))
+    marks = torch.arange(n).float()[:, None, None].expand(-1, 2, lm.hidden_size) * 1e-3
+    message = Message(marks, torch.ones(n, 2, dtype=torch.bool))
     decode_bridged(lm, bridge, message, [r[:1] for r in prompts], [r[1:] for r in prompts], N_NEW)
-    seen = bridge.injector.seen
-    assert seen and all(rows == batch for rows, batch in seen)
-    assert seen[0][0] == len(prompts) > seen[-1][0]  # some rows have left
-    for before, now in zip(bridge.injector.tokens, bridge.injector.tokens[1:], strict=False):
-        left = [row.item() for row in now[:, 0, 0]]
-        assert set(left) <= {row.item() for row in before[:, 0, 0]} and left == sorted(left)
+    rows = [tokens for tokens, _ in bridge.injector.seen]
+    assert all(len(tokens) == size for tokens, size in bridge.injector.seen)
+    assert len(rows[0]) == n > len(rows[-1])  # some rows have left
+    assert all(set(now) <= set(before) and now == sorted(now) for before, now in zip(rows, rows[1:], strict=False))
     assert not lm.model._forward_pre_hooks  # and the target is left as it was
 
 
 @pytest.mark.parametrize("condition", ["bridged", "zero", "noise", "constant"])
 def test_text_does_not_depend_on_the_batch_size(tiny, pair, val, condition):
     """Alone, in batches of 7 and all at once: a condition's texts are the same, whatever its soft tokens are."""
-    producer = "constant" if condition == "constant" else "dit"
-    config = tiny(producer=producer, n_soft_tokens=-1, state_dropout=0.2)
+    config = tiny(producer="constant" if condition == "constant" else "dit", n_soft_tokens=-1, state_dropout=0.2)
     torch.manual_seed(0)
     bridge = build_bridge(config, 2, pair.source.hidden_size, pair.target).eval()
     states = SourceStates(pair.source, read_source(pair.source, val[:12], "prompt", {}), (2, 4), 1.0)
     pieces = [p.all for p in split_prompts(pair.target, [literal_prompt(e) for e in val[:12]])]
-    results = {}
-    for size in (1, 7, 64):
-        results[size] = [None] * 12
+
+    def decode(size: int) -> list:
+        results = {}
         for chunk in in_batches([len(p) for p in pieces], size):
             hidden, mask = states.batch(chunk, pair.target.device)
             seeds = torch.from_numpy(chunk) + 100
-            noise = hashed_normal(seeds, hidden.shape[1:])
-            hidden = {"zero": hidden * 0, "noise": noise * mask[..., None, None]}.get(condition, hidden)
-            message = bridge.encode(hidden, mask, seeds)
-            after = [pieces[i] for i in chunk]
-            found = decode_bridged(pair.target, bridge, message, [pair.target.bos] * len(chunk), after, 20)
-            for i, generated in zip(chunk, found, strict=True):
-                results[size][i] = generated
-    for size in (7, 64):
-        assert [g.text for g in results[size]] == [g.text for g in results[1]]
-        logprobs = [g.logprob for g in results[1]]
-        assert [g.logprob for g in results[size]] == pytest.approx(logprobs, abs=1e-4)
+            noise = hashed_normal(seeds, hidden.shape[1:]) * mask[..., None, None]
+            hidden = {"zero": hidden * 0, "noise": noise}.get(condition, hidden)
+            texts = [pair.target.bos] * len(chunk), [pieces[i] for i in chunk]
+            found = decode_bridged(pair.target, bridge, bridge.encode(hidden, mask, seeds), *texts, 20)
+            results |= dict(zip(chunk.tolist(), found, strict=True))
+        return [results[i] for i in range(12)]
+
+    alone = decode(1)
+    assert alike(decode(7), alone, 1e-4) and alike(decode(64), alone, 1e-4)
 
 
 def test_decoding_in_the_middle_of_training_has_no_dropout(one_batch, pair):
-    changes = dict(injector="prefix+residual", dropout=0.5, heads=2)
-    _, bridge, batch, message = one_batch(True, **changes)
+    _, bridge, batch, message = one_batch(True, injector="prefix+residual", dropout=0.5, heads=2)
     texts = [unpad(*part) for part in (batch.before, batch.after)]
     wanted = decode_bridged(pair.target, bridge, message, *texts, 12)
     bridge.train()
@@ -271,8 +231,8 @@ def test_sampled_text_does_not_depend_on_the_batch(one_batch, pair):
 @pytest.mark.parametrize("k", [0, 3, -1])
 def test_answer_logits_are_those_of_the_plain_forward(one_batch, pair, position, mode, k):
     """Ragged prompts, answers and soft tokens against one example at a time; k = 0: no soft tokens."""
-    lm, settings = pair.target, dict(soft_position=position, prompt_mode=mode, n_soft_tokens=k or 1)
-    _, bridge, batch, message = one_batch(indices=(4, 0, 9), **settings)
+    lm, wanted = pair.target, dict(soft_position=position, prompt_mode=mode, n_soft_tokens=k or 1)
+    _, bridge, batch, message = one_batch(indices=(4, 0, 9), **wanted)
     labels = batch.labels, batch.labels_mask
     with torch.no_grad():
         if k:
@@ -292,14 +252,14 @@ def test_answer_logits_are_those_of_the_plain_forward(one_batch, pair, position,
 
 def test_a_preallocated_cache_holds_what_a_growing_one_holds():
     torch.manual_seed(0)
-    slotted, plain = PreallocatedLayer(), DynamicLayer()
+    slotted, plain = caches = PreallocatedLayer(), DynamicLayer()
     pieces = [torch.randn(2, 6, 3, t, 4) for t in (7, *[1] * 40)]  # past the slots, twice
     for step, (keys, values) in enumerate(pieces):
-        if step in (3, 20):  # rows leave; the same number of rows in another order
-            rows = torch.tensor([4, 0, 1, 5]) if step == 3 else torch.tensor([2, 3, 0, 1])
-            slotted.batch_select_indices(rows), plain.batch_select_indices(rows)
-        if step == 10:
-            slotted.crop(-2), plain.crop(-2)
+        for cache in caches:
+            if step in (3, 20):  # rows leave; the same number of rows in another order
+                cache.batch_select_indices(torch.tensor([4, 0, 1, 5] if step == 3 else [2, 3, 0, 1]))
+            if step == 10:
+                cache.crop(-2)
         n = 6 if step < 3 else 4
         for one, other in zip(slotted.update(keys[:n], values[:n]), plain.update(keys[:n], values[:n]), strict=True):
             assert torch.equal(one, other)

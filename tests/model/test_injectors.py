@@ -28,10 +28,13 @@ def alone(pair, batch):
 
 @pytest.mark.parametrize("producer", ["resampler", "dit", "constant"])
 @pytest.mark.parametrize("injector, k", CLOSED)
-def test_at_the_start_the_targets_logits_are_exactly_its_own(one_batch, pair, producer, injector, k):
+def test_at_the_start_the_logits_are_the_targets_own_and_every_gate_learns(one_batch, pair, producer, injector, k):
     _, bridge, batch, message = one_batch(producer=producer, injector=injector, n_soft_tokens=k)
-    assert torch.equal(logits_of(pair, bridge, batch, message), alone(pair, batch))
-    assert set(bridge.injector.gates().values()) == {0.0}
+    logits = logits_of(pair, bridge, batch, message)
+    assert torch.equal(logits, alone(pair, batch)) and set(bridge.injector.gates().values()) == {0.0}
+    answer_nll(logits, batch.labels, batch.labels_mask)[0].backward()
+    gates = [p for name, p in bridge.named_parameters() if name.endswith("opening")]
+    assert gates and all(gate.grad.abs() > 0 for gate in gates)  # and a first step opens every gate
 
 
 @pytest.mark.parametrize("injector, k", [*CLOSED, ("prefix+residual", 4)])
@@ -65,27 +68,11 @@ def test_decoding_step_by_step_says_what_the_whole_pass_predicts(one_batch, pair
         assert logits[0].argmax(-1).tolist() == list(g.ids)
 
 
-@pytest.mark.parametrize("injector, k", [*CLOSED, ("prefix+residual", 4)])
-def test_a_first_step_opens_the_gates(one_batch, pair, injector, k):
-    _, bridge, batch, message = one_batch(injector=injector, n_soft_tokens=k)
-    answer_nll(logits_of(pair, bridge, batch, message), batch.labels, batch.labels_mask)[0].backward()
-    gates = [p for n, p in bridge.named_parameters() if n.endswith("opening")]
-    assert gates and all(gate.grad.abs() > 0 for gate in gates)
-
-
-# -- alignment ----------------------------------------------------------------------------------------------
-
-
-def test_aligned_tokens_are_means_of_their_spans_by_hand():
-    tokens = torch.arange(1.0, 9.0).view(1, 4, 2)
-    mask = torch.tensor([[True, True, True, False]])
+def test_aligned_tokens_are_means_of_their_spans_by_hand(one_batch, pair):
+    tokens, mask = torch.arange(1.0, 9.0).view(1, 4, 2), torch.tensor([[True, True, True, False]])
     message = Message(tokens, mask, torch.tensor([[[0, 1], [1, 3], [3, 3]]]))
-    found, here = align_message(message, torch.tensor([[0, 1, 2, 3]]))
-    assert here.tolist() == [[True, True, False, False]]
-    assert found[0, :2].tolist() == [[1.0, 2.0], [4.0, 5.0]]
-
-
-def test_kv_without_an_alignment_is_an_error(one_batch, pair):
+    found, real = align_message(message, torch.tensor([[0, 1, 2, 3]]))
+    assert real.tolist() == [[True, True, False, False]] and found[0, :2].tolist() == [[1.0, 2.0], [4.0, 5.0]]
     _, bridge, batch, message = one_batch(injector="kv", n_soft_tokens=-1)
     with pytest.raises(ValueError, match="token alignment"):
         logits_of(pair, bridge, batch, Message(message.tokens, message.mask))

@@ -20,9 +20,6 @@ def dropout(p: float = 0.3, salt: int = 1) -> Dropout:
     return made
 
 
-# -- noise --------------------------------------------------------------------------------------------------
-
-
 def test_first_values_are_those_of_every_kept_run():
     seeds = torch.tensor([0, 1, 7])
     assert hashed_uniform(seeds, 1)[:, 0].tolist() == pytest.approx([0.868200928, 0.9346350729, 0.4536016881], rel=1e-9)
@@ -48,8 +45,6 @@ def test_noise_belongs_to_the_example_not_to_its_place():
     assert torch.equal(hashed_normal(SEEDS[order], (4, 10)), hashed_normal(SEEDS, (4, 10))[order])
     assert torch.equal(hashed_normal(SEEDS, (9, 10))[:, :4], hashed_normal(SEEDS, (4, 10)))
     assert not torch.allclose(*hashed_normal(torch.tensor([8, 9]), (4, 10)))
-    torch.manual_seed(3)  # whatever torch's own generator has been doing
-    assert torch.equal(hashed_normal(SEEDS, (2,)), hashed_normal(SEEDS, (2,)))
 
 
 @pytest.mark.parametrize("piece", [3, 100, 4096])
@@ -59,23 +54,15 @@ def test_computing_piece_by_piece_changes_no_bit(monkeypatch, piece):
     monkeypatch.setattr(message_module, "CPU_CHUNK", piece)
     pieces = hashed_uniform(SEEDS, 777), hashed_normal(SEEDS, (7, 33)), dropout().mask(x, SEEDS)
     assert all(torch.equal(one, other) for one, other in zip(whole, pieces, strict=True))
-    assert torch.equal(hashed_normal(SEEDS, (7, 33), torch.bfloat16), whole[1].bfloat16())
-
-
-# -- dropout ------------------------------------------------------------------------------------------------
 
 
 def test_dropout_is_the_same_in_any_batch_width_and_order():
-    x, made = torch.randn(3, 9, 11), dropout()
+    x, made, order = torch.randn(3, 9, 11), dropout(), torch.tensor([1, 2, 0])
     together = made(x, SEEDS)
-    order = torch.tensor([1, 2, 0])
     assert torch.equal(made(x[order], SEEDS[order]), together[order])
     for width in (1, 4, 9):
         assert torch.equal(made(x[:, :width], SEEDS), together[:, :width])
-    for i in range(3):
-        assert torch.equal(made(x[i : i + 1], SEEDS[i : i + 1])[0], together[i])
-    torch.manual_seed(9)
-    assert torch.equal(made(x, SEEDS), together)  # torch's own generator has no part in it
+    assert torch.equal(made(x[1:2], SEEDS[1:2])[0], together[1])
     half = made(x.bfloat16(), SEEDS)
     assert half.dtype == torch.bfloat16 and torch.equal(half != 0, together != 0)
 

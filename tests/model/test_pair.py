@@ -66,17 +66,25 @@ def test_the_embedded_pair_is_two_small_models_of_different_kinds(pair):
 
 
 def test_each_model_knows_its_own_units_and_together_they_know_all(pair):
-    n = 160
+    """Right on a share of what it knows, and on one of the default mix; so few problems may fall short by chance."""
+    from scipy.stats import binom
+
+    n, right, known, alone = 160, {}, 0.97, {"source": 0.54, "target": 0.77}
     examples = load_examples(load_config(n_val=n, val_samples=n), pair.lexicon_seed, "val")
-    groups, right = np.array([e.group for e in examples]), {}
-    for role in ROLES:
+    groups = np.array([e.group for e in examples])
+    for role, bar in alone.items():
         lm = getattr(pair, role)
         rows = [lm.bos + p.all for p in split_prompts(lm, [literal_prompt(e) for e in examples])]
-        answers = [extract_answer(g.text) for g in generate_batch(lm, rows, [[] for _ in rows])]
-        right[role] = np.array([a == e.gold for a, e in zip(answers, examples, strict=True)])
-        knows = groups != ("target_only" if role == "source" else "source_only")
-        assert right[role][knows].mean() > 0.9 and right[role][~knows].mean() < 0.35
-    assert (right["source"] | right["target"]).mean() > 0.93
+        texts = [g.text for g in generate_batch(lm, rows, [[] for _ in rows])]
+        right[role] = np.array([extract_answer(t) == e.gold for t, e in zip(texts, examples, strict=True)])
+        k, size = (np.array([x[groups == g].sum() for g in np.unique(groups)]) for x in (right[role], groups != ""))
+        # Three standard errors of an accuracy with a fixed mix of groups; one more of each, so that none is sure.
+        spread = 3 * np.sqrt((size * (k + 1) * (size - k + 1) / (size + 2) ** 2).sum()) / n
+        assert bar - 0.03 - spread <= right[role].mean() <= bar + 0.03 + spread
+    either = right["source"] | right["target"]
+    knows = {role: right[role][np.isin(groups, (f"{role}_only", "both"))] for role in alone}
+    for found in (*knows.values(), either):  # refused is what chance does once in a thousand
+        assert binom.cdf(found.sum(), len(found), known) > 0.001, f"{found.mean():.3f} of {len(found)}"
 
 
 def test_hidden_states_do_not_depend_on_padding_or_neighbours(pair):
@@ -98,14 +106,11 @@ def test_a_fingerprint_changes_with_a_byte(copied):
     before = fingerprint_folder(folder)
     assert before == fingerprint_folder(EMBEDDED / "target") != fingerprint_folder(EMBEDDED / "source")
     for name in ("model.safetensors", "tokenizer.json"):
-        path = folder / name
-        data = bytearray(path.read_bytes())
-        data[-100] ^= 1
-        path.write_bytes(data)
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
         assert fingerprint_folder(folder) != before
-        data[-100] ^= 1
-        path.write_bytes(data)
-        assert fingerprint_folder(folder) == before
+        (folder / name).write_bytes(data)
+    assert fingerprint_folder(folder) == before == "9ab9844ce8054c80"  # as kept runs name it
 
 
 def test_end_tokens_enter_the_key_of_cached_texts_alone(copied):
@@ -121,19 +126,12 @@ def test_end_tokens_enter_the_key_of_cached_texts_alone(copied):
 # -- prompts in pieces --------------------------------------------------------------------------------------
 
 
-def some_prompts(examples) -> list[Prompt]:
-    relay = "<<9*15=135>>135 pins.\n#### 135"
-    return [
-        *map(literal_prompt, examples), *map(told_prompt, examples),
-        *(relay_prompt(e, relay) for e in examples),
-        Prompt("", ""), Prompt("Note: é ½ 數\n", "x", ""), Prompt("", "Question: a b", "c"),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("role", ROLES)
 def test_pieces_together_are_the_tokens_of_the_whole_text(pair, val, role):
     lm = getattr(pair, role)
-    prompts = some_prompts(val[:12])
+    prompts = [Prompt("", ""), Prompt("Note: é ½ 數\n", "x", ""), Prompt("", "Question: a b", "c")]
+    for e in val[:12]:
+        prompts += [literal_prompt(e), told_prompt(e), relay_prompt(e, "<<9*15=135>>135 pins.\n#### 135")]
     for prompt, pieces in zip(prompts, split_prompts(lm, prompts), strict=True):
         assert pieces.all == lm.tokenize([prompt.text])[0]
     assert split_prompts(lm, []) == []
@@ -208,26 +206,27 @@ def test_a_missing_folder_is_refused_before_anything_is_loaded(tmp_path, key):
     refuse(config, f"pair.{key}", "nothing")
 
 
-def test_a_folder_without_weights_is_refused(copied):
+@pytest.mark.parametrize(
+    "name, change, key, named",
+    [
+        ("target/model.safetensors", None, "pair.target_model", "bridgekit pair"),
+        ("target/model.safetensors", lambda data: data[: len(data) // 2], "pair.target_model", "target'"),
+        ("target/model.safetensors", lambda data: b"\xff" * 16 + data[16:], "pair.target_model", "target'"),
+        ("target/model.safetensors", lambda data: b"", "pair.target_model", "target'"),
+        ("source/config.json", lambda data: b'{"model_type": ', "pair.source_model", "source'"),
+        ("source/tokenizer.json", lambda data: b'{"model_type": ', "pair.source_model", "source'"),
+        ("pair.json", None, "pair.target_model", "pair.json"),
+        ("pair.json", lambda data: b'{"lexicon', "pair.target_model", "pair.json"),
+        ("pair.json", lambda data: b"{}", "pair.target_model", "does not name its lexicon"),
+    ],
+)
+def test_a_damaged_pair_is_refused(copied, name, change, key, named):
     folder, config = copied
-    (folder / "target/model.safetensors").unlink()
-    refuse(config, "pair.target_model", "safetensors", "bridgekit pair")
-
-
-@pytest.mark.parametrize("damage", ["truncated", "header", "empty"])
-def test_corrupted_weights_are_refused(copied, damage):
-    folder, config = copied
-    path = folder / "target/model.safetensors"
-    data = path.read_bytes()
-    path.write_bytes({"truncated": data[: len(data) // 2], "header": b"\xff" * 16 + data[16:], "empty": b""}[damage])
-    refuse(config, "pair.target_model", str(folder / "target"))
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-def test_a_corrupted_config_or_tokenizer_is_refused(copied, name):
-    folder, config = copied
-    (folder / "source" / name).write_text('{"model_type": ')
-    refuse(config, "pair.source_model", str(folder / "source"))
+    data = (folder / name).read_bytes()
+    (folder / name).unlink()
+    if change:
+        (folder / name).write_bytes(change(data))
+    refuse(config, key, named)
 
 
 def test_a_model_with_missing_tensors_is_refused(copied):
@@ -240,15 +239,6 @@ def test_a_model_with_missing_tensors_is_refused(copied):
     del tensors[name]
     save_file(tensors, path, {"format": "pt"})
     refuse(config, "pair.target_model", name, "restore its safetensors")
-
-
-@pytest.mark.parametrize("record", [None, '{"lexicon', "{}"])
-def test_a_pair_without_a_readable_record_of_its_lexicon_is_refused(copied, record):
-    folder, config = copied
-    (folder / "pair.json").unlink()
-    if record is not None:
-        (folder / "pair.json").write_text(record)
-    refuse(config, "pair.target_model", "pair.json")
 
 
 def test_models_that_were_taught_different_lexicons_are_refused(copied):

@@ -15,14 +15,9 @@ LAYERS = (1, 2)
 
 
 def test_batches_hold_rows_of_like_length_and_each_row_once():
-    lengths = [5, 1, 9, 5, 2, 2, 7]
-    batches = in_batches(lengths, 3)
-    assert [len(b) for b in batches] == [3, 3, 1]
-    assert np.concatenate(batches).tolist() == [1, 4, 5, 0, 3, 6, 2]  # equal lengths stay in order
+    batches = in_batches([5, 1, 9, 5, 2, 2, 7], 3)
+    assert [b.tolist() for b in batches] == [[1, 4, 5], [0, 3, 6], [2]]  # equal lengths stay in order
     assert in_batches([], 3) == []
-
-
-def test_a_ragged_batch_is_trimmed_to_its_longest_row():
     ids, mask = Ragged([[1, 2, 3, 4], [5], [6, 7]], CPU).take(np.array([2, 1, 2]))
     assert ids.shape == (3, 2) and [i[m].tolist() for i, m in zip(ids, mask, strict=True)] == [[6, 7], [5], [6, 7]]
 
@@ -48,8 +43,7 @@ def test_what_the_bridge_reads(tiny, pair, val):
     for view in ("prompt", "solution", "facts"):
         for e, row in zip(examples, read_source(lm, examples, view, worked), strict=True):
             text = e.facts if view == "facts" else e.facts + literal_prompt(e).text
-            wanted = lm.bos + lm.tokenize([text])[0] + (lm.tokenize(["#### 7"])[0] if view == "solution" else [])
-            assert row == wanted
+            assert row == lm.bos + lm.tokenize([text])[0] + (lm.tokenize(["#### 7"])[0] if view == "solution" else [])
     assert read_source(lm, val[:1], "prompt", {})[0] == lm.bos + lm.tokenize([literal_prompt(val[0]).text])[0]
 
 
@@ -58,8 +52,7 @@ def test_what_the_bridge_reads(tiny, pair, val):
 def test_every_target_token_is_covered_by_the_source_tokens_it_stands_for(tiny, pair, variant, direction):
     examples = load_examples(tiny(variant=variant), pair.lexicon_seed, "val")[:40]
     source, target = (pair.source, pair.target) if direction == "forward" else (pair.target, pair.source)
-    rows = read_source(source, examples, "prompt", {})
-    split_words = 0
+    rows, split_words = read_source(source, examples, "prompt", {}), 0
     for example, span, row in zip(examples, align_tokens(source, target, examples), rows, strict=True):
         pairs = list(zip(span[::2], span[1::2], strict=True))
         prompt, read = literal_prompt(example).text, source_prompt(example).text
@@ -68,9 +61,8 @@ def test_every_target_token_is_covered_by_the_source_tokens_it_stands_for(tiny, 
         shift = len(read) - len(prompt)
         for (start, end), (a, b) in zip(pairs[1:], ours, strict=True):
             assert 1 <= start < end <= len(row)
-            left, right = theirs[start - 1][0], theirs[end - 2][1]
-            assert left <= a + shift and b + shift <= right, "covers the token's own characters"
-            inner = theirs[start - 1][1] > a + shift and theirs[end - 2][0] < b + shift
-            assert inner, "and no source token that shares none of them"
+            covers = theirs[start - 1][0] <= a + shift and b + shift <= theirs[end - 2][1]
+            no_more = theirs[start - 1][1] > a + shift and theirs[end - 2][0] < b + shift
+            assert covers and no_more, "the token's own characters, and no source token that shares none of them"
         split_words += len(ours) != len(theirs) - sum(b <= shift for _, b in theirs)
     assert split_words > 0  # the tokenizers do differ

@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 
 from bridgekit.config import CONDITIONS
 from bridgekit.results import plots, verdict
-from bridgekit.results.draw import lines, rows
+from bridgekit.results.plots import lines, rows
 from bridgekit.results.statistics import wilson
 from bridgekit.results.style import COLORS, COLUMN, OTHER, PAGE
 
@@ -69,7 +69,7 @@ def test_rows_draw_every_point_and_interval_in_the_frame_s_order():
     assert mark(fig, "point:one:a").get_ydata()[0] < 0 < mark(fig, "point:one:b").get_ydata()[0]  # one row, apart
     assert legend_of(fig) == ["a", "b"] and title_of(fig) == "Seen"
     assert fig.get_supxlabel() == "(n = 10)" and fig.axes[0].get_xlim() == (-0.02, 1.02)
-    assert [text.get_text() for text in fig.axes[0].texts] == ["0.500", "0.200", "0.700"]
+    assert [text.get_text() for text in fig.axes[0].texts] == ["0.500", "0.700", "0.200"]
 
 
 def test_conditions_have_their_own_order_and_colours_without_being_asked():
@@ -86,15 +86,15 @@ def test_marks_are_full_or_open_by_what_the_column_says():
     fig = rows(frame, "name", fill=("holds", "holds", "does not"), color="bridged", signed=True)
     assert not is_open(mark(fig, "point:one:True")) and is_open(mark(fig, "point:two:False"))
     assert legend_of(fig) == ["holds", "does not"] and fig.axes[0].texts[0].get_text() == "+0.500"
-    assert legend_of(rows(frame.head(1), "name", fill=("holds", "holds", "does not"))) == ["holds"]
+    both = rows(frame, "name", fill=("holds", "holds", "does not"), color="kind")
+    assert legend_of(both) == ["a, holds", "a, does not"]
 
 
-def test_panels_stand_side_by_side_or_below_each_other_and_say_n_where_it_differs():
-    frame = FRAME.assign(n=[10, 10, 30])
-    fig = rows(frame, "name", panel="kind")
+def test_panels_stand_side_by_side_and_say_n_where_it_differs():
+    fig = rows(FRAME.assign(n=[10, 10, 30]), "name", panel="kind")
     assert [ax.get_title("left") for ax in fig.axes] == ["a\nn = 10", "b\nn = 30"] and fig.get_figwidth() == PAGE
-    fig = rows(frame, "name", panel="kind", stack=True)
-    assert [names_of(ax) for ax in fig.axes] == [["one", "two"], ["one"]] and fig.get_figwidth() == COLUMN
+    many = pd.concat([FRAME.head(2).assign(panel=f"p{i}") for i in range(7)])
+    assert [ax.get_gridspec().ncols for ax in rows(many, "name", panel="panel").axes] == [3] * 7
 
 
 def test_a_mark_beyond_the_axis_is_an_arrow_at_its_edge():
@@ -142,11 +142,6 @@ def test_what_cannot_be_drawn_truthfully_is_refused_in_one_line(change, message)
         assert "\n" not in str(error.value)
 
 
-def test_a_colour_is_a_column_or_a_condition():
-    with pytest.raises(ValueError, match="'kinds' is neither a column nor a condition"):
-        rows(FRAME.head(2), "name", color="kinds")
-
-
 # The figures of a run or a study
 
 
@@ -157,45 +152,37 @@ def test_accuracy_curve_moves_the_bridge_between_level_models(curve):
     band = mark(fig, "band:bridged").get_paths()[0].vertices
     assert {bridged["low"].iloc[3], bridged["high"].iloc[3]} <= set(band[band[:, 0] == 300, 1])
     source = frame[frame["condition"] == "source"].iloc[0]
-    assert set(mark(fig, "reference:source").get_ydata()) == {source["point"]}
     level = mark(fig, "band:source")
+    assert set(mark(fig, "reference:source").get_ydata()) == {source["point"]}
     assert (level.get_y(), level.get_y() + level.get_height()) == pytest.approx((source["low"], source["high"]))
     assert mark(fig, "label:source").get_text() == "source alone\n0.488"
-    assert "n = 256 on 180 units" in fig.get_supxlabel()
-    first = frame[frame["step"] == 0]
-    assert marks(plots.plot_accuracy_curve(first), "interval:bridged")  # one evaluation has its interval too
+    assert "n = 256 on 180 units" in fig.get_supxlabel() and not legend_of(fig)
+    assert marks(plots.plot_accuracy_curve(frame[frame["step"] == 0]), "interval:bridged")  # one has its interval too
     moved = frame.assign(point=frame["point"].where((frame["condition"] != "target") | (frame["step"] < 700), 0.7))
     assert mark(plots.plot_accuracy_curve(moved), "line:target").get_ydata()[-1] == 0.7
-    assert len(marks(plots.plot_accuracy_curve(curve((1, 2, 3))), "seed:bridged")) == 3
-    with pytest.raises(ValueError, match="no rows for condition 'bridged'"):
-        plots.plot_accuracy_curve(frame[frame["condition"] != "bridged"])
 
 
-def test_conditions_are_rows_in_the_usual_order(conditions):
+def test_losses_have_a_panel_each_and_gaps_are_left_out():
+    fig = plots.plot_losses([{"nll": 4.0, "decode": 1.0}, {"nll": 3.0}, {"nll": 2.0, "decode": 0.5}])
+    assert [ax.get_title("left") for ax in fig.axes] == ["nll", "decode"]
+    assert mark(fig, "line:decode").get_xydata().tolist() == [[1, 1], [3, 0.5]]
+
+
+def test_conditions_and_groups_show_the_table(conditions):
     found = conditions[conditions["subset"] == "target_only"].set_index("condition")
-    fig = plots.plot_conditions(conditions, "target_only")
+    fig, groups = plots.plot_conditions(conditions, "target_only"), plots.plot_groups(conditions)
     for at, name in enumerate(CONDITIONS):
         assert mark(fig, f"point:{name}").get_xydata().tolist() == [[found.loc[name, "accuracy"], at]]
         assert span(mark(fig, f"interval:{name}")) == (found.loc[name, "low"], found.loc[name, "high"])
+    assert mark(groups, "point:target_only:bridged").get_xdata()[0] == found.loc["bridged", "accuracy"]
+    assert len(groups.axes) == len(plots.GROUP_SUBSETS)
     two = pd.concat([conditions.assign(arm="forward"), conditions.assign(arm="swapped")])
     fig = plots.plot_conditions(two, panel="arm")
     assert [ax.get_title("left") for ax in fig.axes] == ["forward", "swapped"] and marks(fig, "point:swapped:union")
     with pytest.raises(ValueError, match="no subset 'sources'"):
         plots.plot_conditions(conditions, "sources")
-    with pytest.raises(ValueError, match="'bridge' is not a condition"):
-        plots.plot_conditions(conditions.replace({"condition": {"bridged": "bridge"}}))
-
-
-def test_groups_have_a_panel_each_and_refuse_a_condition_that_lacks_one(conditions):
-    fig = plots.plot_groups(conditions)
-    assert len(fig.axes) == len(plots.GROUP_SUBSETS)
-    row = conditions[(conditions["subset"] == "both") & (conditions["condition"] == "bridged")].iloc[0]
-    assert mark(fig, "point:both:bridged").get_xdata()[0] == row["accuracy"]
     with pytest.raises(ValueError, match="no knowledge group"):
         plots.plot_groups(conditions[conditions["subset"] == "all"])
-    fewer = conditions[(conditions["condition"] != "shuffled") | (conditions["subset"] != "both")]
-    with pytest.raises(ValueError, match="groups, both: no rows for condition 'shuffled'"):
-        plots.plot_groups(fewer)
 
 
 def test_figures_take_what_the_verdict_gives(evaluation):
@@ -205,12 +192,11 @@ def test_figures_take_what_the_verdict_gives(evaluation):
     assert marks(plots.plot_conditions(verdict.conditions_table(frame)), "point:bridged")
     found = verdict.judge([frame, worse]).differences()
     fig = plots.plot_differences(found)
-    assert [ax.get_title("left").split("\n")[0] for ax in fig.axes] == ["all held-out problems", "source-only"]
-    assert names_of(fig.axes[0])[0] == "target alone" and names_of(fig.axes[1])[0] == "shuffled source"
-    rows_of = found[(found["b"] == "target") & (found["subset"] == "all")].sort_values("seed")
-    drawn = marks(fig, f"point:all held-out problems:target alone:{rows_of['holds'].iloc[0]}")
-    assert [point.get_xdata()[0] for point in drawn][:1] == rows_of["difference"].tolist()[:1]
-    assert fig.get_supxlabel() == "accuracy of bridged minus that of the control"
+    names = names_of(fig.axes[0])
+    assert names[0] == "target alone" and "shuffled source,\nsource-only problems" in names
+    rows_of = found[(found["control"] == "target") & (found["subset"] == "all")].sort_values("seed")
+    drawn = marks(fig, f"point:target alone:{rows_of['holds'].iloc[0]}")
+    assert drawn[0].get_xdata()[0] == rows_of["point"].iloc[0]
     counts = verdict.headroom(frame).counts
     width = mark(plots.plot_headroom(counts), "bar:source_only:0").get_width()
     assert width == counts["source_only"] / sum(counts.values())
@@ -220,39 +206,33 @@ def test_forest_shows_effect_interval_seeds_and_what_could_not_be_found(compared
     fig = plots.plot_forest(compared)
     for row in compared.itertuples():
         name = {"kl": "kl", "info_nce": "info nce", "b2": "b2 (again base)"}[row.variant]
-        gid = f"{row.subset}:{name}"
-        assert mark(fig, f"point:{gid}:{row.holds}").get_xdata()[0] == row.difference
-        assert is_open(mark(fig, f"point:{gid}:{row.holds}")) == (not row.holds)
-        assert span(mark(fig, f"interval:{gid}:{row.holds}")) == pytest.approx((row.low, row.high))
-        assert [dot.get_xdata()[0] for dot in marks(fig, f"seed:{gid}:{row.holds}")] == pytest.approx(row.by_seed)
-        band = mark(fig, f"band:{gid}:{row.holds}")
+        gid = f"{row.subset}:{name}:{row.holds}"
+        assert mark(fig, f"point:{gid}").get_xdata()[0] == row.point
+        assert is_open(mark(fig, f"point:{gid}")) == (not row.holds)
+        assert [dot.get_xdata()[0] for dot in marks(fig, f"seed:{gid}")] == pytest.approx(row.by_seed)
+        band = mark(fig, f"band:{gid}")
         assert (band.get_x(), band.get_width()) == pytest.approx((-row.smallest_effect, 2 * row.smallest_effect))
     assert fig.get_supxlabel() == "accuracy, bridged, minus that of 'base' (3 seeds)"
     ruined = compared[compared["variant"] == "kl"].assign(variant="ruined")
-    ruined[["difference", "low", "high"]] -= 0.9
+    ruined[["point", "low", "high"]] -= 0.9
     both = plots.plot_forest(pd.concat([compared, ruined]))
     assert [ax.get_xlim() for ax in both.axes] == [ax.get_xlim() for ax in fig.axes]  # it does not hide the others
     assert mark(both, "outside:all:ruined:True").get_marker() == "<"
-    with pytest.raises(ValueError, match="no column 'adjusted_p'"):
-        plots.plot_forest(compared.drop(columns="adjusted_p"))
+    with pytest.raises(ValueError, match="forest: no rows"):
+        plots.plot_forest(compared.head(0))
 
 
 def test_curves_have_a_panel_for_each_variant_and_the_reference_in_all_others():
-    frame = pd.DataFrame(
-        [
-            (v, s, x, top * x / 100 + s / 100)
-            for v, top in (("base", 0.8), ("kl", 0.6))
-            for s in (1, 2)
-            for x in (0, 100)
-        ],
-        columns=["variant", "seed", "step", "accuracy"],
-    )
-    frame = frame.assign(low=frame["accuracy"] - 0.05, high=frame["accuracy"] + 0.05, n=500, n_units=300)
+    cells = [(v, s, x) for v in ("base", "kl") for s in (1, 2) for x in (0, 100)]
+    frame = pd.DataFrame(cells, columns=["variant", "seed", "step"])
+    top = frame["variant"].map({"base": 0.008, "kl": 0.006})
+    frame["point"] = top * frame["step"] + frame["seed"] / 100
+    frame = frame.assign(low=frame["point"] - 0.05, high=frame["point"] + 0.05, n=500, n_units=300)
     fig = plots.plot_curves(frame, "base")
     assert [ax.get_title("left") for ax in fig.axes] == ["base", "kl"]
     assert mark(fig, "line:kl:bridged").get_ydata() == pytest.approx([0.015, 0.615])
     assert mark(fig, "line:kl:mean of 'base'").get_ydata() == pytest.approx([0.015, 0.815])
-    assert not marks(fig, "line:base:mean of 'base'")
+    assert not marks(fig, "line:base:mean of 'base'") and "(n = 500 on 300 units)" in fig.get_supxlabel()
 
 
 def test_axes_of_a_study_show_chance_and_which_marks_lack_a_seed(along):
@@ -260,14 +240,15 @@ def test_axes_of_a_study_show_chance_and_which_marks_lack_a_seed(along):
     for axis, x in (("compression", "n_soft_tokens"), ("generalisation", "train_units")):
         fig = plots.plot_axis(single, axis)
         for producer, part in single.groupby("producer"):
-            mean = part.groupby(x)["recovery"].mean()
+            mean = part.groupby(x)["point"].mean()
             assert mark(fig, f"line:{producer}").get_xydata() == pytest.approx(np.array(list(mean.items())))
             assert mark(fig, f"fewer:{producer}").get_xdata().tolist() == [part[x].max()]
-    fig = plots.plot_axis(along[along["producer"] == "resampler"], "capacity")
+    resampler = along[along["producer"] == "resampler"]
+    fig = plots.plot_axis(resampler, "capacity")
     assert set(mark(fig, "reference:16").get_ydata()) == {1 / 16}  # guessing among sixteen facts
-    line = mark(fig, "line:bits per soft token:16").get_ydata()
-    part = along[(along["producer"] == "resampler") & (along["n_facts"] == 16)]
-    assert line == pytest.approx(part.groupby("n_soft_tokens")["bits_per_token"].mean().to_numpy())
+    bits = resampler[resampler["n_facts"] == 16].groupby("n_soft_tokens")["bits_per_token"].mean()
+    assert mark(fig, "line:bits per soft token:16").get_ydata() == pytest.approx(bits.to_numpy())
+    assert len(plots.plot_axis(resampler.drop(columns="in_message"), "capacity").axes) == 2
     with pytest.raises(ValueError, match="'speed' has no figure"):
         plots.plot_axis(single, "speed")
 
@@ -279,7 +260,7 @@ def test_headroom_segments_add_up_to_one_and_bad_counts_are_refused():
         bar = mark(fig, f"bar:{name}:0")
         assert bar.get_x() == pytest.approx(left) and bar.get_width() == pytest.approx(count / 161)
         left += bar.get_width()
-    assert {t.get_text() for t in fig.axes[0].texts} == {"7", "101", "53"} and names_of(fig.axes[0]) == ["n = 161"]
+    assert {t.get_text() for t in fig.axes[0].texts} == {"7", "101", "53", ""} and names_of(fig.axes[0]) == ["n = 161"]
     with pytest.raises(ValueError, match="negative"):
         plots.plot_headroom(counts | {"both": -1})
     with pytest.raises(ValueError, match="no column 'target_only'"):
@@ -322,41 +303,36 @@ def test_no_text_is_small_clipped_or_on_another(monkeypatch, curve, conditions, 
 # The curve of a run
 
 
-def metrics():
-    rows_of = [{"step": s, "loss": 1.0 / s} for s in (1, 50)]
-    now = {"source": 0.5, "target": 0.75, "n": 256, "n_units": 64}
+def write_metrics(folder, *more):
+    """Three evaluations of 256 problems on 64 units between lines of losses, then the lines `more`."""
+    lines_of, now = [{"step": 1, "loss": 1.0}], {"source": 0.5, "target": 0.75, "n": 256, "n_units": 64}
     for step, bridged in ((0, 0.75), (100, 0.8125), (200, 0.875)):
-        rows_of.append({"step": step, "eval": now | {"bridged": bridged, "bridged_source_only": 0.5}})
-    return rows_of
+        lines_of.append({"step": step, "eval": now | {"bridged": bridged, "bridged_source_only": 0.5}})
+    path = folder / "metrics.jsonl"
+    path.write_text("\n".join([*map(json.dumps, lines_of), *more]))
+    return path
 
 
-def test_curve_has_a_wilson_interval_over_units_or_the_effective_n():
-    found = plots.load_curve(metrics())
+def test_curve_has_a_wilson_interval_over_units_or_the_effective_n(tmp_path):
+    found = plots.load_curve(write_metrics(tmp_path))
     assert list(found.columns) == ["step", "condition", "point", "low", "high", "n", "n_units"] and len(found) == 9
     last = found[(found["step"] == 200) & (found["condition"] == "bridged")].iloc[0]
     assert (last["low"], last["high"]) == pytest.approx(wilson(56, 64)) and last["point"] == 0.875
-    rows_of = metrics()
-    rows_of[2]["eval"]["n_effective"] = 100
-    assert plots.load_curve(rows_of)["low"].iloc[0] == pytest.approx(wilson(50, 100)[0])
+    effective = json.dumps({"step": 300, "eval": {"bridged": 0.5, "n": 256, "n_units": 64, "n_effective": 100}})
+    found = plots.load_curve(write_metrics(tmp_path, effective))
+    assert found["low"].iloc[-1] == pytest.approx(wilson(50, 100)[0])
 
 
 def test_curve_of_a_file_still_being_written_and_a_resumed_step_counts_once(tmp_path):
-    file = tmp_path / "metrics.jsonl"
-    again = {"step": 100, "eval": {"bridged": 0.5, "source": 0.5, "target": 0.75, "n": 256, "n_units": 64}}
-    file.write_text("\n".join(map(json.dumps, [*metrics(), again])) + '\n{"step": 300, "ev')
-    found = plots.load_curve(file)
+    again = json.dumps({"step": 100, "eval": {"bridged": 0.5, "n": 256, "n_units": 64}})
+    found = plots.load_curve(write_metrics(tmp_path, again, '{"step": 300, "ev'))
     assert found.loc[(found["step"] == 100) & (found["condition"] == "bridged"), "point"].tolist() == [0.5]
     assert found["step"].is_monotonic_increasing and found["step"].max() == 200
 
 
 @pytest.mark.parametrize(
     "text, message",
-    [
-        ("", "no evaluation"),
-        ('{"step": 0, "eval": {"bridged": 0.5}}\n', "step 0 has no n"),
-        ('{"step": 0, "eval": {"bridged": NaN, "n": 4}}\n', "bridged at step 0 is nan"),
-        ('{"step": 0, "ev\n{"step": 1, "loss": 1.0}\n', "metrics.jsonl:1: not JSON"),
-    ],
+    [("", "no evaluation"), ('{"step": 0, "ev\n{"step": 1, "loss": 1.0}\n', "metrics.jsonl:1: not JSON")],
 )
 def test_metrics_that_give_no_curve_are_refused(tmp_path, text, message):
     (tmp_path / "metrics.jsonl").write_text(text)
