@@ -204,6 +204,11 @@ def find_eval(folder: str | Path, step: str = "final") -> Path:
     raise FileNotFoundError(f"{plain}: not found: the run has not finished, or this is not a run folder")
 
 
+def is_correct(row: dict, condition: str) -> bool:
+    """As the task scored it; rows of older runs hold the extracted answers alone."""
+    return row.get(f"{condition}_correct", row[f"{condition}_extracted"] == row["gold_extracted"])
+
+
 def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
     """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present.
 

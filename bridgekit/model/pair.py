@@ -156,6 +156,15 @@ def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
+def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask. -> (B, T), (B, T) bool"""
+    lengths = torch.tensor([len(r) for r in rows], dtype=torch.long)
+    mask = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([i for r in rows for i in r], dtype=torch.long)
+    return ids.to(device), mask.to(device)
+
+
 def fingerprint_folder(folder: Path) -> str:
     """Hash of weights and tokenizer: which model this is. Kept runs are matched by it, so it may not change."""
     digest = hashlib.sha256()

@@ -8,8 +8,7 @@ import math
 import numpy as np
 import torch
 
-from bridgekit.model.generation import pad_ids
-from bridgekit.model.pair import LanguageModel, split_prompts
+from bridgekit.model.pair import LanguageModel, pad_ids, split_prompts
 from bridgekit.tasks import Example, literal_prompt, source_prompt
 
 
