@@ -77,30 +77,23 @@ def gains_table(answers: pd.DataFrame, compared: pd.DataFrame, costs: pd.DataFra
 
     `costs` has a row for each variant with `parameters` and `seconds` (`load_costs`).
     """
-    bridged, none = answers[answers["condition"] == "bridged"], "\N{EN DASH}"
-    cells = {(r["variant"], r["subset"]): r for r in compared.to_dict("records")}
-    reference = compared["reference"].iloc[0] if len(compared) else None
-    rows = {v: {"variant": v, "seeds": cell["seed"].nunique()} for v, cell in bridged.groupby("variant", sort=False)}
+    bridged = answers[answers["condition"] == "bridged"]
+    cells = {(cell.variant, cell.subset): cell for cell in compared.itertuples()}
+    n_seeds, reference = bridged.groupby("variant", sort=False)["seed"].nunique(), set(compared.get("reference", ()))
+    rows = {variant: {"variant": variant, "seeds": n} for variant, n in n_seeds.items()}
     for cost in costs.to_dict("records") if costs is not None else ():
         rows[cost["variant"]] |= {k: f"{cost[k]:,.0f}" if cost[k] == cost[k] else "" for k in ("parameters", "seconds")}
     for subset in SUBSETS:
-        shares = table.share(table.select(bridged, subset), "variant")
-        accuracy, change, least = (
-            f"{subset} ({style.format_size(shares)})",
-            f"difference, {subset}",
-            f"could be found from, {subset}",
-        )
+        shares, name = table.share(table.select(bridged, subset), "variant"), style.words(subset).replace("\n", " ")
         for found in shares.itertuples():
             row, cell = rows[found.variant], cells.get((found.variant, subset))
-            row[accuracy] = style.format_interval(found.point, found.low, found.high)
-            row |= {change: "reference" if found.variant == reference else none, least: none}
+            row[f"{name} ({style.format_size(shares)})"] = style.format_interval(found.point, found.low, found.high)
+            change, least = "reference" if found.variant in reference else None, None
             if cell:
-                interval = style.format_interval(cell["point"], cell["low"], cell["high"], signed=True)
-                row |= {
-                    change: f"{interval}, p {cell['adjusted_p']:.2g}",
-                    least: style.format_share(cell["smallest_effect"]),
-                }
-                row["variant"] = found.variant + (f" (replicate of {of})" if (of := cell["replicates"]) else "")
+                interval = style.format_interval(cell.point, cell.low, cell.high, signed=True)
+                change, least = f"{interval}, p {cell.adjusted_p:.2g}", style.format_share(cell.smallest_effect)
+                row["variant"] = found.variant + (f" (replicate of {cell.replicates})" if cell.replicates else "")
+            row |= {f"difference, {name}": change, f"could be found from, {name}": least}
     return pd.DataFrame(rows.values())
 
 

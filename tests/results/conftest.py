@@ -70,7 +70,7 @@ def compared():
     for name, difference, holds in (("kl", -0.2, True), ("info_nce", 0.01, False), ("b2", 0.0, False)):
         for subset, scale, n in (("source_only_held_unit", 1.0, 393), ("all", 0.2, 2000)):
             value = difference * scale
-            row = {"variant": name, "reference": "base", "subset": subset, "difference": value, "low": value - 0.05}
+            row = {"variant": name, "reference": "base", "subset": subset, "point": value, "low": value - 0.05}
             row |= {"high": value + 0.05, "n": n, "n_units": n - 100, "n_seeds": 3}
             row["adjusted_p"] = 0.0004 if holds else 1.0
             row |= {"by_seed": [value - 0.02, value, value + 0.02], "replicates": "base" if name == "b2" else ""}
@@ -87,7 +87,7 @@ def along():
             if (k, seed) != (64, 2):
                 share = 0.1 * np.log2(2 * k) + seed / 100
                 row = {"seed": seed, "producer": producer, "n_soft_tokens": k, "train_units": 45 * k, "n_facts": facts}
-                row |= {"recovery": share, "low": share - 0.1, "high": share + 0.1, "n": 393, "n_units": 293}
+                row |= {"point": share, "low": share - 0.1, "high": share + 0.1, "n": 393, "n_units": 293}
                 for column, value in {"in_message": share + 0.2, "bits_per_token": facts * share / k}.items():
                     row |= {column: value, f"{column}_low": 0.9 * value, f"{column}_high": 1.1 * value}
                 rows.append(row)

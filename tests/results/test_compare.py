@@ -74,12 +74,11 @@ def test_the_table_of_gains_says_what_was_measured(tmp_path):
     answers = pd.concat([draw_answers(a=0.5, b=0.9), draw_answers((101, 102, 103), c=0.5)], ignore_index=True)
     compared = compare.compare_variants(answers, "a", replicates={"c": "a"})
     gains = compare.gains_table(answers, compared, costs).set_index("variant")
-    assert list(gains.index) == ["a", "b", "c (again a)"]
+    assert list(gains.index) == ["a", "b", "c (replicate of a)"]
     share = table.share(answers[answers["variant"] == "b"]).iloc[0]
-    (accuracy,) = [column for column in gains if column.startswith("all held-out problems (n = 200 on 100")]
+    accuracy, change = "all held-out problems (n = 200 on 100 units)", "difference, all held-out problems"
     assert gains.loc["b", accuracy] == format_interval(share.point, share.low, share.high)
     row = compared[(compared["variant"] == "b") & (compared["subset"] == "all")].iloc[0]
-    (change,) = [column for column in gains if column.startswith("all held-out problems: difference")]
     assert gains.loc["b", change].startswith(format_interval(row.point, row.low, row.high, signed=True))
     assert (gains.loc["b", "parameters"], gains.loc["b", "seconds"]) == ("12,345", "15")
     assert gains.loc["a", change] == "reference" and gains.loc["a", "parameters"] == ""
