@@ -56,7 +56,7 @@ class Ragged:
 
     def take(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T), (B, T)"""
-        rows, width = torch.from_numpy(indices).to(self.ids.device), int(self.lengths[indices].max())
+        rows, width = torch.as_tensor(indices, device=self.ids.device), int(self.lengths[indices].max())
         return self.ids[rows, :width], self.mask[rows, :width]
 
 

@@ -10,7 +10,7 @@ import torch
 
 from bridgekit.config import ConfigError, load_config
 from bridgekit.model.generation import answer_logits, bridged_logits, decode_bridged, generate_batch, unpad
-from bridgekit.model.injectors import CacheFusion, align_message, pick_inject_layers
+from bridgekit.model.injectors import CacheFusion, align_message
 from bridgekit.model.losses import answer_nll
 from bridgekit.model.message import Message
 
@@ -100,12 +100,3 @@ def test_kv_refuses_a_target_without_key_projections(tiny):
     target = SimpleNamespace(n_layers=2, layers=[torch.nn.Linear(1, 1)] * 2, model=SimpleNamespace(config=config))
     with pytest.raises(ConfigError, match="^bridge.injector: kv needs .*k_proj, other has none"):
         CacheFusion(tiny().bridge, target)
-
-
-def test_layers_to_work_on():
-    assert pick_inject_layers("auto", 4) == (0, 1, 2, 3)
-    assert len(pick_inject_layers("auto", 32)) == 8 and pick_inject_layers("auto", 32)[-1] == 31
-    assert pick_inject_layers("0,2", 4) == (0, 2)
-    for wrong in ("0,4", "-1", "1,1", "two"):
-        with pytest.raises(ConfigError, match="bridge.inject_layers"):
-            pick_inject_layers(wrong, 4)

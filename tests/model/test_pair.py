@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
 from bridgekit.model.generation import generate_batch
+from bridgekit.model.injectors import pick_inject_layers
 from bridgekit.model.pair import (
     Pieces,
     fingerprint_folder,
     load_pair,
-    pad_ids,
     pick_layers,
     split_at_soft,
     split_prompts,
@@ -178,14 +178,18 @@ def test_a_words_tokens_are_those_that_share_its_characters(pair, val, role):
     assert word_tokens(lm, "A sisaken is no sisak.", "sisak") == word_tokens(lm, "A sisaken is no sisak.", "sisak")[:1]
 
 
-def test_source_layers(pair):
+def test_layers_to_read_and_to_work_on(pair):
     n = pair.source.n_layers
     auto = pick_layers(pair.source, "auto")
     assert auto[-1] == n and auto == tuple(sorted(set(auto))) and 0 not in auto
-    assert pick_layers(pair.source, f"0, {n}") == (0, n)
-    for wrong in ("2;4", "", f"{n + 1}", "-1", "1.5"):
+    assert pick_layers(pair.source, f"0, {n}") == (0, n) and pick_inject_layers("0,2", 4) == (0, 2)
+    assert pick_inject_layers("auto", 4) == (0, 1, 2, 3)
+    assert len(pick_inject_layers("auto", 32)) == 8 and pick_inject_layers("auto", 32)[-1] == 31
+    for wrong in ("2;4", "", f"{n + 1}", "-1", "1.5", "1,1", "two"):
         with pytest.raises(ConfigError, match="bridge.source_layers"):
             pick_layers(pair.source, wrong)
+        with pytest.raises(ConfigError, match="bridge.inject_layers"):
+            pick_inject_layers(wrong, n)
 
 
 # -- loading ------------------------------------------------------------------------------------------------
@@ -193,10 +197,9 @@ def test_source_layers(pair):
 
 def test_swapped_exchanges_the_two_models(pair):
     swapped = load_pair(load_config(direction="swapped", source_device="cpu", target_device="cpu"))
-    assert swapped.source.fingerprint == pair.target.fingerprint
-    assert swapped.target.fingerprint == pair.source.fingerprint
-    assert swapped.source.model.config.model_type == "llama"
-    assert swapped.lexicon_seed == pair.lexicon_seed
+    fingerprints = swapped.target.fingerprint, swapped.source.fingerprint
+    assert fingerprints == (pair.source.fingerprint, pair.target.fingerprint)
+    assert swapped.source.model.config.model_type == "llama" and swapped.lexicon_seed == pair.lexicon_seed
 
 
 @pytest.mark.parametrize("key", ["source_model", "target_model"])

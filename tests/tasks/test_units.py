@@ -125,48 +125,32 @@ def test_swapped_models_swap_what_only_one_of_them_knows(lexicon):
 # -- problems -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("split, n", [("train", 1000), ("val", 300), ("test", 200)])
-def test_problems_are_spread_evenly_over_units(small, split, n):
-    examples = units.make_examples(small, split, n, SEED)
+@pytest.mark.parametrize("share, wanted", [(-1, (23, 46, 31)), (0.7, (70, 18, 12)), (0, (0, 60, 40)), (1, (100, 0, 0))])
+def test_the_mix_of_groups_and_problems_spread_evenly_over_units(small, share, wanted):
+    examples = units.make_examples(small, "train", 1000, SEED, share=share)
+    groups = Counter(e.group for e in examples)
+    assert len(examples) == 1000 and [round(groups[g] / 10) for g in GROUPS] == list(wanted)
     for group in GROUPS:
-        count = Counter(dict.fromkeys(words_of(small, group=group, split=split), 0))
+        count = Counter(dict.fromkeys(words_of(small, group=group, split="train"), 0))
         count.update(e.unit for e in examples if e.group == group)
         assert max(count.values()) - min(count.values()) <= 1
 
 
-@pytest.mark.parametrize("share, wanted", [(-1, (23, 46, 31)), (0.7, (70, 18, 12)), (0, (0, 60, 40)), (1, (100, 0, 0))])
-def test_the_mix_of_groups(lexicon, share, wanted):
-    examples = units.make_examples(lexicon, "train", 1000, SEED, share=share)
-    count = Counter(e.group for e in examples)
-    assert len(examples) == 1000
-    assert [round(count[g] / 10) for g in GROUPS] == list(wanted)
-
-
-def test_smaller_shares_of_the_train_units_are_nested(small):
-    def words(share, group):
-        examples = units.make_examples(small, "train", 2000, SEED, train_units_share=share)
-        return {e.unit for e in examples if e.group == group}
+def test_smaller_shares_of_train_units_and_of_their_values_are_nested(small):
+    def met(units_share, values_share=1.0, group=None):
+        shares = {"train_units_share": units_share, "train_values_share": values_share}
+        examples = units.make_examples(small, "train", 3000, SEED, **shares)
+        return {(e.unit, e.value) for e in examples if group in (None, e.group)}
 
     for group in GROUPS:
-        quarter, half, whole = (words(share, group) for share in (0.25, 0.5, 1))
-        assert quarter < half < whole == words_of(small, group=group, split="train")
-        assert len(quarter) == pytest.approx(len(whole) / 4, abs=1) and len(half) == pytest.approx(
-            len(whole) / 2, abs=1
-        )
-    seen = {e.unit for e in units.make_seen_examples(small, 100, SEED, 0.25)}
-    assert seen <= words(0.25, "source_only")  # what is called seen was seen
-
-
-def test_values_can_be_taken_out_of_the_training_and_smaller_shares_are_nested(small):
-    def met(share, units_share=1.0):
-        options = {"train_values_share": share, "train_units_share": units_share}
-        return {(e.unit, e.value) for e in units.make_examples(small, "train", 3000, SEED, **options)}
-
-    whole, half, some = met(1.0), met(0.5), met(0.5, 0.5)
-    assert some < half < whole
+        quarter, half, whole = (met(share, group=group) for share in (0.25, 0.5, 1))
+        assert quarter < half < whole and {w for w, _ in whole} == words_of(small, group=group, split="train")
+        assert [len(quarter), len(half)] == pytest.approx([len(whole) / 4, len(whole) / 2], abs=1)
+    seen = {(e.unit, e.value) for e in units.make_seen_examples(small, 100, SEED, 0.25)}
+    assert seen <= met(0.25, group="source_only")  # what is called seen was seen
+    whole, half = met(1.0), met(1.0, 0.5)
     values, left = ({value for _, value in pairs} for pairs in (whole, half))
-    assert len(left) == round(len(values) / 2)
-    assert half == {(word, value) for word, value in whole if value in left}  # only those units are missing
+    assert met(0.5, 0.5) < half == {(w, v) for w, v in whole if v in left} and len(left) == round(len(values) / 2)
     tests = units.make_examples(small, "test", 2000, SEED)
     assert values - left <= {e.value for e in tests if e.novelty == "held_unit"}  # and are still asked about
     assert {e.value for e in units.make_seen_examples(small, 200, SEED, 1.0, 0.5)} <= left
@@ -261,17 +245,19 @@ def test_no_invented_word_is_a_word_of_the_questions(seed):
     assert not words_of(units.make_lexicon(seed)) & set(re.findall(r"[a-z]+", " ".join(texts).lower()))
 
 
-def test_a_pair_without_its_lexicon_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    "record, why",
+    [
+        (None, "was taught a lexicon"),
+        ("{}", "does not name its lexicon"),
+        ('{"lexicon_seed": 1, "lexicon": "x"}', "records lexicon x"),
+    ],
+)
+def test_a_pair_without_its_lexicon_is_refused(tmp_path, record, why):
     assert units.load_lexicon_seed(load_config()) == 2
     (tmp_path / "target").mkdir()
     (tmp_path / "target" / "config.json").write_text("{}")
-    config = load_config(target_model=str(tmp_path / "target"))
-    with pytest.raises(ConfigError, match="was taught a lexicon"):
-        units.load_lexicon_seed(config)
-    for record, why in (
-        ("{}", "does not name its lexicon"),
-        ('{"lexicon_seed": 1, "lexicon": "x"}', "records lexicon x"),
-    ):
+    if record:
         (tmp_path / "pair.json").write_text(record)
-        with pytest.raises(ConfigError, match=why):
-            units.load_lexicon_seed(config)
+    with pytest.raises(ConfigError, match=why):
+        units.load_lexicon_seed(load_config(target_model=str(tmp_path / "target")))
