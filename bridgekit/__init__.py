@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _NAMES = {
     "config": "Config ConfigError load_config build_config",
-    "runs": "find_run find_eval load_eval load_jsonl project_root",
+    "runs": "find_eval load_eval load_jsonl project_root",
     "launch": "open_run run_stage refuse_unknown",
     "study": "load_study plan_study run_planned plan_swap measure_headroom",
     "tasks": "Example Prompt load_examples get_task",

@@ -7,13 +7,11 @@ A key is `section.name` or its name alone, because names are unique across secti
 parameters cell and dotted overrides be one mechanism. The keys themselves stand in keys.py. Nothing here imports torch.
 """
 
-import dataclasses
 import difflib
 import math
 import re
-import typing
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, make_dataclass
 from pathlib import Path
 
 import yaml
@@ -22,7 +20,7 @@ from bridgekit import keys
 from bridgekit.keys import BY_NAME, DEFAULTS, FILE_OBJECT, KEYS, NEVER, OPTIONS, SECTIONS, holds, is_path
 
 # The package takes the names of a configuration's parts from here.
-CONDITIONS, CONTROLS, COMPUTED, GROUPS = keys.CONDITIONS, keys.CONTROLS, keys.COMPUTED, keys.GROUPS
+CONDITIONS, CONTROLS, GROUPS = keys.CONDITIONS, keys.CONTROLS, keys.GROUPS
 PRODUCERS, INJECTORS, SOFT_INJECTORS = keys.PRODUCERS, keys.INJECTORS, keys.SOFT_INJECTORS
 FORMAT = 2  # of a written configuration; a file without `format:` is of format 1 and stays readable
 EMBEDDED = Path(__file__).parent / "model" / "embedded_pair"
@@ -32,25 +30,33 @@ class ConfigError(ValueError):
     """A configuration that cannot run; the message is one line that names the key and the way out."""
 
 
+def refuse_if(wrong: object, message: str) -> None:
+    """Raise the one line that says what is wrong with something the user gave."""
+    if wrong:
+        raise ConfigError(message)
+
+
+Run, Pair, Task, Bridge, Loss, Train, Eval = (
+    make_dataclass(section.title(), [(name, type(known.default), known.default) for name, known in leaves], frozen=True)
+    for section, leaves in SECTIONS.items()
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """All of a run."""
+    """All of a run; the fields of a section are the keys that begin with its name."""
 
-    run: keys.Run = field(default_factory=keys.Run)
-    pair: keys.Pair = field(default_factory=keys.Pair)
-    task: keys.Task = field(default_factory=keys.Task)
-    bridge: keys.Bridge = field(default_factory=keys.Bridge)
-    loss: keys.Loss = field(default_factory=keys.Loss)
-    train: keys.Train = field(default_factory=keys.Train)
-    eval: keys.Eval = field(default_factory=keys.Eval)
+    run: Run = Run()
+    pair: Pair = Pair()
+    task: Task = Task()
+    bridge: Bridge = Bridge()
+    loss: Loss = Loss()
+    train: Train = Train()
+    eval: Eval = Eval()
 
     def with_(self, **changes) -> "Config":
         """A copy with some keys changed, checked like any other configuration."""
-        return build_config(to_flat(self) | {resolve_key(k): v for k, v in changes.items()})
-
-    @property
-    def n_eval(self) -> int:
-        return self.task.n_test if self.eval.eval_samples == -1 else self.eval.eval_samples
+        return build_config(to_flat(self), changes)
 
 
 # ---- reading and writing --------------------------------------------------------------------------------------------
@@ -58,49 +64,55 @@ class Config:
 
 def resolve_key(name: str) -> str:
     """The dotted key for a full or short name; an unknown one is refused with its nearest neighbour."""
-    found = name if name in KEYS else BY_NAME.get(name)
-    if found is None:
-        near = difflib.get_close_matches(str(name), [*KEYS, *BY_NAME], n=1, cutoff=0.0)[0]
+    if name not in KEYS and name not in BY_NAME:
+        near = nearest(name, [*KEYS, *BY_NAME])
         raise ConfigError(f"unknown parameter '{name}': did you mean '{near}'? (all keys: bridgekit config --help)")
-    return found
+    return BY_NAME.get(name, name)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that looks most like a mistaken one; empty where none is known."""
+    return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)), "")
 
 
 def parse_override(text: str) -> tuple[str, object]:
     """`train.steps=200` to (key, value); the value is read as YAML, then held to the key's type."""
     name, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"override '{text}': write it as key=value")
+    refuse_if(not equals, f"override '{text}': write it as key=value")
     try:
         return resolve_key(name.strip()), yaml.safe_load(value)
     except yaml.YAMLError:
         raise ConfigError(f"override '{text}': its value is not valid YAML") from None
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = (), **values) -> Config:
-    """Read a flat or sectioned YAML file, then keyword values, then dotted overrides; later ones win."""
-    flat = {} if path is None else load_parameters(path)
-    of_file = flat.pop("overrides", None) or []
-    flat.pop("notebook", None)  # for which notebook the file is
-    if not isinstance(of_file, list) or not all(isinstance(o, str) for o in of_file):
-        raise ConfigError(f"{path}: overrides: expected a list of key=value texts, got {of_file!r}")
-    flat = {resolve_key(k): v for k, v in flat.items()} | {resolve_key(k): v for k, v in values.items()}
-    return build_config(flat | dict(parse_override(o) for o in [*of_file, *overrides]))
+def format_override(key: str, value: object) -> str:
+    """The text that `parse_override` reads."""
+    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=9999).splitlines()[0]}"
+
+
+def parse_texts(where: str, texts: object) -> dict[str, object]:
+    """{dotted key: value} of a list of key=value texts; `where` names the list that is refused."""
+    is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
+    refuse_if(not is_list, f"{where}: expected a list of key=value texts, got {texts!r}")
+    try:
+        return dict(map(parse_override, texts))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def load_parameters(path: str | Path) -> dict[str, object]:
     """The parameters of a YAML file as {name: value}; sections are flattened, `overrides` stays a list."""
-    path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such parameters file")
+    refuse_if(not Path(path).is_file(), f"{path}: no such parameters file")
     try:
-        loaded = yaml.safe_load(path.read_text()) or {}
+        loaded = yaml.safe_load(Path(path).read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    if not isinstance(loaded, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
+    is_table = isinstance(loaded, dict)
+    refuse_if(not is_table, f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
     written_as = loaded.pop("format", 1)
-    if type(written_as) is not int or not 1 <= written_as <= FORMAT:
-        raise ConfigError(f"{path}: format {written_as!r} is not known here (1 to {FORMAT} are): update bridgekit")
+    is_known = type(written_as) is int and 1 <= written_as <= FORMAT
+    refuse_if(not is_known, f"{path}: format {written_as!r} is not known here (1 to {FORMAT} are): update bridgekit")
+    parse_texts(f"{path}: overrides", loaded.get("overrides") or [])
     flat: dict[str, object] = {}
     for name, value in loaded.items():
         inside = name in SECTIONS and isinstance(value, dict)
@@ -108,51 +120,62 @@ def load_parameters(path: str | Path) -> dict[str, object]:
     return flat
 
 
-def build_config(flat: dict[str, object]) -> Config:
-    """A checked Config from {key: value}; keys may be short or dotted."""
-    sections: dict[str, dict] = {name: {} for name in SECTIONS}
-    for name, value in flat.items():
-        section, leaf = resolve_key(name).split(".")
-        sections[section][leaf] = check_type(f"{section}.{leaf}", KEYS[f"{section}.{leaf}"].type, value)
-    config = Config(**{name: SECTIONS[name](**values) for name, values in sections.items()})
-    if config.bridge.prompt_mode == "auto":  # resolved once, so that a run folder says which it was
-        config = dataclasses.replace(config, bridge=dataclasses.replace(config.bridge, prompt_mode=prompt_mode(config)))
-    for name, value in to_flat(config).items():
-        check_value(name, value)
+def load_layers(files: Iterable[str | Path], notebook: str = "") -> dict[str, object]:
+    """The parameters of several files: later ones win, and their lists of overrides add up."""
+    values: dict[str, object] = {}
+    for file in files:
+        layer = load_parameters(file)
+        meant, wrong = layer.pop("notebook", notebook), f"{file}: holds parameters of the notebook"
+        refuse_if(notebook and meant != notebook, f"{wrong} '{meant}', not of '{notebook}'")
+        if "overrides" in layer:
+            layer["overrides"] = [*values.get("overrides", []), *(layer["overrides"] or [])]
+        values |= layer
+    return values
+
+
+def load_config(
+    files: str | Path | Iterable[str | Path] = (), overrides: Iterable[str] = (), notebook: str = "", **values
+) -> Config:
+    """Read flat or sectioned YAML files, then keyword values, then dotted overrides; later ones win."""
+    layer = load_layers([files] if isinstance(files, (str, Path)) else files, notebook)
+    own = layer.pop("overrides", [])
+    return build_config(layer, values, dict(map(parse_override, [*own, *overrides])))
+
+
+def build_config(*layers: dict[str, object]) -> Config:
+    """A checked Config from {key: value}, of which later ones win; keys may be short or dotted."""
+    given = {resolve_key(name): value for layer in layers for name, value in layer.items()}
+    flat = DEFAULTS | {name: check_value(name, value) for name, value in given.items()}
+    if flat["bridge.prompt_mode"] == "auto":  # resolved once, so that a run folder says which it was
+        # Tokens taught to be the prompt stand in its place, all others stand beside it.
+        taught = flat["loss.prompt_weight"] or flat["loss.flow_weight"] or flat["bridge.dit_tokens"] == "teacher"
+        alone = taught and flat["bridge.teacher"] == "prompt" and flat["bridge.injector"] in SOFT_INJECTORS
+        flat["bridge.prompt_mode"] = "soft_only" if alone else "soft_plus_text"
+    sections = {s: {leaf: flat[f"{s}.{leaf}"] for leaf, _ in leaves} for s, leaves in SECTIONS.items()}
+    config = Config(**{s: type(getattr(Config, s))(**values) for s, values in sections.items()})
     check_rules(config)
     return config
 
 
-def prompt_mode(config: Config) -> str:
-    """What `auto` means: tokens taught to be the prompt stand in its place, all others stand beside it."""
-    taught = config.loss.prompt_weight > 0 or config.loss.flow_weight > 0 or config.bridge.dit_tokens == "teacher"
-    has_tokens = config.bridge.injector in SOFT_INJECTORS
-    return "soft_only" if config.bridge.teacher == "prompt" and taught and has_tokens else "soft_plus_text"
-
-
 def to_flat(config: Config) -> dict[str, object]:
-    return {name: getattr(getattr(config, name.split(".")[0]), name.split(".")[1]) for name in KEYS}
+    """{dotted key: value} of a configuration."""
+    return {f"{section}.{leaf}": v for section, values in asdict(config).items() for leaf, v in values.items()}
 
 
 def dump_config(config: Config) -> str:
     """YAML text that `load_config` reads back to an equal Config."""
-    nested = dataclasses.asdict(config, dict_factory=lambda items: {k: _plain(v) for k, v in items})
-    return yaml.safe_dump({"format": FORMAT} | nested, sort_keys=False)
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump({"format": FORMAT} | asdict(config), sort_keys=False)
 
 
 def describe_keys() -> str:
     """Every key in a line: type, default, what is allowed, its meaning, and when it has an effect."""
     lines = ["keys, as section.name or name alone:"]
-    for name, known in KEYS.items():
-        allowed, only = known.metadata["allowed"], known.metadata["matters_if"]
+    for name, (default, meaning, allowed, only) in KEYS.items():
         limits = allowed if isinstance(allowed, str) else "one of " * bool(allowed) + ", ".join(filter(None, allowed))
-        kind = f"{'list' if isinstance(known.default, tuple) else known.type.__name__}, {_plain(known.default)!r}"
+        kind = "list" if isinstance(default, tuple) else type(default).__name__
+        about = "; ".join(filter(None, [f"{kind}, {format_override('', default)[1:]}", limits]))
         effect = {"": "", NEVER: "; changes no result"}.get(only, f"; only if {only}")
-        lines.append(f"  {name} ({kind}{'; ' if limits else ''}{limits}): {known.metadata['meaning']}{effect}")
+        lines.append(f"  {name} ({about}): {meaning}{effect}")
     return "\n".join(lines)
 
 
@@ -161,33 +184,33 @@ def describe_keys() -> str:
 
 def check_type(name: str, kind: type, value: object) -> object:
     """Hold a value to its key's type; an int may stand for a float, nothing else is converted."""
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
-            return tuple(value)
-        raise ConfigError(f"{name}: expected a list of names, got {value!r}")
+    if kind is tuple:
+        is_list = isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
+        refuse_if(not is_list, f"{name}: expected a list of names, got {value!r}")
+        return tuple(value)
     if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not kind:
-        is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
-        hint = f" (YAML reads {value} as text: write 1.0e-4 with a dot and a signed exponent)" if is_number else ""
-        raise ConfigError(f"{name}: expected {kind.__name__}, got {type(value).__name__} {value!r}{hint}")
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
+    hint = f" (YAML reads {value} as text: write 1.0e-4 with a dot and a signed exponent)" if is_number else ""
+    found = f"{type(value).__name__} {value!r}{hint}"
+    refuse_if(type(value) is not kind, f"{name}: expected {kind.__name__}, got {found}")
     return value
 
 
-def check_value(name: str, value: object) -> None:
-    """Refuse a value outside its key's names or limits."""
-    allowed = KEYS[name].metadata["allowed"]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ConfigError(f"{name}: must be a finite number, got {value}")
+def check_value(name: str, value: object) -> object:
+    """Hold a value to its key's type, and refuse one outside its names or limits."""
+    default, _, allowed, _ = KEYS[name]
+    value = check_type(name, type(default), value)
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    refuse_if(not is_finite, f"{name}: must be a finite number, got {value}")
     if isinstance(allowed, str):
-        if allowed and not holds(allowed, {}, value):
-            raise ConfigError(f"{name}: must be {allowed}, got {value!r}")
-        return
+        refuse_if(allowed and not holds(allowed, {}, value), f"{name}: must be {allowed}, got {value!r}")
+        return value
     for one in (value if isinstance(value, tuple) else (value,)) if allowed else ():
         if one not in allowed and not (FILE_OBJECT in allowed and is_path(one)):
-            near = difflib.get_close_matches(one, allowed, n=1, cutoff=0.0)[0]
             names = ", ".join(filter(None, allowed))
-            raise ConfigError(f"{name}: '{one}' is not one of {names} (nearest: {near})")
+            raise ConfigError(f"{name}: '{one}' is not one of {names} (nearest: {nearest(one, allowed)})")
+    return value
 
 
 def check_rules(c: Config) -> None:
@@ -201,7 +224,7 @@ def check_rules(c: Config) -> None:
     no_groups = f"task {task.task} has no knowledge groups: {{}} must stay {{}}".format
     pairs = "injector kv pairs the tokens of both prompts: set {}".format
     missing = [name for name in ("source", "target", "bridged") if name not in c.eval.conditions]
-    idle = [name for name in c.train.controls if name != "self_bridge" and not has_loss(c, as_control=True)]
+    idle = [name for name in c.train.controls if name != "self_bridge" and not holds(keys.LOSS_OF_ALL, flat)]
     rules = [  # (key, refused if, why)
         ("run.name", not re.fullmatch(r"[A-Za-z0-9_.-]+", c.run.name), "use letters, digits, '_', '-' and '.'"),
         ("pair.source_device", not is_device(c.pair.source_device), device),
@@ -233,28 +256,15 @@ def check_rules(c: Config) -> None:
         ("bridge.prompt_mode", kv and bridge.prompt_mode != "soft_plus_text", pairs("prompt_mode=soft_plus_text")),
         ("bridge.train_prompt_mode", kv and bridge.train_prompt_mode == "soft_only", pairs("train_prompt_mode=same")),
         ("eval.conditions", missing, f"needs {', '.join(missing)}: every verdict compares source, target and bridged"),
-        ("loss.nll_weight", not has_loss(c), "a training step would have no loss: give one a weight above 0"
+        ("loss.nll_weight", not holds(keys.LOSS, flat), "a training step would have no loss: give one a weight above 0"
          + (", or set loss.decode_every=1" if decodes else "")),
         ("train.controls", idle, f"{', '.join(idle)} would have no loss, because a constant is trained without flow, "
          "InfoNCE and prompt alignment: give another loss a weight, or leave it out"),
     ]  # fmt: skip
-    for key, options in OPTIONS.items():
-        why = f"{key} '{flat[key]}' takes no options, only an object of your own does"
-        rules.append((options, flat[options] and not is_path(flat[key]), why))
+    alone = "{} '{}' takes no options, only an object of your own does".format
+    rules += [(own, flat[own] and not is_path(flat[key]), alone(key, flat[key])) for key, own in OPTIONS.items()]
     for key, broken, why in rules:
-        if broken:
-            raise ConfigError(f"{key}: {why}, got {flat[key]!r}")
-
-
-def has_loss(config: Config, as_control: bool = False) -> bool:
-    """Whether every training step has a loss; a constant control does without flow, InfoNCE and prompt alignment."""
-    loss = config.loss
-    weights = [loss.nll_weight, loss.kl_weight, loss.format_weight, loss.extra_weight]
-    weights += [loss.decode_weight] if loss.decode_every == 1 else []
-    if not as_control:
-        weights += [loss.prompt_weight, loss.info_nce_weight]
-        weights += [loss.flow_weight] if holds(keys.DIT, to_flat(config)) else []
-    return any(weights) or config.train.steps == 0
+        refuse_if(broken, f"{key}: {why}, got {flat[key]!r}")
 
 
 def resolve_model_folder(key: str, model: str) -> Path | None:
@@ -263,8 +273,8 @@ def resolve_model_folder(key: str, model: str) -> Path | None:
         return EMBEDDED / key.split("_")[0]
     path = Path(model)
     looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
-    if looks_local and not (path / "config.json").is_file():
-        raise ConfigError(f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
+    missing = looks_local and not (path / "config.json").is_file()
+    refuse_if(missing, f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
     return path if looks_local else None
 
 
@@ -285,7 +295,7 @@ def effective_settings(flat: dict[str, object], seed: bool = True) -> dict[str, 
     mode, train_mode = whole["bridge.prompt_mode"], whole["bridge.train_prompt_mode"]
     no_text, no_prefix = {mode, train_mode} <= {"soft_only", "same"}, whole["task.task"] == "units"
     for name, value in flat.items():
-        only = KEYS[name].metadata["matters_if"] if name in KEYS else ""
+        only = KEYS[name].matters_if if name in KEYS else ""
         if only == NEVER or only and not holds(only, whole) or name == "run.seed" and not seed:
             continue
         if name == "bridge.soft_position" and (no_text or no_prefix and value == "question"):
@@ -296,9 +306,9 @@ def effective_settings(flat: dict[str, object], seed: bool = True) -> dict[str, 
 
 def differences(a: dict[str, object], b: dict[str, object]) -> tuple[dict, dict]:
     """{key: (in a, in b)} of the settings that differ: those with an effect, and those without one."""
-    a, b = ({name: _plain(value) for name, value in (DEFAULTS | flat).items()} for flat in (a, b))
+    a, b = ({k: list(v) if isinstance(v, tuple) else v for k, v in (DEFAULTS | flat).items()} for flat in (a, b))
     first, second = effective_settings(a), effective_settings(b)
     apart = {name: (a.get(name), b.get(name)) for name in {**a, **b} if a.get(name) != b.get(name)}
     effective = {name: pair for name, pair in apart.items() if first.get(name) != second.get(name)}
-    hidden = [name for name, known in KEYS.items() if known.metadata["matters_if"] == NEVER]
-    return effective, {name: pair for name, pair in apart.items() if name not in effective and name not in hidden}
+    hidden = {*effective, *(name for name, known in KEYS.items() if known.matters_if == NEVER)}
+    return effective, {name: pair for name, pair in apart.items() if name not in hidden}

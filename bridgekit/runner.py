@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridgekit import launch, runs
 from bridgekit.config import Config, ConfigError
-from bridgekit.live import POLL_SECONDS, LiveView
 from bridgekit.runs import load_run_config, load_status, project_root
 
 SLOTS_PER_GPU = 6
@@ -30,12 +29,11 @@ def is_done(folder: Path, config: Config) -> bool:
     if load_status(folder).get("state") != "finished":
         return False
     try:
-        same = runs.same_run(load_run_config(folder), config)
+        if runs.same_run(load_run_config(folder), config):
+            return True
     except ValueError as error:
         raise ConfigError(f"'{folder}' is finished, but cannot be read ({error}): move it away") from None
-    if not same:
-        raise ConfigError(f"'{folder}' is finished with another configuration: move it away, or use another name")
-    return True
+    raise ConfigError(f"'{folder}' is finished with another configuration: move it away, or use another name")
 
 
 def prepare_folder(folder: Path, config: Config) -> None:
@@ -47,9 +45,8 @@ def prepare_folder(folder: Path, config: Config) -> None:
         with contextlib.suppress(ValueError):
             if load_run_config(folder) == config and not (folder / "metrics.jsonl").exists():
                 return  # headroom at most has been measured, which training goes on from
-        folder.rename(runs.make_folder(folder.parent / ".unfinished", runs.stamped(folder.name)))
-    with contextlib.chdir(project_root()):
-        launch.make_run(config, folder)
+        folder.rename(runs.make_folder(folder.parent / ".unfinished", folder.name))
+    launch.open_run(config, folder=folder)
 
 
 def list_gpus() -> list[str]:
@@ -74,10 +71,8 @@ class Job:
     config: Config | None = None
     lexicon_seed: int = 0
     gpus: list[str] = field(default_factory=list)
-    child: subprocess.Popen | None = None
+    child: launch.Child | None = None
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    started: float = 0.0
-    log_start: int = 0
 
     @property
     def pair(self) -> Path | None:
@@ -87,43 +82,43 @@ class Job:
 class Runner:
     """Jobs from waiting to done: `outcome` has a line for each, and `failed` names those that went wrong."""
 
-    def __init__(self, planned: Mapping[str, Config], runs_dir: str | Path, slots: int = 0,
-                 pairs: Mapping[str, dict] | None = None, pair_options: Sequence = ()):  # fmt: skip
+    def __init__(
+        self, planned: dict[str, Config], runs_dir: str | Path, slots=0, pairs: dict | None = None, pair_options=()
+    ) -> None:
         if slots < 0:
             raise ConfigError(f"slots: trainings at once on each GPU, or 0 for the default, got {slots}")
-        self.runs_dir, self.pair_options = project_root() / runs_dir, [str(option) for option in pair_options]
+        self.gpus, self.runs_dir = list_gpus(), project_root() / runs_dir
+        self.pair_options = [str(option) for option in pair_options]
+        self.slots = slots or (SLOTS_PER_GPU if self.gpus else 1)
         trainings = [Job(name, self.runs_dir / name, config) for name, config in planned.items()]
-        needed = {job.pair for job in trainings}
-        makings = [Job(f"pair {name}", self.runs_dir / "pairs" / name, lexicon_seed=pair["lexicon_seed"])
-                   for name, pair in (pairs or {}).items()]  # fmt: skip
-        makings = [job for job in makings if job.folder in needed]
-        self.unmade = {job.folder: job for job in makings}
+        for job in trainings if self.gpus else ():
+            if (n := job.config.train.num_processes) > len(self.gpus):
+                raise ConfigError(f"train.num_processes: {job.name} needs {n} GPUs, there are {len(self.gpus)}")
+        folders = {name: self.runs_dir / "pairs" / name for name in pairs or {}}
+        seeds = {name: pairs[name]["lexicon_seed"] for name in folders if folders[name] in {j.pair for j in trainings}}
+        makings = [Job(f"pair {name}", folders[name], lexicon_seed=seed) for name, seed in seeds.items()]
         self.waiting, self.active, self.n_runs = makings + trainings, list[Job](), len(trainings)
-        self.gpus = list_gpus()
-        self.free = dict.fromkeys(self.gpus or ["none"], slots or (SLOTS_PER_GPU if self.gpus else 1))
-        self.threads = launch.share_cores(max(1, min(sum(self.free.values()), len(self.waiting))))
+        self.threads = runs.count_threads(max(1, min(self.slots * max(1, len(self.gpus)), len(self.waiting))))
         self.failed: list[str] = []
         self.outcome: dict[str, str] = {}
-        self.view = LiveView()
-        for name, config in planned.items() if self.gpus else ():
-            if (n := config.train.num_processes) > len(self.gpus):
-                raise ConfigError(f"train.num_processes: {name} needs {n} GPUs, there are {len(self.gpus)}")
+        self.view = launch.LiveView()
 
     def run(self) -> None:
         """Everything that is not done yet; a run that fails stops no other. However this ends, no child is left."""
         started = time.time()
         try:
             while self.waiting or self.active:
-                for job in [job for job in self.waiting if job.pair not in self.unmade]:
+                unmade = {job.folder for job in (*self.waiting, *self.active) if not job.config}
+                for job in [job for job in self.waiting if job.pair not in unmade]:
                     if not self._start(job):
                         break  # the plan's order: a run that needs several GPUs is not overtaken for ever
-                for job in [job for job in self.active if job.child.poll() is not None]:
+                for job in [job for job in self.active if job.child.process.poll() is not None]:
                     self._finish(job)
                 self._show(time.time() - started)
-                time.sleep(POLL_SECONDS if self.active else 0)
+                time.sleep(launch.POLL_SECONDS if self.active else 0)
         except BaseException:
             for job in self.active:
-                launch.kill_tree(job.child)
+                job.child.kill()
                 if job.config:
                     launch.mark_failed(job.folder, "interrupted")
                 job.lock.close()
@@ -139,24 +134,25 @@ class Runner:
 
     def _start(self, job: Job) -> bool:
         """Start a job, or settle it where there is nothing to start; False if it has to wait for a GPU."""
+        load = Counter(gpu for other in self.active for gpu in other.gpus)
+        free = [gpu for gpu in sorted(self.gpus or ["none"], key=load.__getitem__) if load[gpu] < self.slots]
         n = job.config.train.num_processes if job.config and self.gpus else 1
-        job.gpus = sorted((gpu for gpu in self.free if self.free[gpu]), key=self.free.get, reverse=True)[:n]
+        if len(free) < n:
+            return False
+        job.gpus = free[:n]
         try:
-            if not self._is_done(job):
-                if len(job.gpus) < n:
-                    return False
-                handle = job.lock.enter_context(runs.lock_run(job.folder))
-                if not self._is_done(job):  # by another process, in this moment
-                    self._launch(job, handle)
-                    return True
-            self._settle(job, "kept")
+            handle = job.lock.enter_context(runs.lock_run(job.folder))
+            if self._is_done(job):
+                self._settle(job, "kept")
+            else:
+                self._launch(job, handle)
         except (ValueError, OSError) as error:
             self._settle(job, " ".join(str(error).split()), failed=True)
         return True
 
     def _is_done(self, job: Job) -> bool:
         if job.config:
-            if self.outcome.get(f"pair {job.pair.name}") and f"pair {job.pair.name}" in self.failed:
+            if f"pair {job.pair.name}" in self.failed:
                 raise ConfigError(f"its pair could not be made, see {job.pair / 'train.log'}")
             return is_done(job.folder, job.config)
         record = job.folder / "pair.json"
@@ -174,35 +170,27 @@ class Runner:
             job.folder.mkdir(parents=True, exist_ok=True)
             command = [sys.executable, "-m", "bridgekit.train.pretrain", "--out", str(job.folder)]
             command += ["--lexicon-seed", str(job.lexicon_seed), *self.pair_options]
-        extra = {"OMP_NUM_THREADS": str(self.threads)}
-        extra |= {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if self.gpus else {}
-        with open(job.folder / "train.log", "ab") as log:
-            job.started, job.log_start = time.time(), log.tell()
-            job.child = launch.start_child(command, log, extra, keep=(lock,))
-        for gpu in job.gpus:
-            self.free[gpu] -= 1
+        extra = {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if self.gpus else {}
+        extra["OMP_NUM_THREADS"] = str(self.threads)
+        job.child = launch.Child(job.folder, command, lock, **extra)
         self.waiting.remove(job)
         self.active.append(job)
 
     def _finish(self, job: Job) -> None:
         self.active.remove(job)
-        for gpu in job.gpus:
-            self.free[gpu] += 1
-        code, summary = job.child.returncode, job.folder / "summary.log"
+        code, summary = job.child.process.returncode, job.folder / "summary.log"
         text = summary.read_text().strip() if summary.exists() else "made"
         failed = code != 0 or bool(job.config and load_status(job.folder).get("state") != "finished")
         if failed:
-            reason = launch.find_error(job.folder / "train.log", job.log_start) or "its process ended without a word"
-            text = f"FAILED ({code}): {reason}"
+            text = f"FAILED ({code}): {job.child.why()}"
             if job.config:
-                launch.mark_failed(job.folder, reason)
-        self._settle(job, text, failed, f"{time.time() - job.started:4.0f} s gpu {','.join(job.gpus)}  ")
+                launch.mark_failed(job.folder, job.child.why())
+        self._settle(job, text, failed, f"{time.time() - job.child.started:4.0f} s gpu {','.join(job.gpus)}  ")
 
     def _settle(self, job: Job, text: str, failed: bool = False, before: str = "") -> None:
         """A job's last word."""
         job.lock.close()
         self.waiting = [other for other in self.waiting if other is not job]
-        self.unmade.pop(job.folder, None)
         self.outcome[job.name] = text
         self.failed += [job.name] if failed else []
         if text != "kept":
@@ -210,20 +198,16 @@ class Runner:
 
     def _show(self, elapsed: float) -> None:
         n_left = sum(bool(job.config) for job in (*self.waiting, *self.active))
-        running = []
-        for job in self.active[:2]:
-            status = load_status(job.folder)
-            step = f" {status['step']}/{status['steps']}" if status.get("steps") else ""
-            running.append(f"{job.name}: {status.get('stage', 'running')}{step}")
-        if len(self.active) > 2:
-            running.append(f"{len(self.active) - 2} more")
+        first = {job.name: {"stage": "running"} | load_status(job.folder) for job in self.active[:2]}
+        parts = {name: {key: status.get(key) for key in ("stage", "step", "steps")} for name, status in first.items()}
+        running = [f"{name}: {launch.describe_progress(part)}" for name, part in parts.items()]
+        running += [f"{len(self.active) - 2} more"] if len(self.active) > 2 else []
         stage = f"{self.n_runs - n_left} of {self.n_runs} runs finished"
         self.view.show({"stage": stage, "running": ", ".join(running), "elapsed": elapsed})
 
 
-def run_planned(planned: Mapping[str, Config], runs_dir: str | Path, slots: int = 0,
-                pairs: Mapping[str, dict] | None = None, pair_options: Sequence = ()) -> Runner:  # fmt: skip
+def run_planned(planned: dict[str, Config], runs_dir: str | Path, *options, **more) -> Runner:
     """Run what is planned and not finished; `.check()` of what comes back raises if a run failed."""
-    runner = Runner(planned, runs_dir, slots, pairs, pair_options)
+    runner = Runner(planned, runs_dir, *options, **more)
     runner.run()
     return runner

@@ -2,18 +2,17 @@
 
     folder = create_run(config)                       # runs/<name>_<YYYYmmdd_HHMMSS>/ with config.yaml
     frame = load_eval(find_eval(folder))              # a row per problem, a bool `<condition>_correct` per condition
-    folder = find_run("headline_dit_seed1")           # a kept run, by its name
+    folder = open_study("ablation_losses")            # the run folders of a kept study
 
 Files are written to a temporary name and renamed: a file with its final name is complete.
 """
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import gzip
 import hashlib
-import io
+import itertools
 import json
 import os
 import platform
@@ -44,33 +43,25 @@ def create_run(config: Config, folder: str | Path | None = None) -> Path:
     """A new run folder with its resolved config; a given `folder` must be new or empty."""
     where = Path(folder or config.run.runs_dir)
     try:
-        path = make_folder(where.parent, where.name, 1) if folder else make_folder(where, stamped(config.run.name))
+        where.mkdir(parents=True, exist_ok=True)
+        path = where if folder else make_folder(where, config.run.name)
+        if any(path.iterdir()):
+            raise ConfigError(f"run folder '{where}' exists already: move it away, or set run.runs_dir")
         (path / "figures").mkdir()
         write_text_atomic(path / "config.yaml", dump_config(config))
-    except FileExistsError:
-        raise ConfigError(f"run folder '{where}' exists already: move it away, or set run.runs_dir") from None
     except OSError as error:
         raise ConfigError(f"run folder '{where}' cannot be written ({error.strerror}): set run.runs_dir") from None
     return path
 
 
-def stamped(name: str) -> str:
-    return f"{name}_{datetime.datetime.now():%Y%m%d_%H%M%S}"
-
-
-def make_folder(root: Path, name: str, tries: int = 100) -> Path:
-    """A folder of one's own: `name`, or `name_2`, `name_3`, ... where another process has made it in this second."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, "a file is in the way") from None
-    for path in (root / (f"{name}_{n}" if n > 1 else name) for n in range(1, tries + 1)):
+def make_folder(root: Path, name: str) -> Path:
+    """A new folder `name_<now>`, or `name_<now>_2`, ... where another process has made it in this second."""
+    root.mkdir(parents=True, exist_ok=True)
+    name += f"_{datetime.datetime.now():%Y%m%d_%H%M%S}"
+    for path in itertools.chain([root / name], (root / f"{name}_{number}" for number in itertools.count(2))):
         with contextlib.suppress(FileExistsError):
             path.mkdir()
             return path
-        if tries == 1 and not any(path.iterdir()):
-            return path
-    raise FileExistsError(f"{root / name} exists already")
 
 
 @contextlib.contextmanager
@@ -122,19 +113,6 @@ def load_status(folder: str | Path) -> dict:
 # -- kept runs --------------------------------------------------------------------------------------------------
 
 
-def find_run(name: str, root: str | Path = "preserved_data") -> Path:
-    """The folder of a kept run: in `root` itself, or inside the archive of its study."""
-    root = project_root() / root
-    if (root / name / "config.yaml").is_file():
-        return root / name
-    studies = sorted(path.name.removesuffix(".tar.xz") for path in root.glob("studies/*.tar.xz"))
-    for study in sorted((s for s in studies if name.startswith(f"{s}_")), key=len, reverse=True):
-        folder = open_study(study, root / "studies") / name
-        if folder.is_dir():
-            return folder
-    raise FileNotFoundError(f"{root}: no kept run '{name}', in it or in its studies ({', '.join(studies)})")
-
-
 def open_study(name: str, root: str | Path = "preserved_data/studies", into: str | Path = "runs/.studies") -> Path:
     """The folder with a kept study's run folders, unpacked where this very archive has not been unpacked yet."""
     path, into = project_root() / root / f"{name}.tar.xz", project_root() / into
@@ -177,12 +155,7 @@ def write_bytes_atomic(path: str | Path, data: bytes) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[dict]) -> None:
     """One JSON object a line; `.gz` is compressed without a time stamp, so equal rows make equal files."""
     data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
-    if str(path).endswith(".gz"):
-        buffer = io.BytesIO()
-        with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0) as stream:
-            stream.write(data)
-        data = buffer.getvalue()
-    write_bytes_atomic(path, data)
+    write_bytes_atomic(path, gzip.compress(data, mtime=0) if str(path).endswith(".gz") else data)
 
 
 def append_jsonl(path: str | Path, row: dict) -> None:
@@ -231,6 +204,11 @@ def find_eval(folder: str | Path, step: str = "final") -> Path:
     raise FileNotFoundError(f"{plain}: not found: the run has not finished, or this is not a run folder")
 
 
+def is_correct(row: dict, condition: str) -> bool:
+    """As the task scored it; rows of older runs hold the extracted answers alone."""
+    return row.get(f"{condition}_correct", row[f"{condition}_extracted"] == row["gold_extracted"])
+
+
 def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
     """The evaluation JSONL as a DataFrame with a bool `<condition>_correct` per condition present.
 
@@ -243,8 +221,7 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
     broken: list[int] = []
     rows = load_jsonl(path, broken if skip_broken else None)
     if not texts:
-        left = ("question", "gold_full_text")
-        rows = ({k: v for k, v in r.items() if not k.endswith("_full") and k not in left} for r in rows)
+        rows = ({k: v for k, v in row.items() if not k.endswith(("_full", "_full_text", "question"))} for row in rows)
     frame = pd.DataFrame(rows)
     if frame.empty:
         raise ValueError(f"{path}: no examples in it")
@@ -252,8 +229,7 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
         if key not in frame:
             raise ValueError(f"{path}: no '{key}' in it, so it is no evaluation of a run")
     answered = [key.removesuffix("_extracted") for key in frame if key.endswith("_extracted")]
-    order = [c for c in CONDITIONS if c in answered] + [c for c in answered if c not in (*CONDITIONS, "gold")]
-    for condition in order:
+    for condition in dict.fromkeys(c for c in (*CONDITIONS, *answered) if c in answered and c != "gold"):
         answer, by_task = frame[f"{condition}_extracted"], frame.get(f"{condition}_correct")
         equal = (answer == frame["gold_extracted"]) & (answer != INVALID)
         frame[f"{condition}_correct"] = equal if by_task is None else by_task.eq(True)
@@ -288,7 +264,7 @@ def provenance(config: Config) -> dict:
         "platform": platform.platform(terse=True),
         "cpu": _output("sed", "-n", "/^model name/{s/.*: //p;q}", "/proc/cpuinfo") or platform.machine(),
         "cpus": os.cpu_count(),
-        "threads": int(os.environ.get("OMP_NUM_THREADS") or count_cores()),
+        "threads": count_threads(),
         "seed": config.run.seed,
         "config_sha256": hashlib.sha256(dump_config(config).encode()).hexdigest(),
         "command": os.environ.get("BRIDGEKIT_COMMAND") or join_command(worker),
@@ -302,9 +278,13 @@ def join_command(parts: Iterable[str]) -> str:
     return " ".join(text if text.startswith("~/") else shlex.quote(text) for text in texts)
 
 
-def count_cores() -> int:
-    """The cores this process may use, which a job scheduler may have made fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def count_threads(n: int = 1) -> int:
+    """Threads for each of `n` processes at once, unless the user has set them: more than cores make each crawl.
+
+    A job scheduler may have left this process fewer cores than there are.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // n))
 
 
 def _output(*command: str) -> str:
@@ -334,6 +314,3 @@ def watch_parent(folder: str | Path | None = None) -> None:
 
     if parent := os.environ.get("BRIDGEKIT_PARENT_PID"):
         threading.Thread(target=watch, args=(int(parent),), daemon=True, name="watch-parent").start()
-
-
-# Names that other modules still use.

@@ -18,21 +18,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import yaml
-
 from bridgekit import launch
 from bridgekit.config import (
     Config,
     ConfigError,
     differences,
     effective_settings,
+    format_override,
     load_config,
+    load_layers,
     load_parameters,
-    parse_override,
+    parse_texts,
+    refuse_if,
     to_flat,
 )
 from bridgekit.runner import SLOTS_PER_GPU, is_done, prepare_folder, run_planned
-from bridgekit.runs import lock_run, project_root, same_run  # noqa: F401 (same_run: its former place)
+from bridgekit.runs import lock_run, project_root
 from bridgekit.tasks import check_inputs, check_positions, measure_prompts
 
 REPLICATE_SHIFT = 100
@@ -42,7 +43,7 @@ NOTEBOOK_KEYS = ("notebook", "phase1_run", "report", "runs_dir", "slots")  # may
 MEASUREMENT = ("eval.conditions", "eval.eval_samples", "train.controls", "train.num_processes")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Study:
     """What a study file says; `variants` then holds each in full: {name: ["key=value", ...]}."""
 
@@ -56,14 +57,13 @@ class Study:
     grid: dict[str, list | dict] = field(default_factory=dict)
     pairs: dict[str, dict] = field(default_factory=dict)
     pair_options: list = field(default_factory=list)  # of `bridgekit pair`, for all of them
-    pair_of: dict[str, str] = field(default_factory=dict, init=False)  # {variant: pair}, where it is not the base's
 
     def __post_init__(self) -> None:
         parse_texts("overrides", self.overrides)
-        variants = expand_grid(expand_variants(self.variants), self.grid)
-        self.pair_of.update({name: changes.pop("pair") for name, changes in variants.items() if "pair" in changes})
-        texts = {name: [format_override(*change) for change in changes.items()] for name, changes in variants.items()}
-        object.__setattr__(self, "variants", texts)
+        whole = expand_grid(expand_variants(self.variants), self.grid)
+        # {variant: pair}, where it is not the base's
+        self.pair_of = {name: changes.pop("pair") for name, changes in whole.items() if "pair" in changes}
+        self.variants = {name: [format_override(*change) for change in own.items()] for name, own in whole.items()}
         check_study(self)
 
     def seeds_of(self, variant: str) -> list[int]:
@@ -79,7 +79,8 @@ class Study:
 
 
 def load_study(path: str | Path) -> Study:
-    values, known = load_parameters(path), [one.name for one in fields(Study) if one.init]
+    """The study of a file, checked; the file's name is the study's where it says no other."""
+    values, known = load_parameters(path), [one.name for one in fields(Study)]
     for key in set(values) - {*known, *NOTEBOOK_KEYS}:
         raise ConfigError(f"{path}: unknown key '{key}' (a study has: {', '.join(known)})")
     if "base" not in values or not values.keys() & {"variants", "grid"}:
@@ -92,82 +93,58 @@ def load_study(path: str | Path) -> Study:
 
 def expand_variants(variants: object) -> dict[str, dict[str, object]]:
     """{name: {key: value}} with everything that `after` brings; a list of key=value texts is a variant too."""
-    if not isinstance(variants, dict):
-        raise ConfigError(f"variants: expected {{name: {{key: value}}}}, got {variants!r}")
-    whole: dict[str, dict[str, object]] = {}
+    refuse_if(not isinstance(variants, dict), f"variants: expected {{name: {{key: value}}}}, got {variants!r}")
+    whole: dict[str, dict[str, object]] = {None: {}}
     for name, changes in variants.items():
         changes = dict(changes) if isinstance(changes, dict) else parse_texts(f"variants.{name}", changes)
-        start = changes.pop("after", None)
-        if start is not None and start not in whole:
-            raise ConfigError(f"variants.{name}.after: '{start}' is no variant above it ({', '.join(whole)})")
-        whole[name] = whole.get(start, {}) | changes
-    return whole
+        start, above = changes.pop("after", None), ", ".join(filter(None, whole))
+        refuse_if(start not in whole, f"variants.{name}.after: '{start}' is no variant above it ({above})")
+        whole[name] = whole[start] | changes
+    return {name: changes for name, changes in whole.items() if name is not None}
 
 
 def expand_grid(variants: dict[str, dict], grid: object) -> dict[str, dict]:
     """Every variant with every combination of the grid; the parts of a name are joined with `_`."""
-    if not isinstance(grid, dict) or not all(isinstance(axis, (list, dict)) and axis for axis in grid.values()):
-        raise ConfigError(f"grid: expected {{key: [values]}} or {{key: {{name: value}}}}, got {grid!r}")
-    if not grid:
-        return variants
-    axes = [
-        [(label, key, v) for label, v in (axis.items() if isinstance(axis, dict) else ((f"{v}", v) for v in axis))]
-        for key, axis in grid.items()
-    ]
-    expanded = {}
-    for variant, changes in (variants or {"": {}}).items():
-        for cell in itertools.product(*axes):
-            name = "_".join(filter(None, [variant, *(str(label) for label, _, _ in cell)]))
-            expanded[name] = changes | {key: value for _, key, value in cell}
-    return expanded
-
-
-def format_override(key: str, value: object) -> str:
-    return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=9999).splitlines()[0]}"
-
-
-def parse_texts(key: str, texts: object) -> dict[str, object]:
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ConfigError(f"{key}: expected a list of key=value texts, got {texts!r}")
-    try:
-        return dict(parse_override(text) for text in texts)
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {error}") from None
+    is_grid = isinstance(grid, dict) and all(isinstance(axis, (list, dict)) and axis for axis in grid.values())
+    refuse_if(not is_grid, f"grid: expected {{key: [values]}} or {{key: {{name: value}}}}, got {grid!r}")
+    for key, axis in grid.items():
+        named = axis if isinstance(axis, dict) else {str(value): value for value in axis}
+        variants = {
+            f"{name}_{label}".removeprefix("_"): changes | {key: value}
+            for (name, changes), (label, value) in itertools.product((variants or {"": {}}).items(), named.items())
+        }
+    return variants
 
 
 def check_study(study: Study) -> None:
     """Refuse what is no study at all; whether its variants differ is for `plan_study`, which reads the base."""
-    known, seeds = f"(there are: {', '.join(study.variants)})", study.seeds
+    variants, seeds, known = study.variants, study.seeds, f"(there are: {', '.join(map(str, study.variants))})"
     for key, kind in (("seeds", list), ("pairs", dict), ("replicates", dict), ("pair_options", list)):
-        if not isinstance(getattr(study, key), kind):
-            raise ConfigError(f"{key}: expected a {kind.__name__}, got {getattr(study, key)!r}")
-    for name in (study.name, *study.variants):
-        if not isinstance(name, str) or not NAME.fullmatch(name):
-            raise ConfigError(f"name {name!r}: use letters, digits, '_', '-' and '.'")
-    if len(study.variants) < 2:
-        raise ConfigError(f"variants: a comparison needs at least two variants, got {study.variants!r}")
-    if not seeds or any(type(seed) is not int or seed < 0 for seed in seeds) or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"seeds: expected whole numbers, each once, got {seeds!r}")
-    if study.reference and study.reference not in study.variants:
-        raise ConfigError(f"reference: no variant '{study.reference}' {known}")
+        value = getattr(study, key)
+        refuse_if(not isinstance(value, kind), f"{key}: expected a {kind.__name__}, got {value!r}")
+    for name in (study.name, *variants):
+        is_name = isinstance(name, str) and NAME.fullmatch(name)
+        refuse_if(not is_name, f"name {name!r}: use letters, digits, '_', '-' and '.'")
+    refuse_if(len(variants) < 2, f"variants: a comparison needs at least two variants, got {variants!r}")
+    are_seeds = seeds and all(type(seed) is int and seed >= 0 for seed in seeds) and len(set(seeds)) == len(seeds)
+    refuse_if(not are_seeds, f"seeds: expected whole numbers, each once, got {seeds!r}")
+    refuse_if(study.reference not in {"", *variants}, f"reference: no variant '{study.reference}' {known}")
     for name, pair in study.pairs.items():
-        if not isinstance(pair, dict) or set(pair) != {"lexicon_seed"} or type(pair["lexicon_seed"]) is not int:
-            raise ConfigError(f"pairs.{name}: needs a whole number `lexicon_seed` and nothing else, got {pair!r}")
+        is_pair = isinstance(pair, dict) and set(pair) == {"lexicon_seed"} and type(pair["lexicon_seed"]) is int
+        refuse_if(not is_pair, f"pairs.{name}: needs a whole number `lexicon_seed` and nothing else, got {pair!r}")
     for name, pair in study.pair_of.items():
-        if pair not in study.pairs:
-            raise ConfigError(f"variants.{name}.pair: '{pair}' is not among `pairs`")
+        refuse_if(pair not in study.pairs, f"variants.{name}.pair: '{pair}' is not among `pairs`")
     for name, of in study.replicates.items():
-        if missing := [one for one in (name, of) if one not in study.variants]:
-            raise ConfigError(f"replicates: no variant '{missing[0]}' to declare '{name}: {of}' with {known}")
-        if of in study.replicates:
-            raise ConfigError(f"replicates: '{of}' is a replicate itself: name the variant that it repeats")
-        if name == study.reference:
-            raise ConfigError(f"reference: '{name}' is declared a replicate: compare with the variant that it repeats")
-        if shared := set(study.seeds_of(name)) & set(seeds):
-            raise ConfigError(
-                f"replicates: '{name}' would run seed {min(shared)} of '{of}' again (its seeds are those of the study "
-                f"plus {REPLICATE_SHIFT}): choose other seeds"
-            )
+        for one in (name, of):
+            refuse_if(one not in variants, f"replicates: no variant '{one}' to declare '{name}: {of}' with {known}")
+        instead, shared = "the variant that it repeats", set(study.seeds_of(name)) & set(seeds)
+        refuse_if(of in study.replicates, f"replicates: '{of}' is a replicate itself: name {instead}")
+        refuse_if(name == study.reference, f"reference: '{name}' is declared a replicate: compare with {instead}")
+        refuse_if(
+            shared,
+            f"replicates: '{name}' would run seed {min(shared, default=0)} of '{of}' again (its seeds are those of the "
+            f"study plus {REPLICATE_SHIFT}): choose other seeds",
+        )
 
 
 def plan_study(study: Study, runs_dir: str | Path = "runs", keep: Sequence[str] | None = None) -> dict[str, Config]:
@@ -176,7 +153,7 @@ def plan_study(study: Study, runs_dir: str | Path = "runs", keep: Sequence[str] 
     The whole study is checked, also what is not due.
     """
     files = study.base if isinstance(study.base, list) else [study.base]
-    base = to_flat(study.base) if isinstance(study.base, Config) else launch.load_layers(files)
+    base = to_flat(study.base) if isinstance(study.base, Config) else load_layers(files)
     shared = [*base.pop("overrides", []), *study.overrides]
     configs: dict[str, Config] = {}
     lengths: dict[tuple, tuple | None] = {}
@@ -205,27 +182,18 @@ def check_distinct(study: Study, configs: dict[str, Config]) -> None:
     flats, first = {name: to_flat(config) for name, config in configs.items()}, {}
     for name, flat in flats.items():
         if of := study.replicates.get(name):
-            for key, (one, other) in differences(flat, flats[of])[0].items():
-                if key not in MEASUREMENT:
-                    apart = f"{key} is {one!r} in the one and {other!r} in the other"
-                    raise ConfigError(f"replicates: '{name}' is no replicate of '{of}': {apart}")
+            apart = {k: pair for k, pair in differences(flat, flats[of])[0].items() if k not in MEASUREMENT}
+            for key, (one, other) in apart.items():
+                why = f"{key} is {one!r} in the one and {other!r} in the other"
+                raise ConfigError(f"replicates: '{name}' is no replicate of '{of}': {why}")
             continue
         settings = {k: v for k, v in effective_settings(flat, seed=False).items() if k not in MEASUREMENT}
         same = first.setdefault(repr(sorted(settings.items())), name)
         if same != name:
             inert = [key for key in flat if flat[key] != flats[same][key] and key != "run.name"]
-            raise ConfigError(
-                f"variants: '{same}' and '{name}' are the same experiment"
-                + (f" ({', '.join(inert)} without effect here)" if inert else "")
-                + f": change one, or declare it with replicates: {{{name}: {same}}}"
-            )
-
-
-def swept_keys(planned: dict[str, Config]) -> set[str]:
-    """The keys in which the runs of a plan differ, the seed and the names aside."""
-    flats = [to_flat(config) for config in planned.values()]
-    varied = {key for flat in flats for key in flat if flat[key] != flats[0][key]}
-    return {key for key in varied if not key.startswith("run.")}
+            hint = f" ({', '.join(inert)} without effect here)" if inert else ""
+            out = f"change one, or declare it with replicates: {{{name}: {same}}}"
+            raise ConfigError(f"variants: '{same}' and '{name}' are the same experiment{hint}: {out}")
 
 
 # -- swap: both directions, and the prompt teacher with and without the literal prompt --------------------------
@@ -278,17 +246,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="bridgekit study", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a file of parameters/studies/")
     parser.add_argument("--runs-dir", default="runs")
-    slots_help = f"trainings at once on each GPU (default: {SLOTS_PER_GPU}, and 1 where there is no GPU)"
-    parser.add_argument("--slots", type=int, default=0, help=slots_help)
+    slots = f"trainings at once on each GPU (default: {SLOTS_PER_GPU}, and 1 where there is no GPU)"
+    parser.add_argument("--slots", type=int, default=0, help=slots)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants of the file, with all seeds")
     args = parser.parse_args(argv)
     study = load_study(args.file)
-    for name in args.only or []:
-        if name not in study.variants:
-            raise ConfigError(f"--only: '{name}' is no variant of this file (there are: {', '.join(study.variants)})")
+    there, unknown = ", ".join(study.variants), set(args.only or []) - set(study.variants)
+    refuse_if(unknown, f"--only: '{min(unknown, default='')}' is no variant of this file (there are: {there})")
     planned = plan_study(study, args.runs_dir, args.only)
     run_planned(planned, args.runs_dir, args.slots, study.pairs, study.pair_options).check()
-
-
-if __name__ == "__main__":
-    main()

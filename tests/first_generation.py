@@ -15,8 +15,6 @@ OOM = """[rank0]: Traceback (most recent call last):
 [rank0]:     main()
 [rank0]:   File "/data/run/cross_attention.py", line 1771, in main
 [rank0]:     decode_out = tgt_model(**decode_data)
-[rank0]:   File "/usr/lib/python3.10/contextlib.py", line 79, in inner
-[rank0]:     return func(*args, **kwds)
 [rank0]:   File "/lib/python3.10/site-packages/torch/nn/modules/module.py", line 1736, in _wrapped_call_impl
 [rank0]:     return self._call_impl(*args, **kwargs)
 [rank0]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.09 GiB. GPU 0 has a \
@@ -24,66 +22,44 @@ total capacity of 79.11 GiB of which 1.51 GiB is free. \
 Including non-PyTorch memory, this process has 77.59 GiB memory in use.
 """
 
-
 BRIDGED = {"0": [], "20": [0, 1], "40": [0, 1, 2, 3], "60": [0, 1, 2], "final": [1, 2, 5]}
 
 
 def log_text(settings=None, steps=60, evaluations=None, best=None, final=None, world=4, crash="", params="60.9"):
     """A whole train.log; evaluations: {step: (source, target, bridged)}."""
-    settings = SETTINGS | (settings or {})
-    lines = [
-        "W1116 20:12:14.011000 1726071 torch/distributed/run.py:793] *****",
-        "  GPU 0: NVIDIA H100 80GB HBM3",
-    ]
-    lines += [
-        "[Rank 2] DDP initialized successfully on GPU 2[Rank 3] DDP initialized successfully",
-        "==== Config ====",
-    ]
-    for number, (key, value) in enumerate(settings.items()):
-        lines.append(f"{key}: {value}")
-        if number == 2:
-            lines.append("[W1116 20:12:23.783906454 CUDAAllocatorConfig.h:28] Warning: not supported")
-    lines += [
-        'log_dir: runs/phase1_"x"/y',
-        "",
-        "==== Reproducibility Settings ====",
-        f"World size: {world} (each)",
-    ]
+    shown = [f"{key}: {value}" for key, value in (SETTINGS | (settings or {})).items()]
+    shown.insert(3, "[W1116 20:12:23.783906454 CUDAAllocatorConfig.h:28] Warning: not supported")
+    accuracies = "Source-alone acc: {:.3f} | Target-alone acc: {:.3f} | Bridged acc: {:.3f}".format
     bar = "\r".join(f"Loading checkpoint shards: {n}%|████      | 1/3 [00:11<00:22, 11.29s/it]" for n in (0, 33, 100))
-    lines += [bar, f"Translator parameters: {params}M"]
+    lines = [
+        "W1116 20:12:14.011000 1726071 torch/distributed/run.py:793] *****", "  GPU 0: NVIDIA H100 80GB HBM3",
+        "[Rank 2] DDP initialized successfully on GPU 2[Rank 3] DDP initialized successfully", "==== Config ====",
+        *shown, 'log_dir: runs/phase1_"x"/y', "", "==== Reproducibility Settings ====", f"World size: {world} (each)",
+        bar, f"Translator parameters: {params}M",
+    ]  # fmt: skip
     for step in range(20, steps + 1, 20):
         lines.append(f"Step {step}/60 | Loss (avg over last 20): {5 - step / 20:.4f} | DiT_flow: {step / 1000:.4f}")
         if evaluations and str(step) in evaluations:
             lines += ["Bridged full output:", "Step 1/2 first find the price", "#### 12"]
-            s, t, b = evaluations[str(step)]
-            lines.append(
-                f"[Eval] Step {step} | Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}"
-            )
-            lines.append(f"[Early Stop] New best bridged acc: {b:.3f}, resetting patience")
-    if best is not None:
-        lines.append(f"Saved BEST translator (acc={best:.3f}) to runs/x/checkpoint.pt")
-    if final:
-        s, t, b = final
-        lines.append(f"[Final Eval] Source-alone acc: {s:.3f} | Target-alone acc: {t:.3f} | Bridged acc: {b:.3f}")
+            lines.append(f"[Eval] Step {step} | {accuracies(*evaluations[str(step)])}")
+    lines += [f"Saved BEST translator (acc={best:.3f}) to runs/x/checkpoint.pt"] if best is not None else []
+    lines += [f"[Final Eval] {accuracies(*final)}"] if final else []
     return "\n".join(lines) + "\n" + crash
-
-
-def example(index, gold, answers, step):
-    """One evaluation line; answers: {condition: label}."""
-    shots = "Answer step by step.\n\nQ: One?\nA: #### 1\n\n"
-    question = f"{shots}Q: What is number {index} of the list of questions?\nA:"
-    row = {"eval_step": step, "index": index, "question": question, "gold_full_text": f"#### {gold}",
-           "gold_extracted": str(gold)}  # fmt: skip
-    for condition, label in answers.items():
-        row[f"{condition}_full"] = f"It is so.\n#### {label}\n\nQ: Another one?\n#### 99"
-        row[f"{condition}_extracted"] = str(label)
-    return row
 
 
 def evaluation(bridged_right, source_right=(0, 1, 2, 3), target_right=(0, 1, 2, 3, 4, 5), n=8, step="final", other="7"):
     """n examples with gold 100+index; a system is right on the indices given and says `other` elsewhere."""
-    right = {"source": source_right, "target": target_right, "bridged": bridged_right}
-    return [example(i, 100 + i, {c: 100 + i if i in ok else other for c, ok in right.items()}, step) for i in range(n)]
+    right, rows = {"source": source_right, "target": target_right, "bridged": bridged_right}, []
+    for i in range(n):
+        question = f"Answer step by step.\n\nQ: One?\nA: #### 1\n\nQ: What is number {i} of the list of questions?\nA:"
+        row = {"eval_step": step, "index": i, "question": question, "gold_full_text": f"#### {100 + i}"}
+        row["gold_extracted"] = str(100 + i)
+        for condition, indices in right.items():
+            label = str(100 + i if i in indices else other)
+            row[f"{condition}_full"] = f"It is so.\n#### {label}\n\nQ: Another one?\n#### 99"
+            row[f"{condition}_extracted"] = label
+        rows.append(row)
+    return rows
 
 
 def write_jsonl(path: Path, rows) -> Path:
@@ -93,20 +69,17 @@ def write_jsonl(path: Path, rows) -> Path:
 
 def write_run(root: Path, name: str, bridged: dict, sub="phase1_all_fix", **log) -> Path:
     """A run folder; bridged: {step: indices right}. The log tells the same accuracies."""
-    folder = root / name / sub if sub else root / name
+    folder = root / name / sub
     folder.mkdir(parents=True)
-    settings = log.pop("settings", {})
-    curve = {}
+    curve = {step: (0.5, 0.75, len(right) / 8) for step, right in bridged.items()}
     for step, right in bridged.items():
         rows = evaluation(right, step="final" if step == "final" else int(step), other=str(200 + len(right)))
         write_jsonl(folder / f"eval_samples_step_{step}.jsonl", rows)
-        curve[step] = (0.5, 0.75, len(right) / 8)
-    numbered = {s: v for s, v in curve.items() if s != "final"}
-    text = log_text(settings, evaluations=numbered, best=max((v[2] for v in numbered.values()), default=None),
-                    final=curve.get("final"), **log)  # fmt: skip
+    final = curve.pop("final", None)
+    best = max((accuracies[2] for accuracies in curve.values()), default=None)
+    text = log_text(log.pop("settings", {}), evaluations=curve, best=best, final=final, **log)
     (folder / "train.log").write_text(text, encoding="utf-8")
-    summary = 'Run directory: runs/phase1_"x"\nEnd time: Sun Nov 16 10:08:44 PM PST 2025\n'
-    (root / name / "summary.log").write_text(summary, encoding="utf-8")
+    (root / name / "summary.log").write_text("End time: Sun Nov 16 10:08:44 PM PST 2025\n", encoding="utf-8")
     return root / name
 
 

@@ -121,7 +121,6 @@ def test_options_are_held_to_the_signature(project):
         return extend.parse_options(key, extend.load_object(key, f"own/parts.py:{name}"), options)
 
     assert parse("Mean", "width=8", "gain=2") == {"width": 8, "gain": 2.0}
-    assert parse("Mean", "width=8", key="bridge.producer_options") == {"width": 8}
     assert parse("answer_length", "power=3", key="loss.extra") == {"power": 3}
     for options, named in (
         (["wdith=8"], ["bridge.producer_options", "'wdith'", "'width'"]),

@@ -11,11 +11,12 @@ from conftest import TINY
 
 from bridgekit.config import ConfigError, load_config, to_flat
 from bridgekit.runs import create_run, same_run, write_status
-from bridgekit.study import Study, load_study, measure_headroom, plan_study, plan_swap, swept_keys
+from bridgekit.study import Study, load_study, measure_headroom, plan_study, plan_swap
 from bridgekit.tasks import check_positions, measure_prompts
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "parameters" / "studies").glob("*.yaml"))
+VARIANTS = {"a": [], "b": ["lr=0.5"]}
 TEACHER = ["teacher=prompt", "prompt_weight=1.0", "nll_weight=0.0", "n_soft_tokens=-1"]
 
 
@@ -23,12 +24,8 @@ TEACHER = ["teacher=prompt", "prompt_weight=1.0", "nll_weight=0.0", "n_soft_toke
 def study(tmp_path):
     """`study(variants=..., ...)` on a small base file."""
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
-
-    def make(**changes) -> Study:
-        usual = dict(name="some", base=str(tmp_path / "tiny.yaml"), variants={"a": [], "b": ["lr=0.5"]}, seeds=[1, 2])
-        return Study(**(usual | changes))
-
-    return make
+    usual = {"name": "some", "base": str(tmp_path / "tiny.yaml"), "variants": VARIANTS, "seeds": [1, 2]}
+    return lambda **changes: Study(**(usual | changes))
 
 
 # -- the dialect ------------------------------------------------------------------------------------------------
@@ -62,7 +59,7 @@ def test_a_grid_is_every_combination_of_every_variant(study):
     shared = ["variant=context", "source_view=facts"]
     planned = plan_study(study(variants={}, grid=grid, seeds=[1], overrides=shared))
     assert list(planned) == [f"some_{n}_{p}_seed1" for n in ("few", "many") for p in ("resampler", "dit")]
-    assert swept_keys(planned) == {"task.n_facts", "bridge.producer"}
+    assert [c.task.n_facts for c in planned.values()] == [1, 1, 8, 8]
     some = study(variants={"a": {}, "b": {"lr": 0.5}}, grid={"steps": [7, 8]})
     assert list(some.variants) == ["a_7", "a_8", "b_7", "b_8"] and some.variants["b_7"] == ["lr=0.5", "steps=7"]
 
@@ -217,16 +214,9 @@ def test_a_prompt_that_fits_no_target_is_refused_whatever_the_bridge():
         check_positions(config, 1024, 40, 958)
 
 
-def test_prompts_are_measured_from_the_files_of_both_models(pair):
-    from bridgekit.tasks import load_examples
-
+def test_prompts_are_measured_from_the_files_of_both_models():
     config = load_config(**TINY | {"variant": "context", "n_facts": 8})
-    examples = [e for split in ("val", "test") for e in load_examples(config, pair.lexicon_seed, split)]
-    texts = [f"Question: {e.question}\nAnswer:\n" for e in examples]
-    literal = max(len(ids) for ids in pair.target.tokenizer(texts, add_special_tokens=False)["input_ids"])
-    read = [e.facts + text for e, text in zip(examples, texts, strict=True)]
-    source = max(len(ids) for ids in pair.source.tokenizer(read, add_special_tokens=False)["input_ids"])
-    assert measure_prompts(config) == (pair.target.max_positions, literal, source)
+    assert measure_prompts(config) == measure_prompts(config.with_(seed=7)) == (1024, 38, 115)
     assert measure_prompts(config.with_(target_model="somebody/some-model")) is None
 
 

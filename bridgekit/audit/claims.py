@@ -26,9 +26,15 @@ AGREES, DIFFERS = "agrees", "differs"
 UNSUPPORTED, UNCHECKABLE = "not supported at this n", "cannot be checked"
 VERDICTS = (AGREES, DIFFERS, UNSUPPORTED, UNCHECKABLE)
 RELATIONS = {"=": operator.eq, ">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-Records = dict[str, Record]
 _KEYS = {"id", "document", "says", "value", "measure", "relation", "tolerance", "effect", "missing"}
 _ROUNDING = 6e-4  # values are given with three digits
+
+
+class Records(dict[str, Record]):
+    """Runs by name."""
+
+    def __missing__(self, run: str) -> Record:
+        raise MissingData(f"run '{run}' is not preserved")
 
 
 @dataclass
@@ -45,12 +51,6 @@ class Verdict:
 # -- measures: records by name and a claim's arguments -> {value, and where they apply n, low, high, p, needed} -------
 
 
-def record_of(records: Records, run: str) -> Record:
-    if run not in records:
-        raise MissingData(f"run '{run}' is not preserved")
-    return records[run]
-
-
 def value(
     records: Records, run: str, column: str = "bridged", pick: str | int = "final", label: str = "", **bounds: int | str
 ) -> dict:
@@ -61,11 +61,11 @@ def value(
     """
     if unknown := set(bounds) - {"from", "to"}:
         raise TypeError(f"value() has no argument '{min(unknown)}'")
-    record = record_of(records, run)
+    record = records[run]
     if pick not in ("max", "min", "mean", "idxmax", "fall"):
         right = record.right(column, pick, label)
         return {"value": float(right.mean()), **_wilson(right.sum(), len(right))}
-    first, last = (step_order(bounds.get(key, default)) for key, default in (("from", 0), ("to", 10**9)))
+    first, last = step_order(bounds.get("from", 0)), step_order(bounds.get("to", 10**9))
     shares = {s: record.right(column, s, label).mean() for s in record.steps if first <= step_order(s) <= last}
     if not shares:
         raise MissingData(f"run '{run}' has no numbered evaluation from step {first:g} on")
@@ -85,7 +85,7 @@ def _wilson(right: int, n: int) -> dict:
 
 def answered(records: Records, run: str, condition: str = "bridged", step: str | int = "final") -> dict:
     """Number of answers that are an answer at all."""
-    invalid = record_of(records, run).right(condition, step, INVALID)
+    invalid = records[run].right(condition, step, INVALID)
     return {"value": int((~invalid).sum()), "n": len(invalid)}
 
 
@@ -98,7 +98,7 @@ def difference(records: Records, minus: dict, **first: str | int) -> dict:
 
 
 def _answers(records: Records, run: str, column: str = "bridged", step: str | int = "final") -> pd.Series:
-    return record_of(records, run).right(column, step)
+    return records[run].right(column, step)
 
 
 def paired(first: pd.Series, second: pd.Series) -> dict:
@@ -117,9 +117,9 @@ def fact(records: Records, run: str, key: str, other: str = "") -> dict:
 
     With `other`: how far two runs lie apart in it; `settings` counts those that differ and have an effect.
     """
-    record = record_of(records, run)
+    record = records[run]
     if key == "settings" and other:
-        one, another = (effective_settings(record_of(records, name).config) for name in (run, other))
+        one, another = (effective_settings(records[name].config) for name in (run, other))
         return {"value": sum(repr(one.get(name)) != repr(another.get(name)) for name in one | another)}
     if other:
         one, another = (float(fact(records, name, key)["value"]) for name in (run, other))
@@ -140,7 +140,7 @@ def fact(records: Records, run: str, key: str, other: str = "") -> dict:
 
 def text_share(records: Records, run: str, column: str, condition: str = "bridged", step="final") -> dict:
     """Share of texts with a property that `bridgekit preserve` counted in the full texts."""
-    path, place = record_of(records, run).folder / "texts.csv", (condition, str(step))
+    path, place = records[run].folder / "texts.csv", (condition, str(step))
     rows = pd.read_csv(path, dtype={"step": str}).set_index(["condition", "step"]) if path.is_file() else pd.DataFrame()
     if place not in rows.index:
         raise MissingData(f"run '{run}' has no texts of {condition} at step {step}")

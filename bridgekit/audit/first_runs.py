@@ -9,8 +9,8 @@ Reading never changes a file and never stops at a damaged one: what is wrong is 
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import yaml
 from bridgekit import config as configuration
 from bridgekit.audit.first_logs import load_end, load_log, load_outcomes, parse_time
 from bridgekit.results.preserve import EVAL_FILE, find_runs, generation_of
+from bridgekit.results.reports import load_json
 from bridgekit.runs import INVALID, load_jsonl, load_run_config
 
 SETTINGS_AS_FACTS = {"world_size": "world_size", "translator_params_m": "parameters_m", "gpu": "gpu"}  # in config.yaml
@@ -84,10 +85,10 @@ class Record:
         rows = []
         for step in self.steps:
             part = self.at(step)
-            right, invalid = part.filter(regex="_correct$").mean(), (part.filter(regex="_pred$") == INVALID).sum()
-            row = {name.replace("_correct", "_acc"): share for name, share in right.items()}
-            row |= {f"invalid_{name.removesuffix('_pred')}": int(n) for name, n in invalid.items()}
-            rows.append({"step": step} | row | {"n": len(part)})
+            right, labels = part.filter(regex="_correct$"), part.filter(regex="_pred$")
+            row = {"step": step} | right.rename(columns=lambda c: c.replace("_correct", "_acc")).mean().to_dict()
+            rows.append(row | {f"invalid_{c.removesuffix('_pred')}": (labels[c] == INVALID).sum() for c in labels})
+            rows[-1]["n"] = len(part)
         return pd.DataFrame(rows, columns=None if rows else ["step", "n"])
 
 
@@ -136,60 +137,40 @@ def _name_of(folder: Path) -> str:
     return folder.parent.name if len(find_runs(folder.parent)) == 1 else f"{folder.parent.name}.{folder.name}"
 
 
-def _find(record: Record, name: str, folder: Path | None = None) -> Path | None:
-    """The file, if it is there, a file, and not a link out of the run folder."""
-    folder = folder or record.folder
-    path = folder / name
-    if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-        record.problems.append(f"{name}: a link that leads out of the run folder; not read")
-        return None
-    return path if path.is_file() else None
-
-
 def _load_first(record: Record) -> None:
-    if log := _find(record, "train.log"):
+    for log in _own_files(record, "train.log"):
         record.facts = load_log(log)
         record.problems += record.facts.pop("problems")
         record.losses, record.logged = record.facts.pop("losses"), record.facts.pop("logged")
         record.config = {key: _plain_value(text) for key, text in record.facts["settings_text"].items()}
-    else:
+    if not record.facts:
         record.problems.append("train.log: not there, so no configuration, losses or crashes")
-    stamp, summary = _STAMP.search(record.name), _find(record, "summary.log")
-    summary = summary or _find(record, "summary.log", record.folder.parent)
+    stamp = _STAMP.search(record.name)
+    summaries = [f for f in (record.folder / "summary.log", record.folder.parent / "summary.log") if f.is_file()]
     record.facts["started"] = parse_time("".join(stamp.groups())) if stamp else None
-    record.facts["ended"] = load_end(summary) if summary else None
+    record.facts["ended"] = load_end(summaries[0]) if summaries else None
     _load_evaluations(record)
     _compare_with_log(record)
 
 
 def _load_derived(record: Record) -> None:
-    try:
-        config = dict(yaml.safe_load((record.folder / "config.yaml").read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValueError, TypeError, OSError):
-        record.problems.append("config.yaml: not there or no `key: value` lines: configuration unknown")
-        config = {}
+    config = yaml.safe_load((record.folder / "config.yaml").read_text(encoding="utf-8"))
     record.facts = {fact: config.pop(key) for key, fact in SETTINGS_AS_FACTS.items() if key in config}
+    record.facts |= load_json(record.folder / "run.json")
     record.config = {key: _plain_value(value) if isinstance(value, str) else value for key, value in config.items()}
-    _load_facts(record, "run.json")
-    if path := _find(record, "losses.csv"):
+    if (path := record.folder / "losses.csv").is_file():
         record.losses = pd.read_csv(path)
-    if path := _find(record, "logged.csv"):
+    if (path := record.folder / "logged.csv").is_file():
         record.logged = pd.read_csv(path, dtype={"step": str})
-    try:
-        if path := _find(record, "outcomes.csv.gz"):
-            record.outcomes = pd.read_csv(path, dtype=str, keep_default_na=False).astype({"index": int})
-    except (ValueError, KeyError, EOFError, OSError) as error:
-        record.problems.append(f"{path.name}: cannot be read ({str(error).splitlines()[0]})")
+    if (path := record.folder / "outcomes.csv.gz").is_file():
+        record.outcomes = pd.read_csv(path, dtype=str, keep_default_na=False).astype({"index": int})
     _compare_with_log(record)
 
 
 def _load_own(record: Record) -> None:
-    _load_facts(record, "provenance.json", "status.json")
-    try:
-        record.config = configuration.to_flat(load_run_config(record.folder))
-    except (configuration.ConfigError, OSError) as error:
-        record.problems.append(f"config.yaml: configuration unknown ({error})")
-    if path := _find(record, "metrics.jsonl"):
+    record.facts = load_json(record.folder / "provenance.json") | load_json(record.folder / "status.json")
+    record.config = configuration.to_flat(load_run_config(record.folder))
+    if (path := record.folder / "metrics.jsonl").is_file():
         rows = list(load_jsonl(path, broken := []))
         losses = [{"step": row["step"], "loss": row["loss"]} | row.get("losses", {}) for row in rows if "loss" in row]
         record.losses = pd.DataFrame(losses)
@@ -198,21 +179,24 @@ def _load_own(record: Record) -> None:
     _load_evaluations(record)
 
 
-def _load_facts(record: Record, *names: str) -> None:
-    for path in filter(None, (_find(record, name) for name in names)):
-        try:
-            record.facts |= json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, TypeError):
-            record.problems.append(f"{path.name}: not a JSON object")
+def _own_files(record: Record, *names: str) -> Iterator[Path]:
+    """Those of the files that are there, and are no link out of the run folder."""
+    for path in (record.folder / name for name in names):
+        if not path.resolve().is_relative_to(record.folder.resolve()):
+            record.problems.append(f"{path.name}: a link that leads out of the run folder; not read")
+        elif path.is_file():
+            yield path
 
 
 def _load_evaluations(record: Record) -> None:
-    frames, files = [record.outcomes], {}
-    for step, path in evaluation_files(record.folder):
-        if step in files:
-            record.problems.append(f"{path.name}: step {step} is also in {files[step]}; the first is kept")
-        elif _find(record, path.name):
-            files[step] = path.name
+    frames, steps = [record.outcomes], {}
+    files = {path.name: step for step, path in evaluation_files(record.folder)}
+    for path in _own_files(record, *files):
+        step = files[path.name]
+        if step in steps:
+            record.problems.append(f"{path.name}: step {step} is also in {steps[step]}; the first is kept")
+        else:
+            steps[step] = path.name
             frames.append(load_outcomes(path, record.problems, step))
     record.outcomes = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
 
@@ -234,9 +218,7 @@ def _plain_value(text: str) -> object:
 def _compare_with_log(record: Record) -> None:
     """The accuracies a log printed must be those of the stored outcomes."""
     curve = record.curve.set_index("step")
-    for row in record.logged.to_dict("records"):
-        for name in [name for name in row if f"{name}_acc" in curve and row["step"] in curve.index]:
-            found = curve.loc[row["step"], f"{name}_acc"]
-            if not abs(found - row[name]) < 5.1e-4:
-                problem = f"step {row['step']}: the log says {name} {row[name]}, the outcomes give {found:.4f}"
-                record.problems.append(problem)
+    for _, step, name, logged in record.logged.melt("step").itertuples() if len(record.logged) else ():
+        found = curve[f"{name}_acc"].get(step, logged) if f"{name}_acc" in curve else logged
+        if abs(found - logged) >= 5.1e-4:
+            record.problems.append(f"step {step}: the log says {name} {logged}, the outcomes give {found:.4f}")

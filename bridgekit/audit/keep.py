@@ -17,7 +17,7 @@ import pandas as pd
 
 from bridgekit.audit.first_logs import PATH_KEYS, count_repeats, count_rescored, load_texts
 from bridgekit.audit.first_runs import SETTINGS_AS_FACTS, Record, evaluation_files, load_run
-from bridgekit.results import archive, preserve
+from bridgekit.results import preserve
 from bridgekit.results.preserve import FIRST, ROOT, compress_evaluation, find_runs, generation_of
 from bridgekit.results.reports import ENTRY, describe_answers, render, write_entry
 from bridgekit.results.style import format_share
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.runs and not args.manifest and not args.study:
         parser.error("name a RUN, a --study, or ask for --manifest")
     if args.study:
-        path = archive.keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
+        path = preserve.keep_study(args.runs_dir, args.study, Path(args.root) / "studies", args.add)
         print(f"kept {path} ({path.stat().st_size / 1e6:.2f} MB)")
         return 0
     folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]

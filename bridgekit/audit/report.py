@@ -16,10 +16,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
-from bridgekit.audit.claims import VERDICTS, Verdict, judge, load_claims
+from bridgekit.audit.claims import VERDICTS, Records, Verdict, judge, load_claims
 from bridgekit.audit.findings import Finding, find_all
-from bridgekit.audit.first_runs import Record, load_run
+from bridgekit.audit.first_runs import load_run
 from bridgekit.audit.keep import write_manifest
 from bridgekit.results.preserve import ROOT, changed_files, find_runs
 from bridgekit.results.reports import render
@@ -32,7 +33,7 @@ FORMATS = {"text": "audit.txt.j2", "json": "", "html": "audit.html.j2", "markdow
 class Audit:
     """Everything one audit says."""
 
-    records: dict[str, Record] = field(default_factory=dict)
+    records: Records = field(default_factory=Records)
     verdicts: list[Verdict] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -51,7 +52,7 @@ def run_audit(root: str | Path = ROOT) -> Audit:
         place = folder.relative_to(root)
         try:
             record, changed = load_run(folder), changed_files(folder)
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, EOFError, yaml.YAMLError) as error:
             audit.problems.append(f"{place}: cannot be read: {' '.join(str(error).split())}")
             continue
         changes = [f"{name} is not what was preserved (checksum)" for name in changed]
@@ -66,7 +67,7 @@ def run_audit(root: str | Path = ROOT) -> Audit:
     return audit
 
 
-def labels_moved(records: dict[str, Record]) -> pd.DataFrame:
+def labels_moved(records: Records) -> pd.DataFrame:
     """Per extraction rule: labels that move when preserved texts are scored again, and right answers then."""
     files = [path for record in records.values() if (path := record.folder / "rescored.csv").is_file()]
     if not files:

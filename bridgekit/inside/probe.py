@@ -17,8 +17,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from bridgekit.model.generation import pad_ids
-from bridgekit.model.pair import LanguageModel, word_tokens
+from bridgekit.model.pair import LanguageModel, pad_ids, word_tokens
 from bridgekit.model.states import in_batches
 from bridgekit.results.table import share
 from bridgekit.tasks import CUE, Example, source_prompt, units

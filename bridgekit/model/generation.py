@@ -7,6 +7,9 @@
 Shapes: B batch, T tokens, K soft tokens, D hidden size, V vocabulary.
 """
 
+from __future__ import annotations
+
+import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +18,12 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from bridgekit.model.bridge import Bridge
 from bridgekit.model.message import Injector, Message, Soft, hashed_uniform
-from bridgekit.model.pair import LanguageModel
+from bridgekit.model.pair import LanguageModel, pad_ids
 from bridgekit.tasks.answers import answer_is_complete
+
+if typing.TYPE_CHECKING:
+    from bridgekit.model.bridge import Bridge
 
 CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
 LOOK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere 8, because to look is to wait
@@ -27,15 +32,6 @@ GROWTH = 32  # cache slots allocated at a time
 
 
 # ---- what the target reads ------------------------------------------------------------------------------------------
-
-
-def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Right-padded ids and mask. -> (B, T), (B, T) bool"""
-    lengths = torch.tensor([len(r) for r in rows], dtype=torch.long)
-    mask = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([i for r in rows for i in r], dtype=torch.long)
-    return ids.to(device), mask.to(device)
 
 
 def compact(embeds: torch.Tensor, mask: torch.Tensor, side: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,9 @@ def answer_nll(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -
     return (nll * mask.flatten()).sum(), mask.sum()
 
 
+format_nll = answer_nll  # with a mask of the `####` marker's tokens alone
+
+
 def kl_slice(student: torch.Tensor, teacher: torch.Tensor, mask: torch.Tensor, first: int = 0) -> Total:
     """KL(teacher || student) over the same answer tokens; `first` > 0 compares only that many. (B, A, V) twice"""
     if first:
@@ -55,11 +58,6 @@ def info_nce(anchors: torch.Tensor, positives: torch.Tensor, offset: int, temper
     scores = F.normalize(anchors.float(), dim=-1) @ F.normalize(positives, dim=-1).T / temperature
     labels = torch.arange(len(anchors), device=anchors.device) + offset
     return F.cross_entropy(scores, labels, reduction="sum"), torch.tensor(len(anchors), device=anchors.device)
-
-
-def format_nll(logits: torch.Tensor, labels: torch.Tensor, marker: torch.Tensor) -> Total:
-    """Negative log-likelihood of the `####` marker's tokens alone. marker (B, A) says which they are"""
-    return answer_nll(logits, labels, marker)
 
 
 def policy_gradient(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, advantage: torch.Tensor) -> Total:

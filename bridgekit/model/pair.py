@@ -34,7 +34,7 @@ class LanguageModel:
         self.device, self.dtype = self.model.device, self.model.dtype
         self.decoder = self.model.base_model  # without its head: embeddings or ids to hidden states
         self.hidden_size, self.n_layers = config.hidden_size, config.num_hidden_layers
-        self.max_positions = getattr(config, "max_position_embeddings", None)
+        self.max_positions = getattr(config, "max_position_embeddings", float("inf"))
         self.bos: list[int] = [] if bos is None else [bos]
         ends = self.model.generation_config.eos_token_id
         self.eos_ids: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
@@ -154,6 +154,15 @@ def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Right-padded ids and mask. -> (B, T), (B, T) bool"""
+    lengths = torch.tensor([len(r) for r in rows], dtype=torch.long)
+    mask = torch.arange(max(map(len, rows), default=0)) < lengths[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([i for r in rows for i in r], dtype=torch.long)
+    return ids.to(device), mask.to(device)
 
 
 def fingerprint_folder(folder: Path) -> str:

@@ -20,9 +20,6 @@ from bridgekit.tasks import MAX_SOFT_TOKENS
 NEAR_END = 0.05  # 1 - t below which a predicted token's velocity is not divided further
 
 
-# ---- parts that they share ------------------------------------------------------------------------------------------
-
-
 class Attention(nn.Module):
     """Multi-head attention of queries over a context; returns its weights when asked."""
 
@@ -157,9 +154,6 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, *inputs) -> tuple[torch.T
     return x, None if weights is None else sum(w / len(found) for w in found)
 
 
-# ---- resampler ------------------------------------------------------------------------------------------------------
-
-
 class Resampler(nn.Module):
     """Queries that read the source through cross-attention, block by block."""
 
@@ -177,9 +171,6 @@ class Resampler(nn.Module):
         x = self.queries(query_mask.shape[1], source, mask)
         x, attention = run_blocks(self.blocks, x, source, mask, query_mask, seeds, want_attention)
         return Message(self.out(x), query_mask, attention=attention)
-
-
-# ---- rectified flow -------------------------------------------------------------------------------------------------
 
 
 class DiT(nn.Module):
@@ -257,9 +248,6 @@ class DiT(nn.Module):
         v, _ = self.velocity(x, t[:, 0, 0], *context, False)
         error = (v - (goal - noise)).pow(2).mean(-1)  # (B, K)
         return (error * query_mask).sum(1) / query_mask.sum(1), x + (1 - t) * v
-
-
-# ---- no source ------------------------------------------------------------------------------------------------------
 
 
 class Constant(nn.Module):

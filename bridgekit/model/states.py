@@ -8,8 +8,7 @@ import math
 import numpy as np
 import torch
 
-from bridgekit.model.generation import pad_ids
-from bridgekit.model.pair import LanguageModel, split_prompts
+from bridgekit.model.pair import LanguageModel, pad_ids, split_prompts
 from bridgekit.tasks import Example, literal_prompt, source_prompt
 
 
@@ -49,30 +48,27 @@ def in_batches(lengths, size: int) -> list[np.ndarray]:
 
 
 class Ragged:
-    """Rows of unequal length, padded once; a batch is a gather, trimmed to its own longest row."""
+    """Rows of token ids of unequal length, padded once; a batch is a gather, trimmed to its own longest row."""
 
     def __init__(self, rows: list[list[int]], device: torch.device):
-        self.lengths = np.array([len(r) for r in rows])
+        self.rows, self.lengths = rows, np.array([len(r) for r in rows])
         self.ids, self.mask = pad_ids(rows, device)
 
     def take(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T), (B, T)"""
-        width = int(self.lengths[indices].max())
-        rows = torch.from_numpy(indices).to(self.ids.device)
+        rows, width = torch.from_numpy(indices).to(self.ids.device), int(self.lengths[indices].max())
         return self.ids[rows, :width], self.mask[rows, :width]
 
 
-class SourceStates:
+class SourceStates(Ragged):
     """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked.
 
     `spans` are the rows of `align_tokens`, for an injector that needs them."""
 
     def __init__(self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float, spans=None):
-        self.lm, self.rows, self.layers = lm, rows, layers
-        self.spans = None if spans is None else Ragged(spans, lm.device)
-        self.lengths = np.array([len(r) for r in rows])
-        self.starts = self.lengths.cumsum() - self.lengths
-        self.flat = None
+        super().__init__(rows, lm.device)
+        self.lm, self.layers, self.spans = lm, layers, None if spans is None else Ragged(spans, lm.device)
+        self.starts, self.flat = self.lengths.cumsum() - self.lengths, None
         shape = (int(self.lengths.sum()), len(layers), lm.hidden_size)
         if math.prod(shape) * lm.dtype.itemsize <= budget_gb * 1e9:
             self.flat = torch.empty(*shape, dtype=lm.dtype, device=lm.device)
@@ -81,7 +77,7 @@ class SourceStates:
                 self.flat[self._places(chunk)[mask]] = states[mask]
 
     def _compute(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask = pad_ids([self.rows[i] for i in indices], self.lm.device)
+        ids, mask = self.take(indices)
         return self.lm.hidden_states(ids, mask.long(), self.layers), mask
 
     def _places(self, indices: np.ndarray) -> torch.Tensor:
@@ -94,9 +90,7 @@ class SourceStates:
         if self.flat is None:
             states, mask = self._compute(indices)
         else:
-            lengths = torch.from_numpy(self.lengths[indices]).to(self.flat.device)
-            states = self.flat[self._places(indices)]
-            mask = torch.arange(states.shape[1], device=lengths.device) < lengths[:, None]
+            states, (_, mask) = self.flat[self._places(indices)], self.take(indices)
         return (states * mask[..., None, None]).to(device), mask.to(device)
 
     def alignment(self, indices: np.ndarray, device: torch.device) -> torch.Tensor | None:

@@ -162,8 +162,8 @@ def axis_table(
     """
     rows = []
     for (variant, seed), run in answers.groupby(["variant", "seed"], sort=False):
-        recovered = table.ratio(table.select(run, "source_only_held_unit"), "bridged", "target_told").to_dict("records")[0]
-        row = {"variant": variant, "seed": seed} | settings[variant] | recovered
+        recovered = table.ratio(table.select(run, "source_only_held_unit"), "bridged", "target_told")
+        row = {"variant": variant, "seed": seed} | settings[variant] | recovered.to_dict("records")[0]
         if "n_facts" in row:
             part = table.select(run[run["condition"] == "bridged"], "source_only")
             bits = carried_bits(part["value"], part["said"], VALUES, part["unit"])

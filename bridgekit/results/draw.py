@@ -200,17 +200,18 @@ def finish_figure(panels: dict, title: str, xlabel: str, width: float, height: f
     `height`: inches of one panel.
     """
     found, sizes = {}, {key: style.format_size(part) for key, (_, part) in panels.items()}
-    same = len(set(sizes.values())) == 1
+    same, heads = len(set(sizes.values())) == 1, []
     for key, (ax, _) in panels.items():
         for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
         if key is not None:
-            ax.set_title(words(key) + ("" if same else "\n" + sizes[key].replace(" on ", "\non ")))
+            heads.append(ax.set_title(words(key) + ("" if same else "\n" + sizes[key].replace(" on ", "\non "))))
     fig, down, found = ax.figure, ax.get_gridspec().nrows, found if legend else {}
     title, longest = textwrap.fill(title, int(14 * width)), max(map(len, found), default=1)
     columns = max(1, min(len(found), int(width / (0.36 + 0.057 * longest))))
     above = 0.57 + 0.15 * title.count("\n") + 0.14 * -(-len(found) // columns)
-    fig.set_size_inches(width, above + down * (height + (0 if None in panels else 0.3)))
+    head = max((0.18 + 0.12 * (text.get_text().count("\n") + 1) for text in heads), default=0)
+    fig.set_size_inches(width, above + down * (height + head))
     place, bold = {"loc": "outside upper left", "alignment": "left"}, {"weight": "bold", "size": 8}
     fig.legend(found.values(), found, title=title, title_fontproperties=bold, ncols=columns, **place)
     limit, size = int(16.5 * width), f"({sizes.popitem()[1]})" if same and any(sizes.values()) else ""
@@ -240,8 +241,9 @@ def _draw_mark(ax: Axes, row: dict, look: dict, left: float, right: float) -> No
     for seed in row["by_seed"] if len(row.get("by_seed", ())) > 1 else ():
         ax.plot(seed, at + 0.28, ".", color=INK, ms=2.5, zorder=3, gid=f"seed:{gid}", label="one seed")
     if not left <= point <= right:
+        ax.plot([], [], **look)  # the legend shows the mark, not the arrow
         point, arrow = (0.96 * left, "<") if point < left else (0.96 * right, ">")
-        look, kind = look | {"marker": arrow}, "outside"
+        look, kind = look | {"marker": arrow, "label": ""}, "outside"
     ax.plot(point, at, gid=f"{kind}:{gid}", zorder=4, clip_on=False, **look)
 
 

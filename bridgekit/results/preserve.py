@@ -1,26 +1,41 @@
-"""Kept runs: what is kept of a run of this package, with checksums, and the manifest of everything kept.
+"""Kept runs: what is kept of a run of this package or of all runs of a study, and the manifest of everything kept.
 
     folder = preserve("runs/phase1_20261120_132037")     # -> preserved_data/phase1_20261120_132037
+    keep_study("runs", "ablation_losses")                # -> preserved_data/studies/ablation_losses.tar.xz
     write_manifest("preserved_data")                     # its README.md, again from the runs' entries
 
-A run is kept as it is, its final evaluation compressed. Nothing kept is overwritten, and a folder appears whole, by
-one rename. An entry is `manifest.md` in the run's folder: only what stands between its markers is written again.
+Nothing kept is overwritten, and a folder appears whole, by one rename. An entry is `manifest.md` in the run's folder:
+only what stands between its markers is written again.
 """
 
 from __future__ import annotations
 
 import glob
 import gzip
+import io
 import json
+import lzma
 import os
 import re
 import shutil
+import tarfile
 import tempfile
 import typing
 from pathlib import Path
 
 from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, load_json, render, replace_block, write_entry
-from bridgekit.runs import hash_file, load_jsonl, write_jsonl, write_text_atomic
+from bridgekit.results.table import said_value
+from bridgekit.runs import (
+    FINAL,
+    find_eval,
+    hash_file,
+    load_jsonl,
+    load_status,
+    project_root,
+    write_bytes_atomic,
+    write_jsonl,
+    write_text_atomic,
+)
 
 ROOT, FIRST = Path("preserved_data"), "first_experiments"
 README = "README.md"
@@ -30,6 +45,12 @@ FILES = (  # all that the numbers of a run are recomputed from, and how it went
     "train.log attention.npz code.json code/*.py"
 ).split()
 _PROSE = re.compile(r"\*\*(Why it was run|Publishability)\.\*\*\s*(.*?)\s*(?=\n\*\*|\n<!--|\Z)", re.DOTALL)
+STUDIES = ROOT / "studies"
+STUDY_FILES = ("config.yaml", "status.json", "provenance.json", "metrics.jsonl", "timing.json", "controls.json")
+STUDY_COLUMNS = (  # beside the extracted answers
+    "eval_step index id split group unit value novelty family steps donor_gold gold_extracted bridged_said"
+).split()
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9, "dict_size": 1 << 27}]  # one dictionary for all that the runs repeat
 CHECKPOINTS = ("bridged", "constant")  # the diagnostics set the one against the other
 
 
@@ -146,6 +167,49 @@ def changed_files(folder: Path) -> list[str]:
     """Kept files whose bytes are no longer those of the checksums, or that are gone."""
     kept = load_json(folder / "checksums.json").get("kept", {})
     return [n for n, digest in kept.items() if not (folder / n).is_file() or hash_file(folder / n) != digest]
+
+
+# -- keeping the runs of a study -----------------------------------------------------------------------------
+
+
+def keep_study(runs_dir: str | Path, name: str, root: str | Path = STUDIES, add: bool = False) -> Path:
+    """Pack the finished runs `<name>_*` of a runs folder; returns the file. The same runs give the same bytes.
+
+    Of an answer the extracted label is kept, and the unit's value that the bridged one names: 15 kB a run. `add` puts
+    new runs to those already kept, of which none is replaced.
+    """
+    folders = [p for p in sorted(Path(runs_dir).glob(f"{name}_*")) if load_status(p).get("state") == "finished"]
+    path, files, packed = project_root() / root / f"{name}.tar.xz", {}, io.BytesIO()
+    if path.exists():
+        if not add:
+            raise ValueError(
+                f"{path}: already kept; what is preserved is never overwritten (--add puts new runs to it)"
+            )
+        with tarfile.open(path, "r:xz") as archive:
+            files = {entry.name: archive.extractfile(entry).read() for entry in archive if entry.isfile()}
+    kept = {member.split("/")[0] for member in files}
+    new = [folder for folder in folders if folder.name not in kept]
+    if not new:
+        what = "that is not kept already" if folders else f"(folders {name}_*)"
+        raise ValueError(f"{runs_dir}: no finished run of a study '{name}' {what}")
+    for folder in new:
+        files |= {f"{folder.name}/{f}": (folder / f).read_bytes() for f in STUDY_FILES if (folder / f).is_file()}
+        files[f"{folder.name}/{FINAL}"] = "".join(map(_lean_line, load_jsonl(find_eval(folder)))).encode()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        for member, data in sorted(files.items()):
+            entry = tarfile.TarInfo(member)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(path, lzma.compress(packed.getvalue(), filters=FILTERS))
+    return path
+
+
+def _lean_line(row: dict) -> str:
+    kept = {k: v for k, v in row.items() if k in STUDY_COLUMNS or k.endswith(("_extracted", "_correct"))}
+    if "family" in row and "bridged_full" in row:  # not of a run that was packed before, on another machine
+        kept["bridged_said"] = said_value(row["bridged_full"], row["family"])
+    return json.dumps(kept, ensure_ascii=False) + "\n"
 
 
 # -- the manifest -------------------------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class Number:
     def __init__(self, rows: pd.DataFrame, signed: bool = False) -> None:
         if len(rows) != 1:
             raise ValueError(f"{len(rows)} rows where one number was asked for")
-        self.row, self.signed = rows.iloc[0], signed
+        (self.row,), self.signed = rows.to_dict("records"), signed
 
     def __getattr__(self, column: str) -> object:
         """`low high n n_units smallest_effect holds ...`: whatever columns the table has."""

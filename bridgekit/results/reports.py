@@ -191,12 +191,10 @@ def _nest_entry(path: Path) -> str:
 
 def _find_date(folder: Path, facts: dict) -> str:
     """When the run began, in UTC: by its own record, its folder's stamp (local time), or its configuration's age."""
-    if started := facts.get("started"):
-        moment = datetime.datetime.fromisoformat(started)
-    elif stamp := re.search(r"\d{8}_\d{6}", folder.name):
-        moment = datetime.datetime.strptime(stamp[0], "%Y%m%d_%H%M%S")
-    else:
-        moment = datetime.datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime)
+    stamp = re.search(r"(\d{8})_(\d{6})", folder.name)
+    started = facts.get("started") or (stamp and f"{stamp[1]}T{stamp[2]}")
+    age = (folder / "config.yaml").stat().st_mtime
+    moment = datetime.datetime.fromisoformat(started) if started else datetime.datetime.fromtimestamp(age)
     return moment.astimezone(datetime.UTC).strftime("%Y-%m-%d %H:%M")
 
 

@@ -5,12 +5,11 @@
     verdict.text, verdict.table()                    # the claim in two sentences with its details; a row per control
     conditions_table(frame)                          # what the bars and the table are drawn from
 
-The rule: bridged beats `target`, `shuffled`, each selection of the trained controls `constant` and `self_bridge` (best
-on the mix, best on source-only problems, last weights), each with a paired interval over units above zero in every
-training seed, and on the source-only problems `shuffled` and the constants once more; and each comparison's largest p
-survives Holm. A control whose weights are known to be from before half of the training counts as not run. Rivals stand
-beside the rule. Problems about units that the bridge was trained on (novelty `seen`) count nowhere in it, because their
-answers can be memorised; they have a row of their own in the table.
+The rule: bridged beats `target`, `shuffled` and each selection of the trained controls `constant` and `self_bridge`,
+and on the source-only problems `shuffled` and the constants once more, each with a paired interval over units above
+zero in every training seed; and each control's largest p survives Holm. A control whose weights are known to be from
+before half of the training counts as not run. Problems about units that the bridge was trained on (novelty `seen`)
+count nowhere in it, because their answers can be memorised; they have a row of their own in the table.
 """
 
 from collections import namedtuple
@@ -108,8 +107,8 @@ def headroom(frame: pd.DataFrame) -> Headroom:
     source, target = read_correct(rows, "source"), read_correct(rows, "target")
     shares = {name: _accuracy(rows, name) for name in ("source", "target", "union")}
     n, n_units = len(rows), shares["target"].n_clusters
-    masks = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source}
-    counts = {name: int(mask.sum()) for name, mask in (masks | {"neither": ~source & ~target}).items()}
+    kinds = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source}
+    counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~source & ~target}).items()}
     # with no discordant pair the rule of three says how many there may still be
     discordance = max(counts["source_only"] + counts["target_only"], min(3, n)) / n
     icc = stats.intraclass_correlation(source.astype(float) - target, rows.get("unit"))

@@ -11,7 +11,6 @@ define `extract(text)`, `is_complete(text)`, `is_right(extracted, gold)` and `ha
 import importlib
 import inspect
 import json
-import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -148,13 +147,8 @@ def from_jsonl(
     return examples
 
 
-def give_donors(
-    examples: list[Example],
-    differs: str = "gold",
-    rng: random.Random | None = None,
-    answer_with: Callable[[Example, int], str] | None = None,
-) -> list[Example]:
-    """Name each example's donor: the next one of its group that differs, counted from itself or from a drawn place.
+def give_donors(examples: list[Example], differs: str = "gold", rng=None, answer_with=None) -> list[Example]:
+    """Name each example's donor: the next one of its group that differs, from itself on or from a place `rng` draws.
 
     `answer_with(example, value)` is the answer that the donor's value would give here. An example whose group has one
     value has no donor, and then no `shuffled` condition.
@@ -222,14 +216,12 @@ def check_splits(task: Task, config: Config) -> None:
 def check_positions(config: Config, n_positions: int, longest_prompt: int, longest_source: int) -> None:
     """Refuse more text, soft tokens and answer than the target has positions.
 
-    `longest_prompt` is the target's literal prompt, `longest_source` what the bridge reads, both in tokens without
-    BOS. Injectors without soft tokens take no positions, and `soft_only` leaves the literal prompt out.
-    """
+    `longest_prompt` of the target and `longest_source`, which the bridge reads, are tokens without BOS."""
     bridge, new = config.bridge, config.eval.max_new_tokens
-    soft = bridge.n_soft_tokens if bridge.injector in SOFT_INJECTORS else 0
+    soft = bridge.n_soft_tokens if bridge.injector in SOFT_INJECTORS else 0  # the others take no positions
     if soft == -1:
         soft = min(MAX_SOFT_TOKENS, 1 + longest_source + (new if bridge.source_view == "solution" else 0))
-    no_text = {bridge.prompt_mode, bridge.train_prompt_mode} <= {"soft_only", "same"}
+    no_text = {bridge.prompt_mode, bridge.train_prompt_mode} <= {"soft_only", "same"}  # but the cue
     for key, n_soft, text, way_out in (  # the target alone reads its whole prompt, whatever the bridge
         ("eval.max_new_tokens", 0, longest_prompt, "use a shorter prompt or answer"),
         ("bridge.n_soft_tokens", soft, LONGEST_CUE if no_text else longest_prompt, "use fewer soft tokens"),
@@ -240,10 +232,7 @@ def check_positions(config: Config, n_positions: int, longest_prompt: int, longe
 
 
 def measure_prompts(config: Config) -> tuple[int, int, int] | None:
-    """The target's positions, its longest prompt and the longest text that the bridge reads, in tokens without BOS.
-
-    None where a model is not on this disk: then only the training can count.
-    """
+    """What `check_positions` compares, from files alone; None where a model is not on this disk: training counts."""
     from tokenizers import Tokenizer
 
     task, keys = get_task(config), ("source_model", "target_model")
@@ -257,8 +246,8 @@ def measure_prompts(config: Config) -> tuple[int, int, int] | None:
     source, target = folders if config.pair.direction == "forward" else folders[::-1]
     n_positions = json.loads((target / "config.json").read_text()).get("max_position_embeddings")
     examples = [e for split in ("val", "test") for e in task.examples(config, None, split)]
-    prompts = [source_prompt(e) for e in examples]
     texts = [literal_prompt(e).text for e in examples]
+    prompts = [source_prompt(e) for e in examples]
     read = [prompt.prefix if config.bridge.source_view == "facts" else prompt.text for prompt in prompts]
     longest = []
     for folder, rows in ((target, texts), (source, read)):

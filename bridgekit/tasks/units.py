@@ -1,7 +1,6 @@
 """The testbed: GSM8K-style word problems about invented units that only some models know.
 
-    lexicon = make_lexicon(seed=1)
-    examples = make_examples(lexicon, "test", n=2000, seed=1)
+    examples = make_examples(make_lexicon(seed=1), "test", n=2000, seed=1)
 
 To answer "Hal has 9 sisak of pins. How many pins?" one must know that a sisak is 15. Which model was taught that
 is the experiment. Everything is a pure function of its seeds. Ranges are chosen so that no number in a question
@@ -290,7 +289,7 @@ def load_lexicon_seed(config: Config) -> int | None:
     return seeds.get("target_model")
 
 
-def load_examples(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
+def make_split(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
     """The problems of a split as the configuration asks for them; the test split also has some about train units."""
     task = config.task
     lexicon = make_lexicon(load_lexicon_seed(config) if lexicon_seed is None else lexicon_seed)
@@ -306,4 +305,4 @@ def load_examples(config: Config, lexicon_seed: int | None, split: str, share: f
     return examples
 
 
-TASK = Task(name="units", examples=load_examples, check=load_lexicon_seed, has_groups=True)
+TASK = Task(name="units", examples=make_split, check=load_lexicon_seed, has_groups=True)

@@ -31,7 +31,7 @@ from bridgekit.model.generation import Generated, decode_bridged, generate_batch
 from bridgekit.model.message import Message, hashed_normal
 from bridgekit.model.pair import LanguageModel, split_prompts
 from bridgekit.model.states import SourceStates, in_batches
-from bridgekit.runs import write_bytes_atomic, write_jsonl
+from bridgekit.runs import is_correct, write_bytes_atomic, write_jsonl
 from bridgekit.tasks import Example, Prompt, Task, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.tasks.answers import INVALID
 from bridgekit.train.data import split_rows
@@ -40,7 +40,6 @@ if typing.TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
 
 FULL_MAPS = 16  # whole attention maps kept of each evaluation
-TOKEN_CLASSES = ("other", "unit", "digit")
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -81,8 +80,7 @@ def cut_to_soft_tokens(experiment: Experiment, texts: list[str]) -> list[str]:
 
 
 def answer_alone(experiment: Experiment, texts: list[str]) -> list[str]:
-    answers = [experiment.task.extract(text) for text in texts]
-    return ["" if a == INVALID else f"#### {a}" for a in answers]
+    return ["" if a == INVALID else f"#### {a}" for a in map(experiment.task.extract, texts)]
 
 
 def find_donor(example: Example, by_id: dict[str, Example]) -> Example:
@@ -343,15 +341,9 @@ def tune_router(rows: list[dict]) -> float:
     return float((ends[k] + ends[k + 1]) / 2)
 
 
-def is_correct(row: dict, condition: str) -> bool:
-    """As the task scored it; rows of older runs hold the extracted answers alone."""
-    return row.get(f"{condition}_correct", row[f"{condition}_extracted"] == row["gold_extracted"])
-
-
 def count_flips(experiment: Experiment, examples: list[Example], bridge: Bridge, rows: list[dict]) -> dict:
     """Bridged answers that change when the batch does: what no comparison on this machine can go below."""
-    size = experiment.config.eval.eval_batch_size
-    small = max(1, size // 8)
+    size, small = experiment.config.eval.eval_batch_size, max(1, experiment.config.eval.eval_batch_size // 8)
     said = decode_messages(experiment, bridge, examples, experiment.source_states(examples), batch_size=small)
     flipped = sum(experiment.task.extract(g.text) != r["bridged_extracted"] for g, r in zip(said, rows, strict=True))
     return {"batch_sizes": [size, small], "flipped": flipped, "n": len(rows)}

@@ -17,7 +17,8 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+import typing
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from bridgekit.config import ConfigError, check_type
 from bridgekit.inside.probe import probe_pair
-from bridgekit.keys import holds, key
+from bridgekit.keys import holds
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import LanguageModel, load_model
 from bridgekit.model.states import in_batches
@@ -44,6 +45,10 @@ SHAPES = {
 }
 
 
+def key(default: object, meaning: str, allowed: str = "") -> typing.Any:
+    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
+
+
 @dataclass(frozen=True, kw_only=True)
 class PairRecipe:
     """What a pair is made of; checked as a configuration is."""
@@ -52,14 +57,12 @@ class PairRecipe:
     steps: int = key(3000, "training steps of each model", ">= 1")
     batch: int = key(48, f"windows of {WINDOW:,} tokens a step", ">= 1")
     documents: int = key(300_000, "documents that each model is taught", ">= 1")
-    kinds: tuple[str, ...] = key((), "the mix of documents, KIND=WEIGHT,...; notes teach to read facts in the context")
-    note_facts: tuple[str, ...] = key(
-        (), "N,N,...: facts a note may state (default: short notes, longer for the source)"
-    )
+    kinds: tuple = key((), "the mix of documents, KIND=WEIGHT,...; notes teach to read facts in the context")
+    note_facts: tuple = key((), "N,N,...: facts a note may state (default: short notes, longer for the source)")
     lr: float = key(3e-3, "peak learning rate", "> 0")
     weight_decay: float = key(0.01, "of AdamW", ">= 0")
     prompt_weight: float = key(0.1, "loss weight of tokens that are not answer", ">= 0")
-    shape: tuple[str, ...] = key((), "e.g. hidden=192,layers=6; what is not named stays")
+    shape: tuple = key((), "e.g. hidden=192,layers=6; what is not named stays")
     log_every: int = key(100, "steps from one log line to the next", ">= 1")
 
     @property
@@ -83,7 +86,7 @@ LISTS = {  # options with several values: the form of each, an example, the name
 
 def build_recipe(**values) -> PairRecipe:
     """A checked recipe; an unknown name, a wrong type or a value out of range is refused in one line."""
-    known = {field.name: field for field in fields(PairRecipe)}
+    known = {one.name: one for one in fields(PairRecipe)}
     for name, value in values.items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -294,11 +297,11 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, PairRecipe]:
     parser.add_argument("--out", required=True, type=Path, help="folder for source/, target/ and pair.json")
     parser.add_argument("--role", choices=ROLES, help="train one of the two only")
     parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
-    names = [field.name for field in fields(PairRecipe)]
-    for field in fields(PairRecipe):
-        kind = field.type if field.type in (int, float) else lambda text: tuple(text.split(","))
-        meaning = f"{field.metadata['meaning']}{f' ({field.default})' if field.default else ''}"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=kind, default=field.default, help=meaning)
+    names = [known.name for known in fields(PairRecipe)]
+    for known in fields(PairRecipe):
+        kind = known.type if known.type in (int, float) else lambda text: tuple(text.split(","))
+        meaning = f"{known.metadata['meaning']}{f' ({known.default})' if known.default else ''}"
+        parser.add_argument(f"--{known.name.replace('_', '-')}", type=kind, default=known.default, help=meaning)
     args, unknown = parser.parse_known_args(argv)
     strange = {text.lstrip("-").split("=")[0].replace("-", "_"): text for text in unknown[:1]}
     return args, build_recipe(**{name: getattr(args, name) for name in names}, **strange)

@@ -24,11 +24,10 @@ from accelerate.utils import gather_object
 from bridgekit.config import Config
 from bridgekit.model import losses
 from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
-from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, pad_ids, unpad
+from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, unpad
 from bridgekit.model.message import Message
-from bridgekit.model.pair import LanguageModel
-from bridgekit.runs import append_jsonl, write_text_atomic
-from bridgekit.train.conditions import is_correct
+from bridgekit.model.pair import LanguageModel, pad_ids
+from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
 from bridgekit.train.data import Batch, step_batch
 
 if TYPE_CHECKING:

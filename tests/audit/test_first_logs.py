@@ -60,15 +60,12 @@ def test_kinds_of_crashes(tmp_path, text, expected):
     assert {key: crash[key] for key in expected} == expected
 
 
-def test_older_logs_without_source_accuracy_and_without_world_size(tmp_path):
+def test_older_logs_and_other_line_ends(tmp_path):
     text = "==== Config ====\nlr: 0.1\nLoading source\n"
     text += "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n"
     facts = load(tmp_path, text + "[Distributed Eval] Sharding 200 samples across 2 ranks:\n")
     assert facts["logged"].to_dict("records") == [{"step": "250", "target": 0.73, "bridged": 0.47}]
     assert facts["settings_text"] == {"lr": "0.1"} and facts["world_size"] == 2
-
-
-def test_carriage_returns_as_line_ends(tmp_path):
     text = log_text(evaluations=EVALUATIONS, final=(0.5, 0.5, 0.5))
     for end in ("\r", "\r\n"):
         facts = load(tmp_path, text.replace("\n", end))
@@ -173,9 +170,8 @@ def test_no_content_stops_the_answers_reader(tmp_path, lines):
 def test_rescoring_counts_the_labels_that_move(tmp_path):
     rows = evaluation([0, 1])
     rows[2]["bridged_full"], rows[2]["bridged_extracted"] = "#### 102.00", "102.00"
-    table = count_rescored(load_texts(write_jsonl(tmp_path / "e.jsonl", rows), "final")).set_index(
-        ["condition", "rule"]
-    )
+    texts = load_texts(write_jsonl(tmp_path / "e.jsonl", rows), "final")
+    table = count_rescored(texts).set_index(["condition", "rule"])
     stored = table.loc[("bridged", "seeds")]
     assert (stored.n, stored.moved, stored.right) == (8, 0, 2)
     strict = table.loc[("bridged", "marker_last")]

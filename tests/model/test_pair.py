@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
-from bridgekit.model.generation import generate_batch, pad_ids
+from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import (
     Pieces,
     fingerprint_folder,
     load_pair,
+    pad_ids,
     pick_layers,
     split_at_soft,
     split_prompts,

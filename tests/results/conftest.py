@@ -33,18 +33,13 @@ def evaluation():
     rates = {"source": (0.9, 0.9, 0.05, 0.9), "target": (0.05, 0.05, 0.9, 0.9), "bridged": (0.9, 0.8, 0.9, 0.9)}
     rates |= {"shuffled": (0.05, 0.05, 0.85, 0.85), "constant": (0.15, 0.06, 0.9, 0.9)}
     rates |= {"self_bridge": (0.1, 0.1, 0.9, 0.9), "target_told": (0.95, 0.95, 0.95, 0.95)}
-    places = [
-        ("source_only", "seen"),
-        ("source_only", "held_unit"),
-        ("target_only", "held_unit"),
-        ("both", "held_unit"),
-    ]
+    groups, novelties = ["source_only", "source_only", "target_only", "both"], ["seen"] + ["held_unit"] * 3
 
     def make(seed=5):
         generator, rows = np.random.default_rng(seed), []
         for i, place in enumerate(np.repeat(generator.choice(4, 200, p=[0.1, 0.2, 0.4, 0.3]), 3)):
-            group, novelty = places[place]
-            row = {"index": i, "id": f"p{i}", "unit": f"unit{i // 3}", "group": group, "novelty": novelty}
+            row = {"index": i, "id": f"p{i}", "unit": f"unit{i // 3}"}
+            row |= {"group": groups[place], "novelty": novelties[place]}
             rows.append(row | {f"{c}_correct": bool(generator.random() < rates[c][place]) for c in rates})
         return pd.DataFrame(rows)
 
@@ -75,8 +70,9 @@ def compared():
     for name, difference, holds in (("kl", -0.2, True), ("info_nce", 0.01, False), ("b2", 0.0, False)):
         for subset, scale, n in (("source_only_held_unit", 1.0, 393), ("all", 0.2, 2000)):
             value = difference * scale
-            row = {"variant": name, "reference": "base", "subset": subset, "point": value, "low": value - 0.05}
-            row |= {"high": value + 0.05, "n": n, "n_units": n - 100, "n_seeds": 3, "adjusted_p": 0.0 if holds else 1.0}
+            row = {"variant": name, "reference": "base", "subset": subset, "difference": value, "low": value - 0.05}
+            row |= {"high": value + 0.05, "n": n, "n_units": n - 100, "n_seeds": 3}
+            row["adjusted_p"] = 0.0004 if holds else 1.0
             row |= {"by_seed": [value - 0.02, value, value + 0.02], "replicates": "base" if name == "b2" else ""}
             rows.append(row | {"holds": holds, "smallest_effect": 0.08})
     return pd.DataFrame(rows)
@@ -84,14 +80,14 @@ def compared():
 
 @pytest.fixture
 def along():
-    """As `axis_table`: two producers, two numbers of facts, two seeds, of which one has no run with 64 soft tokens."""
+    """As `read_axis`: two producers, two numbers of facts, two seeds, of which one has no run with 64 soft tokens."""
     rows = []
     for producer in ("resampler", "dit"):
         for k, facts, seed in ((k, f, s) for k in (1, 4, 16, 64) for f in (1, 16) for s in (1, 2)):
             if (k, seed) != (64, 2):
                 share = 0.1 * np.log2(2 * k) + seed / 100
                 row = {"seed": seed, "producer": producer, "n_soft_tokens": k, "train_units": 45 * k, "n_facts": facts}
-                row |= {"point": share, "low": share - 0.1, "high": share + 0.1, "n": 393, "n_units": 293}
+                row |= {"recovery": share, "low": share - 0.1, "high": share + 0.1, "n": 393, "n_units": 293}
                 for column, value in {"in_message": share + 0.2, "bits_per_token": facts * share / k}.items():
                     row |= {column: value, f"{column}_low": 0.9 * value, f"{column}_high": 1.1 * value}
                 rows.append(row)

@@ -9,11 +9,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 from bridgekit.config import load_config
 from bridgekit.results import compare, table
 from bridgekit.results import statistics as stats
-from bridgekit.results.compare import branch_probabilities, carried_bits, choose_branch, decide
+from bridgekit.results.compare import carried_bits, choose_branch, decide
+from bridgekit.results.style import format_interval
 from bridgekit.tasks import units
 from bridgekit.tasks.units import VALUES, state_facts
 
@@ -31,9 +33,6 @@ def draw_answers(seeds=(1, 2, 3), **rates: float) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-# -- a study with a reference -------------------------------------------------------------------------------
-
-
 def test_differences_are_paired_by_problem_and_seed():
     answers = draw_answers(a=0.5, b=0.9, c=0.5)
     compared = compare.compare_variants(answers, "a").set_index(["variant", "subset"])
@@ -42,20 +41,17 @@ def test_differences_are_paired_by_problem_and_seed():
     assert row["point"] == pytest.approx(np.mean(row["by_seed"])) and row["holds"] and row["low"] > 0
     assert (row["n"], row["n_units"], row["n_seeds"]) == (200, 100, 3)
     assert not compared.loc["c", "all"]["holds"] and compared.loc["c", "all"]["smallest_effect"] > 0.1
-    family = {str(i): p for i, p in enumerate(compared["p"])}
-    assert compared["adjusted_p"].tolist() == list(stats.holm(family).values())
-    strictest = stats.student_quantile(1 - 0.05 / 4 / 2, row["df"]) + stats.student_quantile(0.8, row["df"])
-    assert row["smallest_effect"] == pytest.approx(strictest * row["deviation"])  # of four comparisons
+    assert compared["adjusted_p"].tolist() == list(stats.holm(dict(enumerate(compared["p"]))).values())
+    # what was missed is found four times in five at the strictest of the levels, of four comparisons
+    drawn = row["smallest_effect"] / row["deviation"] + np.random.default_rng(2).standard_normal(2000)
+    assert (drawn > scipy.stats.t.ppf(1 - 0.05 / 4 / 2, row["df"])).mean() == pytest.approx(0.8, abs=0.03)
 
 
-def test_a_missing_run_leaves_its_pair_out_and_other_problems_are_refused():
+def test_a_missing_run_leaves_its_pair_out():
     answers = draw_answers(a=0.5, b=0.9)
     missing = answers[(answers["variant"] != "a") | (answers["seed"] != 2)]
     assert set(compare.compare_variants(missing, "a")["n_seeds"]) == {2}
     assert compare.compare_variants(answers[answers["variant"] == "b"], "a").empty
-    answers.loc[answers["variant"] == "b", "gold"] = "2"
-    with pytest.raises(ValueError, match="not tested on the same problems .gold of p000 differs"):
-        compare.compare_variants(answers, "a")
 
 
 def test_a_replicate_is_paired_with_its_own_seeds():
@@ -78,15 +74,21 @@ def test_the_table_of_gains_says_what_was_measured(tmp_path):
     answers = pd.concat([draw_answers(a=0.5, b=0.9), draw_answers((101, 102, 103), c=0.5)], ignore_index=True)
     compared = compare.compare_variants(answers, "a", replicates={"c": "a"})
     gains = compare.gains_table(answers, compared, costs).set_index("variant")
+    assert list(gains.index) == ["a", "b", "c (again a)"]
     share = table.share(answers[answers["variant"] == "b"]).iloc[0]
-    assert gains.loc["b", "all (n = 200)"] == f"{share.point:.3f} [{share.low:.3f}, {share.high:.3f}]"
+    (accuracy,) = [column for column in gains if column.startswith("all held-out problems (n = 200 on 100")]
+    assert gains.loc["b", accuracy] == format_interval(share.point, share.low, share.high)
     row = compared[(compared["variant"] == "b") & (compared["subset"] == "all")].iloc[0]
-    assert gains.loc["b", "difference, all"].startswith(f"{row.point:+.3f} [{row.low:+.3f}")
+    (change,) = [column for column in gains if column.startswith("all held-out problems: difference")]
+    assert gains.loc["b", change].startswith(format_interval(row.point, row.low, row.high, signed=True))
     assert (gains.loc["b", "parameters"], gains.loc["b", "seconds"]) == ("12,345", "15")
-    assert gains.loc["a", "difference, all"] == "reference" and gains.loc["a", "parameters"] == ""
-    assert list(gains.index) == ["a", "b", "c (replicate of a)"]
+    assert gains.loc["a", change] == "reference" and gains.loc["a", "parameters"] == ""
     alone = compare.gains_table(answers, compare.compare_variants(answers, "nothing"))
-    assert set(alone["difference, all"]) == {"\N{EN DASH}"}
+    assert alone[change].isna().all()
+    compare.write_table(gains, tmp_path / "new" / "gains")
+    assert (
+        "reference" in (tmp_path / "new/gains.md").read_text() and "tabular" in (tmp_path / "new/gains.tex").read_text()
+    )
 
 
 # -- axes ---------------------------------------------------------------------------------------------------
@@ -115,6 +117,7 @@ def test_train_units_are_counted_as_the_task_takes_them():
 def test_a_row_of_an_axis_is_a_run_with_its_recovery_and_its_bits():
     bridged = draw_answers((1, 2), k4=0.7)
     bridged["said"] = np.where(bridged["correct"], bridged["value"], np.nan)
+    bridged.loc[[399, 398], ["said", "correct"]] = [[99, False], [13, False]]  # of the message, and of no message
     told = bridged.assign(condition="target_told", correct=True)
     settings = {"n_soft_tokens": 4, "n_facts": 2, "source_view": "facts", "producer": "resampler"}
     facts = {i: state_facts([("tob", v), ("gaf", 99)]) for i, v in zip(bridged["id"], bridged["value"], strict=True)}
@@ -123,7 +126,7 @@ def test_a_row_of_an_axis_is_a_run_with_its_recovery_and_its_bits():
     assert (row.variant, row.seed, row.n_soft_tokens) == ("k4", 2, 4) and row.point == run["correct"].mean()
     bits = carried_bits(run["value"], run["said"], VALUES, run["unit"])
     assert (row.bits, row.bits_per_token_low) == (2 * bits.point, pytest.approx(2 * bits.low / 4))
-    assert row.in_message == run["correct"].mean() < row.in_message_high
+    assert row.in_message == pytest.approx(run["correct"].mean() + 1 / 200) and row.in_message < row.in_message_high
     plain = compare.axis_table(pd.concat([bridged, told]), {"k4": {"n_soft_tokens": 4}})
     assert "bits" not in plain and list(plain["point"]) == list(along["point"])
 
@@ -131,22 +134,17 @@ def test_a_row_of_an_axis_is_a_run_with_its_recovery_and_its_bits():
 # -- bits ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def channel():
-    """`channel(n, right)`: n values, said right with this probability and at random otherwise."""
-
-    def make(n, right, seed=0):
-        rng = np.random.default_rng(seed)
-        true, other = rng.choice(VALUES, n), rng.choice(VALUES, n)
-        return true, np.where(rng.random(n) < right, true, other)
-
-    return make
+def channel(n: int, right: float) -> tuple[np.ndarray, np.ndarray]:
+    """n values, said right with this probability and at random otherwise."""
+    rng = np.random.default_rng(0)
+    true, other = rng.choice(VALUES, n), rng.choice(VALUES, n)
+    return true, np.where(rng.random(n) < right, true, other)
 
 
-def plug_in(true, said):
+def plug_in(true: np.ndarray, said: np.ndarray) -> tuple[float, float]:
     """Mutual information of the counts as they are, and with Miller and Madow's correction, in bits."""
 
-    def entropy(*columns):
+    def entropy(*columns: np.ndarray) -> tuple[float, int]:
         counts = np.unique(np.stack(columns), axis=1, return_counts=True)[1]
         return -(counts / len(true) * np.log2(counts / len(true))).sum(), len(counts)
 
@@ -156,17 +154,16 @@ def plug_in(true, said):
 
 
 @pytest.mark.parametrize("right", [0.0, 0.3, 0.6, 0.9, 1.0])
-def test_known_channels(channel, right):
+def test_known_channels(right):
     """A symmetric channel's information is log2 48 - H(hit) - P(miss) log2 47."""
     hit = right + (1 - right) / len(VALUES)
     miss = 1 - hit
     truth = FULL - sum(-p * math.log2(p) for p in (hit, miss) if p > 1e-12) - miss * math.log2(len(VALUES) - 1)
     bits = carried_bits(*channel(20_000, right), VALUES)
-    assert bits.point == pytest.approx(truth, abs=0.05)
-    assert bits.low <= truth + 0.02
+    assert bits.point == pytest.approx(truth, abs=0.05) and bits.low <= truth + 0.02
 
 
-def test_noise_is_not_counted_as_information(channel):
+def test_noise_is_not_counted_as_information():
     """The numbers in the docstring of `carried_bits`, recomputed."""
     for right, raw, corrected, ours in ((0.0, 0.91, 0.47, -0.04), (1.0, 5.57, 5.59, 5.58)):
         true, said = channel(2000, right)
@@ -174,7 +171,7 @@ def test_noise_is_not_counted_as_information(channel):
         assert carried_bits(true, said, VALUES).point == pytest.approx(ours, abs=0.02)
 
 
-def test_near_misses_carry_something_and_silence_nothing(channel):
+def test_near_misses_carry_something_and_silence_nothing():
     true, _ = channel(5000, 0.0)
     near = true + np.random.default_rng(3).integers(-1, 2, len(true))
     assert math.log2(48 / 3) - 0.1 < carried_bits(true, near, VALUES).point < math.log2(48 / 3) + 0.1
@@ -184,7 +181,7 @@ def test_near_misses_carry_something_and_silence_nothing(channel):
     assert carried_bits(true, np.full(len(true), 10**9), VALUES).point == pytest.approx(0, abs=0.05)
 
 
-def test_units_not_answers_are_what_counts(channel):
+def test_units_not_answers_are_what_counts():
     true, said = channel(400, 0.5)
     alone = carried_bits(true, said, VALUES)
     five = carried_bits(np.repeat(true, 5), np.repeat(said, 5), VALUES, np.repeat(np.arange(400), 5))
@@ -199,11 +196,6 @@ def test_units_not_answers_are_what_counts(channel):
 def test_bits_of_what_was_not_drawn_are_refused(values, said, named):
     with pytest.raises(ValueError, match=named):
         carried_bits(values, said, VALUES)
-
-
-def test_a_value_of_the_message_is_told_from_one_that_is_not():
-    note = state_facts([("tob", 12), ("gaf", 34)])
-    assert compare.names_a_fact([12, 34.0, 13, 1, None, np.nan], [note] * 6) == [True, True, *[False] * 4]
 
 
 # -- the plan's decision rule -------------------------------------------------------------------------------
@@ -223,12 +215,6 @@ def test_edges_are_exact_for_every_n(percent, above, below):
         assert (choose_branch(lowest, n), choose_branch(lowest - 1, n)) == (above, below)
 
 
-@pytest.mark.parametrize(("right", "n"), [(-1, 10), (11, 10), (0, 0)])
-def test_impossible_counts_are_refused(right, n):
-    with pytest.raises(ValueError, match="impossible"):
-        choose_branch(right, n)
-
-
 def test_probabilities_are_those_of_a_simulated_replicate():
     """A true accuracy drawn around the run's own, a replicate drawn around that."""
     rng, n = np.random.default_rng(0), 200
@@ -239,7 +225,6 @@ def test_probabilities_are_those_of_a_simulated_replicate():
     assert sum(decided.replicate.values()) == pytest.approx(1) and 0.3 < decided.differs < 0.6
     for branch, (low, high) in {"go on": (140, 201), "B and C": (130, 140), "A, B and C": (0, 130)}.items():
         assert decided.replicate[branch] == pytest.approx(((again >= low) & (again < high)).mean(), abs=0.01)
-    assert branch_probabilities(129, n, error) == decided.replicate
 
 
 def test_only_the_letters_that_are_due_run():

@@ -10,7 +10,7 @@ import pytest
 from first_generation import evaluation, write_own
 
 from bridgekit.results import readme
-from bridgekit.results.readme import Numbers, find_typed, render_document, round_number
+from bridgekit.results.readme import Numbers, find_typed, render_document
 from bridgekit.runs import hash_file
 
 PROJECT = Path(__file__).parents[2]
@@ -37,15 +37,6 @@ def numbers(tmp_path):
     return Numbers(tmp_path / "preserved_data")
 
 
-@pytest.mark.parametrize(("value", "signed", "text"), [
-    (5895 / 6000, False, "0.983"), (0.8125, False, "0.813"), (-0.0004, False, "0.000"), (-0.0004, True, "+0.000"),
-    (0.1594, True, "+0.159"), (-0.0125, True, "-0.013"), (1, False, "1.000"),
-    (sum([0.9845, 0.981, 0.982]) / 3, False, "0.983"),
-])  # fmt: skip
-def test_one_rounding(value, signed, text):
-    assert round_number(value, signed) == text
-
-
 @pytest.mark.parametrize(("template", "typed"), [
     ("It has 0.894 there.", ["0.894"]), ("Right in 96%.", ["96%"]), ("+0.21 more", ["+0.21"]),
     ("{{ share('x') }} and {{ fixed('0.001', 'a weight') }}", []), ("{# was 0.894 #}{% set x = 0.05 %}", []),
@@ -53,11 +44,6 @@ def test_one_rounding(value, signed, text):
 ])  # fmt: skip
 def test_a_typed_number_is_found(template, typed):
     assert find_typed(template) == typed
-
-
-@pytest.mark.parametrize("name", readme.DOCUMENTS)
-def test_the_templates_hold_no_typed_number(name):
-    assert find_typed((readme.TEMPLATES / f"{name}.j2").read_text()) == []
 
 
 def test_numbers_of_one_run_and_of_all_its_seeds(numbers):
@@ -76,16 +62,14 @@ def test_numbers_of_one_run_and_of_all_its_seeds(numbers):
         numbers.share("other")
 
 
-def test_an_untrained_control_is_counted(numbers, tmp_path):
-    path = tmp_path / "preserved_data" / "small_seed1" / "metrics_constant.jsonl"
-    path.write_text('{"step": 0, "eval": {"constant": 0.7}}\n{"step": 10, "eval": {"constant": 0.6}}\n')
-    assert numbers.trained_controls() == {"all": 2, "untrained": 1}
-
-
-def test_a_changed_answer_changes_the_number(numbers, tmp_path):
-    path = tmp_path / "preserved_data" / "small_seed1" / "eval_samples_step_final.jsonl"
+def test_a_changed_file_changes_the_number(numbers, tmp_path):
+    folder = tmp_path / "preserved_data" / "small_seed1"
+    path = folder / "eval_samples_step_final.jsonl"
     path.write_text(path.read_text().replace('"bridged_extracted": "100"', '"bridged_extracted": "101"'))
-    assert str(Numbers(tmp_path / "preserved_data").share("small_seed1")) == "0.750"
+    rows = '{"step": 0, "eval": {"constant": 0.7}}\n{"step": 10, "eval": {"constant": 0.6}}\n'
+    (folder / "metrics_constant.jsonl").write_text(rows)
+    again = Numbers(tmp_path / "preserved_data")
+    assert str(again.share("small_seed1")) == "0.750" and again.trained_controls() == {"all": 2, "untrained": 1}
 
 
 def test_figure_data_are_refused_when_an_input_has_changed(numbers, tmp_path):
@@ -117,6 +101,7 @@ def test_check_names_the_first_line_that_differs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_template_with_a_typed_number_is_refused(tmp_path, monkeypatch):
+    assert all(find_typed((readme.TEMPLATES / f"{name}.j2").read_text()) == [] for name in readme.DOCUMENTS)
     (tmp_path / "README.md.j2").write_text("Right in 0.894.\n")
     monkeypatch.setattr(readme, "TEMPLATES", tmp_path)
     with pytest.raises(ValueError, match=r"README.md.j2: '0.894' is typed; call what recomputes it"):

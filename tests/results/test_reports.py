@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from bridgekit import launch
 from bridgekit.config import load_config
 from bridgekit.results import reports, verdict
 from bridgekit.results.reports import LOG, REPORT, SUMMARY, append_appendix, report_end
+from bridgekit.results.style import format_interval
 from bridgekit.runs import create_run, find_eval, load_eval, write_status
 
 KEPT = Path(__file__).parents[2] / "preserved_data"
@@ -59,9 +60,10 @@ def test_the_numbers_are_those_of_the_conditions_table(add_run):
     rows = table[table["subset"] == "all"].set_index("condition")
     for condition in ("source", "target", "bridged"):
         row = rows.loc[condition]
-        shown = f"{row['accuracy']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        shown = format_interval(row["accuracy"], row["low"], row["high"])
         assert all(shown in text for text in texts.values()), (condition, shown)
-    recovered = str(verdict.recovery(frame, subset="source_only_held_unit"))
+    share = verdict.recovery(frame, subset="source_only_held_unit")
+    recovered = format_interval(share.point, share.low, share.high)
     assert all(recovered in text for text in texts.values())
     (line,) = [line for line in texts[SUMMARY].splitlines() if line.startswith("| [`")]
     cells = [cell.strip() for cell in line.strip("|").split(" | ")]
@@ -140,25 +142,18 @@ def test_a_run_that_beats_the_target_gets_its_subsection_and_keeps_its_prose(add
     assert "#### My reading\n\nIn the main table." in text and text.count("### [`wins`]") == 1
 
 
-def test_failed_runs_are_logged_and_have_no_row(tmp_path):
-    folder = create_run(load_config(runs_dir=str(tmp_path / "runs"), name="some"))
-    launch.mark_failed(folder, "train: no <!-- end: runs --> in\nsight | of it")
-    launch.mark_failed(folder, "train: no <!-- end: runs --> in\nsight | of it")
-    texts = load(folder.parent)
-    assert texts[LOG].count(f"· `{folder.name}` · failed") == 1
-    assert "train: no &lt;!-- end: runs --> in sight \\| of it" in texts[LOG]
-    assert "| [`" not in texts[SUMMARY] and "No run has a final evaluation yet" in texts[REPORT]
-
-
-def test_a_run_made_again_under_its_name_moves_up(add_run):
+def test_a_run_made_again_that_fails_moves_up_and_loses_its_row(add_run):
     runs = add_run("again", minute=1).parent
     report_end(add_run("other", LOSES, minute=2))
     shutil.rmtree(runs / "again")
     folder = create_run(load_config(), runs / "again")
     (folder / "provenance.json").write_text(json.dumps({"started": "2026-11-20T12:05:00+00:00"}))
-    launch.mark_failed(folder, "killed")  # its numbers are gone, so its row and its subsection go too
+    launch.mark_failed(folder, "train: no <!-- end: runs --> in\nsight | of it")
+    launch.mark_failed(folder, "train: no <!-- end: runs --> in\nsight | of it")
     texts = load(runs)
+    assert texts[LOG].count("`again` · failed") == 1
     assert texts[LOG].index("`again` · failed") < texts[LOG].index("· `other` ·")
+    assert "train: no &lt;!-- end: runs --> in sight \\| of it" in texts[LOG]
     assert "`again`]" not in texts[SUMMARY] and "`again`]" not in texts[REPORT]
 
 
@@ -187,26 +182,12 @@ def test_a_damaged_run_is_named_and_blocks_nothing(add_run, capsys):
 
 
 def test_a_stamp_in_local_time_is_shown_in_utc(tmp_path, monkeypatch):
-    import time
-
     monkeypatch.setenv("TZ", "XXX-3")  # three hours ahead of UTC
     time.tzset()
-    folder = create_run(load_config(), tmp_path / "x_20261120_020000")
-    date = reports.build_record(folder)["date"]
+    date = reports.build_record(create_run(load_config(), tmp_path / "x_20261120_020000"))["date"]
     monkeypatch.undo()
     time.tzset()
     assert date == "2026-11-19 23:00"
-
-
-def test_a_report_waits_for_another_that_is_being_written(add_run):
-    folder = add_run("one", LOSES)
-    with reports.locked(folder.parent):
-        waiting = threading.Thread(target=report_end, args=(folder,))
-        waiting.start()
-        waiting.join(0.5)
-        assert waiting.is_alive() and not (folder.parent / LOG).exists()
-    waiting.join(60)
-    assert "· `one` ·" in (folder.parent / LOG).read_text()
 
 
 # A process of its own: once all are ready each makes its runs and reports each of them a single time.
@@ -224,18 +205,20 @@ for k in range(2):
 """
 
 
-def test_runs_that_end_at_once_lose_nothing(add_run, tmp_path):
+def test_runs_that_end_at_once_wait_for_each_other_and_lose_nothing(add_run, tmp_path):
     """Real processes; none writes an entry twice, so that what is lost stays lost."""
     names = ["alpha", "beta", "gamma"]
     runs = [add_run(name, minute=i) for i, name in enumerate(names)][0].parent
     for name in names:
         lines = (runs / name / "eval_samples_step_final.jsonl").read_text().splitlines(keepends=True)
         (runs / name / "eval_samples_step_final.jsonl").write_text("".join(lines[:60]))
-    go = tmp_path / "go"
-    command = [sys.executable, "-c", REPORT_MANY]
+    go, command = tmp_path / "go", [sys.executable, "-c", REPORT_MANY]
     children = [subprocess.Popen([*command, runs / n, go], stdout=subprocess.PIPE, text=True) for n in names]
     assert [child.stdout.readline() for child in children] == ["ready\n"] * len(names)
-    go.touch()
+    with reports.locked(runs):
+        go.touch()
+        time.sleep(0.5)
+        assert not (runs / LOG).exists() and all(child.poll() is None for child in children)
     assert [child.wait(120) for child in children] == [0] * len(names)
     together = load(runs)
     for name in [f"{name}_{k}" for name in names for k in range(2)]:

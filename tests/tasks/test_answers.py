@@ -70,55 +70,34 @@ def test_same_as_the_first_evaluator(text, label):
     assert extract_answer(text, "seeds") == label
 
 
-def test_first_and_last_marker_differ_only_within_the_models_own_answer():
-    text = "Try: #### 4\nNo, it is\n#### 5\n\nQ: Another one?\nA: #### 9"
-    assert extract_answer(text, "marker_first") == "4"
-    assert extract_answer(text, "marker_last") == "5"
-
-
-def test_a_marker_without_a_number_is_passed_over():
-    assert extract_answer("#### 5\nend with '#### <number>'.") == "5"
-    assert extract_answer("end with '#### <number>'.\n#### 5", "marker_first") == "5"
+ASKED = "Q: How many eggs are left?\nA: Let us see.\n\nQ: How many eggs are left?\nA: 3+4=7\n#### 7"
 
 
 @pytest.mark.parametrize(
-    "opening",
-    ["\nQ:", "\n\nQuestion: ", "\n**Question:**", "\nQuestion 2:", "\n### Q3:", "\nproblem:", "\nUser:"],
-)
-def test_an_invented_question_is_cut_off(opening):
-    assert truncate_followups(f"She has 4.{opening} How many?\n#### 9").rstrip() == "She has 4."
-    assert extract_answer(f"She has 4.{opening} How many?\n#### 9") == INVALID
-
-
-def test_the_question_may_be_repeated_again_before_the_answer():
-    again = "Q: How many eggs are left?\nA: Let us see.\n\nQ: How many eggs are left?\nA: 3+4=7\n#### 7"
-    assert extract_answer(again + "\n\nQ: How many are sold?\n#### 9") == "7"
-    assert extract_answer("'.\n\n" + again) == "7"
-
-
-def test_the_question_repeated_at_the_start_is_kept():
-    text = "\n\nQ: How many?\nA: 3+4=7\n#### 7\n\nQ: Again?\n#### 8"
-    assert extract_answer(text) == "7"
-    assert truncate_followups("A quality: Q is a letter") == "A quality: Q is a letter"
-
-
-@pytest.mark.parametrize(
-    ("text", "done"),
+    ("text", "last", "first"),
     [
-        ("#### 12", False),
-        ("#### 12\n", True),
-        ("#### 1", False),
-        ("#### <number>'.\n", False),
-        ("####\n12\n", False),
-        ("a\n#### 8/3\nQ", True),
-        ("12\n", False),
-        ("#### ٣\n", True),
-        ("", False),
-        ("#### 400-x\n#### 40\n", True),
+        ("Try: #### 4\nNo, it is\n#### 5\n\nQ: Another one?\nA: #### 9", "5", "4"),
+        ("#### 5\nend with '#### <number>'.", "5", "5"),  # a marker without a number is passed over
+        ("end with '#### <number>'.\n#### 5", "5", "5"),
+        (f"'.\n\n{ASKED}\n\nQ: How many are sold?\n#### 9", "7", "7"),  # its own question may be repeated
+        ("\n\nQ: How many?\nA: 3+4=7\n#### 7\n\nQ: Again?\n#### 8", "7", "7"),
+        *((f"She has 4.{opening} How many?\n#### 9", INVALID, INVALID) for opening in (
+            "\nQ:", "\n\nQuestion: ", "\n**Question:**", "\nQuestion 2:", "\n### Q3:", "\nproblem:", "\nUser:")),
     ],
-)
-def test_answer_is_complete_only_after_the_newline(text, done):
-    assert answer_is_complete(text) is done
+)  # fmt: skip
+def test_the_answer_is_read_before_any_question_that_the_model_invents(text, last, first):
+    assert (extract_answer(text), extract_answer(text, "marker_first")) == (last, first)
+
+
+def test_text_without_an_invented_question_stays_whole():
+    assert truncate_followups("A quality: Q is a letter") == "A quality: Q is a letter"
+    assert truncate_followups(ASKED) == ASKED and truncate_followups(f"{ASKED}\n\nQ: More?").rstrip() == ASKED
+
+
+@pytest.mark.parametrize("text", ["#### 12\n", "a\n#### 8/3\nQ", "#### ٣\n", "#### 400-x\n#### 40\n"])
+def test_an_answer_is_complete_only_after_its_newline(text):
+    assert answer_is_complete(text) and not answer_is_complete(text[: text.rindex("\n")])
+    assert not any(map(answer_is_complete, ("#### <number>'.\n", "####\n12\n", "12\n", "")))
 
 
 def test_an_unknown_rule_is_refused():
@@ -128,36 +107,34 @@ def test_an_unknown_rule_is_refused():
 
 @given(st.text(alphabet=st.sampled_from(list("#### 0123.,/-$%\nQ:²½٣xe=<>*")) | st.characters(), max_size=60))
 def test_no_text_breaks_any_rule(text):
-    for rule in RULES:
-        assert isinstance(extract_answer(text, rule), str)
+    assert all(isinstance(extract_answer(text, rule), str) for rule in RULES)
     answer = extract_answer(text)
     assert answer == INVALID or extract_answer(f"#### {answer}") == answer  # canonical form is a fixed point
-    if answer_is_complete(text):
-        assert any(
-            extract_answer("####" + tail.split("\n")[0]) != INVALID
-            for tail in text.replace("＃", "#").split("####")[1:]
-        )
 
 
 @given(st.integers(-(10**12), 10**12), st.integers(0, 4))
 def test_numbers_written_in_many_ways_read_the_same(units, places):
     value = Fraction(units, 10**places)
     plain = canonical(value)
-    assert Fraction(plain) == value
+    assert Fraction(plain) == value and extract_answer(f"#### {plain}\n\nQ: next\n#### 1") == plain
+    wide = plain.translate({48 + d: 0xFF10 + d for d in range(10)})
+    grouped = f"{units / 10**places:,.4f}" if abs(units) < 10**11 else plain
     for written in (
         plain,
-        f"{units / 10**places:,.4f}" if abs(units) < 10**11 else plain,
+        grouped,
         f"${plain}",
         plain.replace("-", "−"),
         f"{plain}%",
         f"{plain} eggs",
         f"{plain}.",
-        plain.translate({48 + d: 0xFF10 + d for d in range(10)}),
+        wide,
     ):
         assert read_number(written) == plain
-    assert extract_answer(f"#### {plain}\n\nQ: next\n#### 1") == plain
 
 
-@given(st.integers(1, 10**6), st.integers(1, 10**6))
+@given(st.integers(1, 10**300), st.integers(1, 10**6))
 def test_a_fraction_keeps_its_value(numerator, denominator):
-    assert Fraction(read_number(f"{numerator}/{denominator}")) == Fraction(numerator, denominator)
+    value = Fraction(numerator, denominator)
+    assert Fraction(canonical(value)) == value and canonical(-value) == "-" + canonical(value)
+    small = numerator % 10**6 + 1
+    assert Fraction(read_number(f"{small}/{denominator}")) == Fraction(small, denominator)

@@ -60,17 +60,13 @@ def test_no_question_is_in_two_splits_and_the_order_is_the_seed_s(real):
     assert question(N_TRAIN - 1)["question"] not in everything  # it is in the test file
 
 
-def test_every_prompt_has_the_solved_questions_in_front(real):
-    example = load_examples(real(n_shots=2), None, "test")[0]
-    for prompt in (literal_prompt(example), source_prompt(example), relay_prompt(example, "It is\n7.")):
-        assert prompt.prefix.startswith(example.shots) and prompt.question == f"Question: {example.question}"
-    assert relay_prompt(example, "It is\n7.").prefix == f"{example.shots}Helper: It is 7.\n"
-
-
-def test_a_donor_has_another_answer_and_none_of_its_own_here(real):
-    examples = {e.id: e for e in load_examples(real(), None, "test")}
-    for example in examples.values():
-        assert examples[example.donor_id].gold != example.gold and example.donor_gold is None
+def test_prompts_have_the_solved_questions_in_front_and_donors_another_answer(real):
+    examples = {e.id: e for e in load_examples(real(n_shots=2), None, "test")}
+    for e in examples.values():
+        for prompt in (literal_prompt(e), source_prompt(e), relay_prompt(e, "It is\n7.")):
+            assert prompt.prefix.startswith(e.shots) and prompt.question == f"Question: {e.question}"
+        assert relay_prompt(e, "It is\n7.").prefix == f"{e.shots}Helper: It is 7.\n"
+        assert examples[e.donor_id].gold != e.gold and e.donor_gold is None
 
 
 @pytest.mark.parametrize(

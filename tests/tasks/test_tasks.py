@@ -54,14 +54,6 @@ def test_a_task_of_ones_own_is_a_class_of_a_few_lines(capitals):
     assert all(by_id[e.donor_id].gold != e.gold for e in test)
 
 
-@pytest.mark.parametrize("name, groups", [("units", True), ("gsm8k", False)])
-def test_a_task_says_how_an_answer_is_read(name, groups):
-    task = get_task(load_config(task=name, data="x", controls=[], conditions=["source", "target", "bridged"]))
-    assert (task.name, task.has_groups) == (name, groups)
-    assert task.is_complete("#### 12\n") and task.is_right(task.extract("so\n#### 12.0"), "12")
-    assert not task.is_right(task.extract("none"), task.extract("none either"))
-
-
 @pytest.mark.parametrize(
     ("old", "new", "named"),
     [
@@ -102,13 +94,10 @@ def test_what_is_missing_is_refused_before_a_run_folder_exists(capitals, changes
 
 def test_donors_differ_and_are_of_the_same_group():
     made = [
-        Example(id=str(i), split="test", question="", solution="", gold=str(i % 2), group="ab"[i // 4])
-        for i in range(8)
+        Example(id=str(i), split="", question="", solution="", gold=str(i % 2), group="ab"[i // 4]) for i in range(8)
     ]
-    donors = {e.id: e.donor_id for e in give_donors(made)}
-    assert donors == {"0": "1", "1": "2", "2": "3", "3": "0", "4": "5", "5": "6", "6": "7", "7": "4"}
-    alone = give_donors(made[:1])
-    assert alone[0].donor_id is None and alone[0].donor_gold is None
+    assert [e.donor_id for e in give_donors(made)] == ["1", "2", "3", "0", "5", "6", "7", "4"]
+    assert give_donors(made[:1])[0].donor_id is None
 
 
 def test_a_missing_file_of_questions_is_refused(tmp_path):

@@ -54,28 +54,18 @@ def words_of(lexicon, **wanted) -> set[str]:
 # -- lexicon and splits -------------------------------------------------------------------------------------
 
 
-def test_everything_is_a_function_of_its_seeds(small):
-    def make(lexicon_seed, data_seed):
-        return units.make_examples(units.make_lexicon(lexicon_seed, N_SMALL), "val", 40, data_seed)
-
-    once = make(SEED, 1)
-    units.make_lexicon.cache_clear()
-    assert make(SEED, 1) == once
-    assert {e.unit for e in make(SEED + 1, 1)} != {e.unit for e in once}
-    assert [e.question for e in make(SEED, 2)] != [e.question for e in once]
-
-
-def test_another_process_draws_the_same_problems():
+def test_another_process_draws_the_same_problems_and_another_seed_others():
     """Python shuffles the order of sets anew in every process."""
-    code = (
-        f"from bridgekit.tasks import units\nlexicon = units.make_lexicon({SEED}, 200)\n"
-        "print([*lexicon, *units.make_examples(lexicon, 'test', 30, 1)])"
-    )
-    said = [
-        subprocess.check_output([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed})
-        for seed in ("1", "2")
-    ]  # fmt: skip
-    assert said[0] == said[1] and said[0].count(b"Example") == 30
+    call = f"units.make_examples(units.make_lexicon({SEED}, 200), 'test', 30, 1)"
+    code = ["-c", f"from bridgekit.tasks import units; print({call})"]
+    texts = [subprocess.check_output([sys.executable, *code], env=os.environ | {"PYTHONHASHSEED": s}) for s in "12"]
+    assert texts[0] == texts[1] and texts[0].count(b"Example") == 30
+    made = [
+        units.make_examples(units.make_lexicon(seed, 200), "test", 30, data) for seed, data in ((3, 1), (4, 1), (3, 2))
+    ]
+    assert str(made[0]) == texts[0].decode().strip()
+    assert not {e.unit for e in made[0]} & {e.unit for e in made[1]}
+    assert [e.question for e in made[0]] != [e.question for e in made[2]]
 
 
 def test_held_out_values_belong_to_no_unit_a_bridge_trains_on(lexicon):
@@ -105,6 +95,7 @@ def test_no_question_or_unit_of_one_split_appears_in_another(lexicon):
         for e in examples:
             u = known[e.unit]
             assert (e.group, e.value, e.novelty, split) == (u.group, u.value, u.novelty, u.split)
+            assert source_prompt(e) == literal_prompt(e) and e.facts == ""  # the fact is in weights alone
 
 
 def test_the_default_test_set_has_enough_source_only_units():
@@ -182,14 +173,6 @@ def test_values_can_be_taken_out_of_the_training_and_smaller_shares_are_nested(s
     assert met(0.01, 0.01)  # never none at all
 
 
-def test_there_are_eight_families_of_one_to_four_steps():
-    assert len(units.FAMILIES) >= 8 and {f.name for f in units.FAMILIES} == set(ANSWERS)
-    assert {len(f.steps) for f in units.FAMILIES} == {1, 2, 3, 4}
-    drawn = units.make_examples(units.make_lexicon(SEED), "test", 240, SEED)
-    count = Counter(e.family for e in drawn)
-    assert set(count) == set(ANSWERS) and max(count.values()) - min(count.values()) <= 1
-
-
 @given(st.sampled_from(units.FAMILIES), st.sampled_from(units.VALUES), st.integers(0, 10**6))
 @settings(max_examples=300, deadline=None)
 def test_a_worked_answer_is_right_whatever_the_value(family, value, seed):
@@ -220,7 +203,7 @@ def test_the_numbers_of_a_question_say_nothing_about_the_value(small):
 
 
 @pytest.mark.parametrize("variant", ["weights", "context"])
-def test_a_donor_is_of_the_same_group_and_would_give_another_answer(lexicon, variant):
+def test_what_is_known_of_a_problem_and_of_its_donor(lexicon, variant):
     examples = units.make_examples(lexicon, "test", 300, SEED, variant=variant)
     by_id = {e.id: e for e in examples}
     donors = Counter()
@@ -229,20 +212,11 @@ def test_a_donor_is_of_the_same_group_and_would_give_another_answer(lexicon, var
         donors[donor.id] += 1
         assert donor.group == e.group and donor.value != e.value
         assert int(e.donor_gold) == ANSWERS[e.family](**e.numbers, v=donor.value) != int(e.gold)
+        assert e.solution[e.value_at - 1 :].startswith(f"*{e.value}=") and units.answer_with(e, e.value) == e.gold
+        assert e.fact_pairs == tuple((word, int(v)) for word, v in re.findall(r"A (\w+) is (\d+)\.", e.facts))
     assert max(donors.values()) <= 10  # no example stands in for all others
-
-
-def test_the_numbers_and_the_value_s_place_are_kept_as_data(lexicon):
-    """Nobody has to read them back from the text."""
-    for variant in ("weights", "context"):
-        for e in units.make_examples(lexicon, "test", 120, SEED, variant=variant):
-            family = units.FAMILY[e.family]
-            used = {e.numbers[s] for s in "abck" if re.search(rf"\b{s}\b", " ".join(family.steps))}
-            assert {int(n) for n in re.findall(r"\d+", e.question)} == used
-            assert units.answer_with(e, e.value) == e.gold
-            assert units.answer_with(e, 60) == str(int(ANSWERS[e.family](**e.numbers, v=60)))
-            assert e.solution[e.value_at - 1 :].startswith(f"*{e.value}=")
-            assert e.fact_pairs == tuple((word, int(v)) for word, v in re.findall(r"A (\w+) is (\d+)\.", e.facts))
+    families = Counter(e.family for e in examples)
+    assert set(families) == set(ANSWERS) and len(set(families.values())) == 1
 
 
 @pytest.mark.parametrize("variant, key", [("weights", "n_facts"), ("context", "train_units_share")])
@@ -268,12 +242,6 @@ def test_facts_in_context_are_for_the_source_alone(lexicon):
     assert min(places[i] for i in range(4)) > 20  # the needed fact stands anywhere
     others = units.make_examples(lexicon, "train", 200, SEED, variant="context", n_facts=4)
     assert not {e.question for e in others} & {e.question for e in examples}
-
-
-def test_facts_in_weights_are_in_no_prompt(small):
-    for e in units.make_examples(small, "test", 100, SEED):
-        assert source_prompt(e) == literal_prompt(e) and e.facts == ""
-        assert {int(n) for n in re.findall(r"\d+", literal_prompt(e).text)} <= set(e.numbers.values())
 
 
 @pytest.mark.parametrize("n_facts, sizes", [(1, {1}), (4, {1, 2, 4}), (6, {1, 2, 4, 6})])

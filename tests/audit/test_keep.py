@@ -1,10 +1,9 @@
 """Preserving a run: everything needed is kept, nothing is overwritten, a kill leaves no half-kept run.
 
-python -m pytest tests/results/test_preserve.py
+python -m pytest tests/audit/test_keep.py
 """
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -16,9 +15,10 @@ import pytest
 import safetensors.numpy
 from first_generation import BRIDGED, OOM, evaluation, write_own, write_run
 
+from bridgekit.audit import keep
 from bridgekit.audit.first_runs import load_run
-from bridgekit.results import preserve
-from bridgekit.results.preserve import changed_files, find_runs, write_manifest
+from bridgekit.audit.keep import keep_run, write_manifest
+from bridgekit.results.preserve import changed_files, find_runs
 from bridgekit.results.reports import UNWRITTEN
 from bridgekit.runs import find_eval, load_eval
 
@@ -32,7 +32,7 @@ def root(tmp_path):
 
 def test_the_kept_tables_hold_what_the_raw_run_holds(tmp_path, root):
     run = write_run(tmp_path, NAME, BRIDGED)
-    kept = preserve.preserve(run, root, max_jsonl_mb=0)
+    kept = keep_run(run, root, max_jsonl_mb=0)
     assert kept == root / "first_experiments" / NAME
     raw, again = load_run(run), load_run(kept)
     assert again.generation == "derived" and again.name == raw.name and again.config == raw.config
@@ -43,8 +43,15 @@ def test_the_kept_tables_hold_what_the_raw_run_holds(tmp_path, root):
     assert again.problems == [] and changed_files(kept) == [] and not list(kept.glob("*.jsonl.gz"))
     texts = pd.read_csv(kept / "texts.csv")
     assert len(texts) == 15 and (texts.invents_question == 8).all()
-    whole = preserve.preserve(run, tmp_path / "whole")
+    whole = keep_run(run, tmp_path / "whole")
     assert (whole / "eval_samples_step_final.jsonl.gz").is_file()
+    twice = keep_run(run, tmp_path / "twice")
+    assert (whole / "checksums.json").read_bytes() == (twice / "checksums.json").read_bytes()
+    sums = json.loads((kept / "checksums.json").read_text())
+    assert "train.log" in sums["original"] and "outcomes.csv.gz" in sums["kept"]
+    (kept / "curve.csv").write_text("step\n")
+    (kept / "losses.csv").unlink()
+    assert changed_files(kept) == ["curve.csv", "losses.csv"]
 
 
 def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
@@ -56,11 +63,9 @@ def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
     (run / "checkpoint").mkdir()
     weights = {"a": np.linspace(0, 1, 500, dtype=np.float32), "steps": np.arange(3)}
     for name in ("bridged", "constant", "self_bridge"):
-        whole = safetensors.numpy.save(weights, {"step": "10"})
-        (run / "checkpoint" / f"{name}.safetensors").write_bytes(whole)
-    kept = preserve.preserve(run, root)
-    names = sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file())
-    assert names == [
+        (run / "checkpoint" / f"{name}.safetensors").write_bytes(safetensors.numpy.save(weights, {"step": "10"}))
+    kept = keep_run(run, root)
+    assert sorted(p.relative_to(kept).as_posix() for p in kept.rglob("*") if p.is_file()) == [
         "checkpoint/bridged.safetensors", "checkpoint/constant.safetensors", "checksums.json", "code/my_bridge.py",
         "config.yaml", "controls.json", "eval_samples_step_final.jsonl.gz", "manifest.md", "metrics.jsonl",
         "metrics_constant.jsonl", "provenance.json",
@@ -71,130 +76,84 @@ def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
     assert load_eval(find_eval(kept)).equals(load_eval(find_eval(run)))
     entry = (kept / "manifest.md").read_text()
     assert "`bridgekit run`" in entry and "`constant`: step 600 by mix, step 1200 by last" in entry
-    light = preserve.preserve(run, root, name="light_20261120_101500", max_jsonl_mb=0, max_checkpoint_mb=0.0005)
+    light = keep_run(run, root, name="light_20261120_101500", max_jsonl_mb=0, max_checkpoint_mb=0.0005)
     lean = load_eval(find_eval(light))
     assert lean["bridged_correct"].equals(load_eval(find_eval(run))["bridged_correct"])
     assert "bridged_full" in lean and "source_full" not in lean and not (light / "checkpoint").exists()
-
-
-def test_an_untrained_control_is_named_from_its_validation(tmp_path, root):
-    run = write_own(tmp_path / OWN)
-    evals = [(0, 0.7), (600, 0.6), (1200, 0.65)]
-    rows = [json.dumps({"step": step, "eval": {"constant": share}}) + "\n" for step, share in evals]
-    (run / "metrics_constant.jsonl").write_text("".join(rows))
-    assert "`constant`: step 0 (untrained) by mix" in (preserve.preserve(run, root) / "manifest.md").read_text()
 
 
 def test_a_run_without_any_evaluation_is_kept_with_its_losses(tmp_path, root):
     run = write_run(tmp_path, NAME, {}, crash=OOM)
     log = run / "phase1_all_fix" / "train.log"
     log.write_text(log.read_text() + "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n")
-    kept = preserve.preserve(run, root)
+    kept = keep_run(run, root)
     assert find_runs(root) == [kept] and load_run(kept).losses.equals(load_run(run).losses)
     entry = (kept / "manifest.md").read_text()
     assert "crash: out of memory after step 60, cross_attention.py:1771 in main" in entry
     assert "(step 250): target 0.730, bridged 0.470" in entry
 
 
-def test_the_same_run_gives_the_same_bytes(tmp_path, root):
+def test_nothing_kept_is_overwritten_and_one_bad_run_does_not_stop_the_others(tmp_path, root, capsys):
     run = write_run(tmp_path, NAME, BRIDGED)
-    one, two = preserve.preserve(run, root), preserve.preserve(run, tmp_path / "again")
-    assert (one / "checksums.json").read_bytes() == (two / "checksums.json").read_bytes()
-
-
-def test_nothing_kept_is_overwritten(tmp_path, root, capsys):
-    run = write_run(tmp_path, NAME, BRIDGED)
-    kept = preserve.preserve(run, root)
+    kept = keep_run(run, root)
     before = {p: p.read_bytes() for p in kept.iterdir()}
     with pytest.raises(ValueError, match="already kept; what is preserved is never overwritten"):
-        preserve.preserve(run, root)
-    assert preserve.main([str(run), "--root", str(root)]) == 2
-    assert capsys.readouterr().err.startswith("error: ")
+        keep_run(run, root)
+    write_run(tmp_path / "runs", 'swap_"20251118_192955"', BRIDGED)
+    bad = tmp_path / "runs" / "empty_20251116_000000"
+    bad.mkdir()
+    (bad / "train.log").write_bytes(b"")
+    assert keep.main([str(run), str(tmp_path / "runs"), "--root", str(root)]) == 2
+    out = capsys.readouterr()
+    assert "never overwritten" in out.err and "neither evaluations nor losses" in out.err and out.err.count("\n") == 2
+    assert f"kept {root / 'first_experiments' / 'swap_20251118_192955'}" in out.out  # quotes do not come along
     assert {p: p.read_bytes() for p in kept.iterdir()} == before
 
 
 def test_a_kill_in_the_middle_leaves_nothing_that_looks_kept(tmp_path, root):
     run = write_run(tmp_path, NAME, BRIDGED)
     program = (
-        "import os, signal, sys; from bridgekit.results import preserve;"
+        "import os, signal, sys; from bridgekit.audit import keep; from bridgekit.results import preserve;"
         "preserve.write_entry = lambda *a: os.kill(os.getpid(), signal.SIGKILL);"
-        "preserve.preserve(sys.argv[1], sys.argv[2])"
+        "keep.keep_run(sys.argv[1], sys.argv[2])"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(run), str(root)], env=os.environ)
+    done = subprocess.run([sys.executable, "-c", program, str(run), str(root)])
     assert done.returncode == -signal.SIGKILL and find_runs(root) == []
-    kept = preserve.preserve(run, root)
+    kept = keep_run(run, root)
     assert find_runs(root) == [kept] and [p.name for p in kept.parent.iterdir()] == [NAME]
 
 
-def test_quotes_in_a_folder_name_do_not_come_along(tmp_path, root):
-    run = write_run(tmp_path, 'phase2_swap_"20251118_192955"', BRIDGED)
-    assert preserve.preserve(run, root).name == "phase2_swap_20251118_192955"
-
-
-def test_one_bad_run_does_not_stop_the_others(tmp_path, root, capsys):
-    write_run(tmp_path / "runs", NAME, BRIDGED)
-    bad = tmp_path / "runs" / "empty_20251116_000000"
-    bad.mkdir()
-    (bad / "train.log").write_bytes(b"")
-    assert preserve.main([str(tmp_path / "runs"), "--root", str(root)]) == 2
-    out = capsys.readouterr()
-    assert "neither evaluations nor losses" in out.err and f"kept {root / 'first_experiments' / NAME}" in out.out
-    assert (root / "README.md").is_file()
-
-
 def test_prose_survives_and_generated_parts_follow_the_data(tmp_path, root):
-    kept = preserve.preserve(write_run(tmp_path, NAME, BRIDGED), root)
-    entry = kept / "manifest.md"
+    entry = keep_run(write_run(tmp_path, NAME, BRIDGED), root) / "manifest.md"
     assert entry.read_text().count(UNWRITTEN) == 2
-    for part in ("Why it was run.", "Command.", "Key metrics.", "Publishability.", "Artifacts."):
-        assert f"**{part}**" in entry.read_text()
     prose = entry.read_text().replace(UNWRITTEN, "Written by hand, with | and <tags>.", 1)
     entry.write_text(prose.replace("| bridged | 3/8", "| bridged | 8/8"))
+    for seed in (1, 2, 3):
+        own = keep_run(write_own(tmp_path / f"headline_dit_seed{seed}"), root) / "manifest.md"
+        own.write_text(own.read_text().replace(UNWRITTEN, "For the headline.", 1))
     write_manifest(root)
     assert "Written by hand, with | and <tags>." in entry.read_text() and "| bridged | 3/8" in entry.read_text()
     readme = root / "README.md"
     readme.write_text("A hand-written opening.\n" + readme.read_text())
-    first = write_manifest(root, {"findings": "found: nothing"}).read_text()
-    assert first.startswith("A hand-written opening.") and "found: nothing" in first
-    assert (
-        "Written by hand, with | and <tags>." in first and f"[`{NAME}`](first_experiments/{NAME}/manifest.md)" in first
-    )
-    assert write_manifest(root).read_text() == first
-
-
-def test_the_readme_has_contents_and_tells_once_why_a_group_was_run(tmp_path, root):
-    for seed in (1, 2, 3):
-        folder = preserve.preserve(write_own(tmp_path / f"headline_dit_seed{seed}"), root)
-        entry = folder / "manifest.md"
-        entry.write_text(entry.read_text().replace(UNWRITTEN, "For the headline.", 1))
-    text = write_manifest(root).read_text()
-    assert text.count("For the headline.") == 1 and text.count("manifest.md)") == 3 and UNWRITTEN not in text
+    text = write_manifest(root, {"findings": "found: nothing"}).read_text()
+    assert text.startswith("A hand-written opening.") and "found: nothing" in text and UNWRITTEN not in text
+    assert f"[`{NAME}`](first_experiments/{NAME}/manifest.md) | 0.500 | 0.750 | 0.375 |" in text
+    assert text.count("For the headline.") == 1 and text.count("manifest.md)") == 4
     contents = text.split("<!-- generated: contents -->")[1].split("<!-- end: contents -->")[0]
     assert "- [What the audit finds](#what-the-audit-finds)" in contents and "(#headline_dit)" in contents
+    assert write_manifest(root).read_text() == text
 
 
 def test_the_entry_states_gains_harms_and_intervals(tmp_path, root):
-    text = (preserve.preserve(write_run(tmp_path, NAME, BRIDGED), root) / "manifest.md").read_text()
+    text = (keep_run(write_run(tmp_path, NAME, BRIDGED), root) / "manifest.md").read_text()
     assert "| bridged | 3/8 | 0.375 | 0.137 to 0.694 |" in text  # Wilson, 3 of 8
     assert "0 gained, 3 lost, difference -0.375 (" in text and "McNemar p = 0.25)" in text
     assert "highest of 4 numbered evaluations: 0.500 at step 40" in text
     assert "60 steps; 60.9M trained parameters; 4 × NVIDIA H100 80GB HBM3" in text
-
-
-def test_intervals_of_this_packages_runs_are_over_units_and_source_only_problems_are_shown(tmp_path, root):
     rows = evaluation([0, 1, 2, 3], n=8)
     for i, row in enumerate(rows):  # right on all of one unit, on none of the other
         row |= {"unit": f"u{i // 4}", "group": "source_only" if i % 2 else "both", "novelty": "held_unit"}
-    text = (preserve.preserve(write_own(tmp_path / OWN, rows), root) / "manifest.md").read_text()
+    text = (keep_run(write_own(tmp_path / OWN, rows), root) / "manifest.md").read_text()
     low, high = re.search(r"\| bridged \| 4/8 \| 0.500 \| ([\d.]+) to ([\d.]+)", text).groups()
     assert float(high) - float(low) > 0.9 and "over 2 units)" in text
     assert "| bridged, source-only problems | 2/4 | 0.500" in text and "| union | 6/8 | 0.750" in text
-
-
-def test_a_changed_file_is_noticed(tmp_path, root):
-    kept = preserve.preserve(write_run(tmp_path, NAME, BRIDGED), root)
-    (kept / "curve.csv").write_text("step\n")
-    (kept / "losses.csv").unlink()
-    assert changed_files(kept) == ["curve.csv", "losses.csv"]
-    sums = json.loads((kept / "checksums.json").read_text())
-    assert "train.log" in sums["original"] and "outcomes.csv.gz" in sums["kept"]
