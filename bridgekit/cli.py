@@ -20,84 +20,6 @@ import yaml
 from bridgekit import config as configuration
 from bridgekit.runs import join_command
 
-TERMINATED = 143
-FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, what it does)}
-    "study": ("study", "many runs at once, on the GPUs there are"),
-    "sweep": ("study", "the former name of study"),
-    "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),
-    "fetch": ("tasks.gsm8k", "bring real questions into a folder that runs read"),
-    "audit": ("audit.report", "recompute every claim from its data"),
-    "report": ("results.reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
-    "preserve": ("audit.keep", "keep what is worth keeping of a run in preserved_data/"),
-    "readme": ("results.readme", "write README.md and RESULTS.md again from their templates and the kept runs"),
-}
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run one verb; a mistake of the user's ends in one line on stderr and exit code 2."""
-    argv = sys.argv[1:] if argv is None else argv
-    os.environ["BRIDGEKIT_COMMAND"] = join_command(["bridgekit", *argv])  # what runs record as their command
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # through the exits that end children
-    try:
-        if argv and argv[0] in FORWARDED:
-            return importlib.import_module(f"bridgekit.{FORWARDED[argv[0]][0]}").main(argv[1:]) or 0
-        arguments = build_parser().parse_args(argv)
-        return arguments.run(arguments) or 0
-    except (ValueError, FileNotFoundError, PermissionError, FileExistsError) as error:
-        text, code = " ".join(str(error).split()), 2
-    except RuntimeError as error:
-        text, code = str(error), 1
-    except KeyboardInterrupt:
-        text, code = "interrupted", 130
-    except SystemExit as error:
-        if error.code != TERMINATED:  # but argparse's
-            raise
-        text, code = "terminated", TERMINATED
-    print(f"error: {text}", file=sys.stderr, flush=True)
-    if code == TERMINATED:
-        os._exit(code)  # at once: a half-closed notebook kernel's sockets would fill the screen with tracebacks
-    return code
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all verbs but the forwarded ones, which it only lists."""
-    parser = argparse.ArgumentParser(prog="bridgekit", description=__doc__.splitlines()[0])
-    verbs = parser.add_subparsers(metavar="verb", required=True)
-    raw = {"epilog": configuration.describe_keys(), "formatter_class": argparse.RawDescriptionHelpFormatter}
-
-    run = verbs.add_parser("run", help="execute a notebook: run folder, executed notebook, figures, verdict")
-    run.add_argument("notebook", type=Path)
-    pair = {"nargs": 2, "action": "append", "default": [], "metavar": ("KEY", "VALUE"), "dest": "parameters"}
-    run.add_argument("-p", help="a parameter of the notebook", **pair)
-    train = verbs.add_parser("train", help="the same training and evaluation without a notebook")
-    config = verbs.add_parser("config", help="the resolved configuration, and every key there is", **raw)
-    for one in (run, train, config):
-        lists = {"action": "append", "default": []}
-        files = lists | {"dest": "files", "type": Path, "metavar": "FILE"}
-        one.add_argument("-f", help="a file of parameters/; of several the later wins", **files)
-        one.add_argument("-o", help="one configuration key", dest="overrides", metavar="KEY=VALUE", **lists)
-
-    verdict = verbs.add_parser("verdict", help="may these finished runs (one per seed) say that the bridge transfers?")
-    verdict.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN")
-    verdict.add_argument("--skip-broken", action="store_true", help="leave out lines of an evaluation that are cut")
-
-    export = verbs.add_parser("export", help="a trained bridge with all that another machine needs to use it")
-    export.add_argument("run_dir", type=Path, metavar="RUN")
-    export.add_argument("out", type=Path, metavar="FOLDER")
-    for side in ("source", "target"):
-        export.add_argument(f"--{side}-model", default="", help="where that model lies here, if not as the run says")
-    for one in (run, export):
-        one.add_argument("--trust-code", action="store_true", help="the Python files in a run's code/ may be executed")
-
-    run.set_defaults(run=run_notebook)
-    train.set_defaults(run=train_bridge)
-    config.set_defaults(run=print_config)
-    verdict.set_defaults(run=print_verdict)
-    export.set_defaults(run=export_bridge)
-    for verb, (_, what) in FORWARDED.items():
-        verbs.add_parser(verb, help=what, add_help=False)
-    return parser
-
 
 def run_notebook(arguments: argparse.Namespace) -> None:
     """Execute a notebook, then say where everything is, and the verdict."""
@@ -148,3 +70,87 @@ def export_bridge(arguments: argparse.Namespace) -> None:
     models = arguments.source_model, arguments.target_model
     experiment = Experiment.load(arguments.run_dir, *models, device="cpu", trust_code=arguments.trust_code)
     print(f"exported to {experiment.export(arguments.out)}")
+
+
+MANY = {"action": "append", "default": []}
+FILE = {"dest": "files", "type": Path, "metavar": "FILE", "help": "a file of parameters/; of several the later wins"}
+OVERRIDE = {"dest": "overrides", "metavar": "KEY=VALUE", "help": "one configuration key"}
+FILES = {"-f": MANY | FILE, "-o": MANY | OVERRIDE}
+PAIR = MANY | {"dest": "parameters", "nargs": 2, "metavar": ("KEY", "VALUE"), "help": "a parameter of the notebook"}
+TRUST = {"--trust-code": {"action": "store_true", "help": "the Python files in a run's code/ may be executed"}}
+MODEL = {"default": "", "help": "where that model lies here, if not as the run says"}
+VERBS = {  # {verb: (function, what it does, {argument: its options})}
+    "run": (
+        run_notebook,
+        "execute a notebook: run folder, executed notebook, figures, verdict",
+        {"notebook": {"type": Path}, "-p": PAIR} | FILES | TRUST,
+    ),
+    "train": (train_bridge, "the same training and evaluation without a notebook", FILES),
+    "config": (print_config, "the resolved configuration, and every key there is", FILES),
+    "verdict": (
+        print_verdict,
+        "may these finished runs (one per seed) say that the bridge transfers?",
+        {
+            "run_dirs": {"nargs": "+", "type": Path, "metavar": "RUN"},
+            "--skip-broken": {"action": "store_true", "help": "leave out lines of an evaluation that are cut"},
+        },
+    ),
+    "export": (
+        export_bridge,
+        "a trained bridge with all that another machine needs to use it",
+        {"run_dir": {"type": Path, "metavar": "RUN"}, "out": {"type": Path, "metavar": "FOLDER"}}
+        | {"--source-model": MODEL, "--target-model": MODEL, **TRUST},
+    ),
+}
+FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, what it does)}
+    "study": ("study", "many runs at once, on the GPUs there are"),
+    "sweep": ("study", "the former name of study"),
+    "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),
+    "fetch": ("tasks.gsm8k", "bring real questions into a folder that runs read"),
+    "audit": ("audit.report", "recompute every claim from its data"),
+    "report": ("results.reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
+    "preserve": ("audit.keep", "keep what is worth keeping of a run in preserved_data/"),
+    "readme": ("results.readme", "write README.md and RESULTS.md again from their templates and the kept runs"),
+}
+TERMINATED = 143
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs; the forwarded ones are only listed."""
+    parser = argparse.ArgumentParser(prog="bridgekit", description=__doc__.splitlines()[0])
+    verbs = parser.add_subparsers(metavar="verb", required=True)
+    for verb, (function, what, arguments) in VERBS.items():
+        keys = configuration.describe_keys() if verb == "config" else None
+        one = verbs.add_parser(verb, help=what, epilog=keys, formatter_class=argparse.RawDescriptionHelpFormatter)
+        one.set_defaults(run=function)
+        for name, options in arguments.items():
+            one.add_argument(name, **options)
+    for verb, (_, what) in FORWARDED.items():
+        verbs.add_parser(verb, help=what, add_help=False)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb; a mistake of the user's ends in one line on stderr and exit code 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    os.environ["BRIDGEKIT_COMMAND"] = join_command(["bridgekit", *argv])  # what runs record as their command
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # through the exits that end children
+    try:
+        if argv and argv[0] in FORWARDED:
+            return importlib.import_module(f"bridgekit.{FORWARDED[argv[0]][0]}").main(argv[1:]) or 0
+        arguments = build_parser().parse_args(argv)
+        return arguments.run(arguments) or 0
+    except (ValueError, FileNotFoundError, PermissionError, FileExistsError) as error:
+        text, code = " ".join(str(error).split()), 2
+    except RuntimeError as error:
+        text, code = str(error), 1
+    except KeyboardInterrupt:
+        text, code = "interrupted", 130
+    except SystemExit as error:
+        if error.code != TERMINATED:  # but argparse's
+            raise
+        text, code = "terminated", TERMINATED
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    if code == TERMINATED:
+        os._exit(code)  # at once: a half-closed notebook kernel's sockets would fill the screen with tracebacks
+    return code

@@ -90,11 +90,14 @@ def format_override(key: str, value: object) -> str:
     return f"{key}={yaml.safe_dump(value, default_flow_style=True, width=9999).splitlines()[0]}"
 
 
-def check_texts(where: str, texts: object) -> list[str]:
-    """Refuse what is no list of texts, such as one text."""
+def parse_texts(where: str, texts: object) -> dict[str, object]:
+    """{dotted key: value} of a list of key=value texts; `where` names the list that is refused."""
     is_list = isinstance(texts, list) and all(isinstance(text, str) for text in texts)
     refuse_if(not is_list, f"{where}: expected a list of key=value texts, got {texts!r}")
-    return texts
+    try:
+        return dict(map(parse_override, texts))
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def load_parameters(path: str | Path) -> dict[str, object]:
@@ -109,7 +112,7 @@ def load_parameters(path: str | Path) -> dict[str, object]:
     written_as = loaded.pop("format", 1)
     is_known = type(written_as) is int and 1 <= written_as <= FORMAT
     refuse_if(not is_known, f"{path}: format {written_as!r} is not known here (1 to {FORMAT} are): update bridgekit")
-    check_texts(f"{path}: overrides", loaded.get("overrides") or [])
+    parse_texts(f"{path}: overrides", loaded.get("overrides") or [])
     flat: dict[str, object] = {}
     for name, value in loaded.items():
         inside = name in SECTIONS and isinstance(value, dict)

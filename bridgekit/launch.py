@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-import typing
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -61,34 +61,30 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
 
 
 def run_stage(run_dir: str | Path, stage: str) -> None:
-    """Run one stage of a run in a child process and wait for it, with a live view.
-
-    Raises RuntimeError with the child's own reason if it fails.
-    """
+    """Run one stage of a run in a child and wait for it, with a live view; a failure raises the child's own reason."""
     run_dir = (project_root() / run_dir).resolve()
     config, view = runs.load_run_config(run_dir), LiveView(run_dir)
     if load_status(run_dir).get("state") == "finished":
         raise ConfigError(f"run '{run_dir}' is finished, and its test set is read once: open a new run")
-    with runs.lock_run(run_dir) as lock, open(run_dir / "train.log", "ab") as log:
+    with runs.lock_run(run_dir) as lock:
         write_status(run_dir, state="running", stage=stage)
-        start = log.tell()
-        child = start_child(training_command(run_dir, stage, config.train.num_processes), log, keep=(lock,))
+        child = Child(run_dir, training_command(run_dir, stage, config.train.num_processes), lock)
         try:
-            while child.poll() is None:
+            while child.process.poll() is None:
                 view.show(load_status(run_dir))
                 time.sleep(POLL_SECONDS)
         except BaseException:
-            kill_tree(child)
+            child.kill()
             mark_failed(run_dir, f"{stage}: interrupted")
             raise
-    reason = find_error(run_dir / "train.log", start) or f"the process ended with exit code {child.returncode}"
-    if child.returncode != 0:
-        mark_failed(run_dir, f"{stage}: {reason}")
+    failed = child.process.returncode != 0
+    if failed:
+        mark_failed(run_dir, f"{stage}: {child.why()}")
     elif load_status(run_dir)["state"] == "running":  # the last stage itself says that the run is finished
         write_status(run_dir, **load_status(run_dir) | {"stage": f"{stage} done"})
     view.close(load_status(run_dir))
-    if child.returncode != 0:
-        raise RuntimeError(f"{stage} failed: {reason} (log: {run_dir / 'train.log'})")
+    if failed:
+        raise RuntimeError(f"{stage} failed: {child.why()} (log: {child.log})")
 
 
 def mark_failed(run_dir: Path, reason: str) -> None:
@@ -115,32 +111,42 @@ def training_command(run_dir: Path, stage: str, num_processes: int, threads: int
     return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
 
 
-def start_child(command: list[str], log: typing.BinaryIO, keep: Sequence[int], **extra: str) -> subprocess.Popen:
-    """Start a child in a session of its own, so that a terminal's Ctrl-C comes to us alone; it ends when we do.
+class Child:
+    """A process that writes a folder, with its output in train.log there; it ends when we do.
 
-    `keep` are descriptors that it inherits: a run's lock stays taken for as long as anything writes. `extra` are
-    variables of its environment. OpenMP threads busy-wait: long spinning slows a shared machine tenfold, none slows an
-    idle one by a quarter; 30,000 spins are tens of microseconds.
+    It has a session of its own, so that a terminal's Ctrl-C comes to us alone, and inherits the folder's lock, which
+    stays taken for as long as anything writes.
     """
-    usual = {"GOMP_SPINCOUNT": "30000"} | os.environ | {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-    environment = usual | {"BRIDGEKIT_PARENT_PID": str(os.getpid())} | extra
-    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": keep}
-    return subprocess.Popen(command, cwd=project_root(), env=environment, start_new_session=True, **streams)
 
+    def __init__(self, folder: Path, command: list[str], lock: int, **environment: str) -> None:
+        ours = {"BRIDGEKIT_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # OpenMP threads busy-wait: long spinning slows a shared machine tenfold, none slows an idle one by a quarter.
+        whole = {"GOMP_SPINCOUNT": "30000"} | os.environ | ours | environment  # tens of microseconds
+        self.log, self.started = folder / "train.log", time.time()
+        with open(self.log, "ab") as log:
+            self.log_start = log.tell()
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": (lock,)}
+            streams |= {"cwd": project_root(), "env": whole}
+            self.process = subprocess.Popen(command, start_new_session=True, **streams)
 
-def kill_tree(child: subprocess.Popen) -> None:
-    """End a child and all its descendants; workers have sessions of their own, so no group reaches them."""
-    import psutil
+    def kill(self) -> None:
+        """End it and all its descendants; workers have sessions of their own, so no group reaches them."""
+        import psutil
 
-    with contextlib.suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(child.pid)
-        family = [*parent.children(recursive=True), parent]
-        for end in (psutil.Process.terminate, psutil.Process.kill):
-            for process in family:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    end(process)
-            _, family = psutil.wait_procs(family, timeout=KILL_SECONDS)
-        child.wait()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            family = [*parent.children(recursive=True), parent]
+            for end in (psutil.Process.terminate, psutil.Process.kill):
+                for process in family:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        end(process)
+                _, family = psutil.wait_procs(family, timeout=KILL_SECONDS)
+            self.process.wait()
+
+    def why(self) -> str:
+        """Why it has ended."""
+        unknown = f"the process ended with exit code {self.process.returncode}"
+        return find_error(self.log, self.log_start) or unknown
 
 
 def find_error(log: Path, start: int = 0) -> str | None:
@@ -163,7 +169,8 @@ class LiveView:
         self.in_notebook = type(shell).__name__ == "ZMQInteractiveShell"
         self.on_terminal = not self.in_notebook and sys.stdout.isatty()
         self.followed = os.environ.get(FOLLOWED) if self.in_notebook else None
-        self.run_dir, self.text, self.news, self.handle = run_dir, "", (), None  # handle: of the notebook's output
+        self.run_dir, self.text, self.news = run_dir, "", ()
+        self.display_id, self.is_displayed = uuid.uuid4().hex, False  # of the notebook's output
 
     def show(self, status: dict) -> None:
         """The status, if it says anything new."""
@@ -184,13 +191,11 @@ class LiveView:
     def _show_in_notebook(self, text: str, status: dict) -> None:
         from IPython.display import display
 
-        share = status.get("step", 0) / status["steps"] if status.get("steps") else 0.0
+        share = status.get("step", 0) / (status.get("steps") or 1)
         picture = f'<progress value="{share:.3f}" style="width: 30em"></progress><pre>{html.escape(text)}</pre>'
         bundle = {"text/plain": text, "text/html": picture + draw_curves(self.run_dir)}
-        if self.handle is None:
-            self.handle = display(bundle, raw=True, display_id=True)
-        else:
-            self.handle.update(bundle, raw=True)
+        display(bundle, raw=True, display_id=self.display_id, update=self.is_displayed)
+        self.is_displayed = True
 
     def note(self, text: str) -> None:
         """A line that stays, above the live one."""
@@ -344,7 +349,7 @@ def notebook_config(notebook: str | Path, namespace: dict[str, object]) -> Confi
 def execute_notebook(
     notebook: str | Path,
     files: Sequence[str | Path] = (),
-    parameters: dict[str, object] | None = None,
+    parameters: dict | None = None,
     overrides: Sequence[str] = (),
 ) -> Path:
     """Execute a notebook, and return the folder it ran in; what cannot run is refused first.
@@ -366,11 +371,10 @@ def execute_notebook(
     print(f"{notebook} runs in {folder}", flush=True)
     executed, evidence = (folder / f"{notebook.stem}.{state}.ipynb" for state in ("running", "failed"))
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # a failure is said once, by us
-    options = {"kernel_name": "python3", "progress_bar": False, "autosave_cell_every": 5, "cwd": project_root()}
+    options = {"kernel_name": "python3", "cwd": project_root(), "extra_arguments": ["--log-level=ERROR"]}
     try:
         with following(folder):
-            quiet = ["--log-level=ERROR"]
-            papermill.execute_notebook(notebook, executed, values, extra_arguments=quiet, **options)
+            papermill.execute_notebook(notebook, executed, values, progress_bar=False, autosave_cell_every=5, **options)
     except BaseException as error:
         reason = _describe_failure(error)
         mark_failed(folder, reason)

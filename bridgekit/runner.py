@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -72,10 +71,8 @@ class Job:
     config: Config | None = None
     lexicon_seed: int = 0
     gpus: list[str] = field(default_factory=list)
-    child: subprocess.Popen | None = None
+    child: launch.Child | None = None
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-    started: float = 0.0
-    log_start: int = 0
 
     @property
     def pair(self) -> Path | None:
@@ -86,13 +83,8 @@ class Runner:
     """Jobs from waiting to done: `outcome` has a line for each, and `failed` names those that went wrong."""
 
     def __init__(
-        self,
-        planned: Mapping[str, Config],
-        runs_dir: str | Path,
-        slots: int = 0,
-        pairs: Mapping[str, dict] | None = None,
-        pair_options: Sequence = (),
-    ):
+        self, planned: dict[str, Config], runs_dir: str | Path, slots=0, pairs: dict | None = None, pair_options=()
+    ) -> None:
         if slots < 0:
             raise ConfigError(f"slots: trainings at once on each GPU, or 0 for the default, got {slots}")
         self.gpus, self.runs_dir = list_gpus(), project_root() / runs_dir
@@ -120,13 +112,13 @@ class Runner:
                 for job in [job for job in self.waiting if job.pair not in unmade]:
                     if not self._start(job):
                         break  # the plan's order: a run that needs several GPUs is not overtaken for ever
-                for job in [job for job in self.active if job.child.poll() is not None]:
+                for job in [job for job in self.active if job.child.process.poll() is not None]:
                     self._finish(job)
                 self._show(time.time() - started)
                 time.sleep(launch.POLL_SECONDS if self.active else 0)
         except BaseException:
             for job in self.active:
-                launch.kill_tree(job.child)
+                job.child.kill()
                 if job.config:
                     launch.mark_failed(job.folder, "interrupted")
                 job.lock.close()
@@ -180,23 +172,20 @@ class Runner:
             command += ["--lexicon-seed", str(job.lexicon_seed), *self.pair_options]
         extra = {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if self.gpus else {}
         extra["OMP_NUM_THREADS"] = str(self.threads)
-        with open(job.folder / "train.log", "ab") as log:
-            job.started, job.log_start = time.time(), log.tell()
-            job.child = launch.start_child(command, log, keep=(lock,), **extra)
+        job.child = launch.Child(job.folder, command, lock, **extra)
         self.waiting.remove(job)
         self.active.append(job)
 
     def _finish(self, job: Job) -> None:
         self.active.remove(job)
-        code, summary = job.child.returncode, job.folder / "summary.log"
+        code, summary = job.child.process.returncode, job.folder / "summary.log"
         text = summary.read_text().strip() if summary.exists() else "made"
         failed = code != 0 or bool(job.config and load_status(job.folder).get("state") != "finished")
         if failed:
-            reason = launch.find_error(job.folder / "train.log", job.log_start) or "its process ended without a word"
-            text = f"FAILED ({code}): {reason}"
+            text = f"FAILED ({code}): {job.child.why()}"
             if job.config:
-                launch.mark_failed(job.folder, reason)
-        self._settle(job, text, failed, f"{time.time() - job.started:4.0f} s gpu {','.join(job.gpus)}  ")
+                launch.mark_failed(job.folder, job.child.why())
+        self._settle(job, text, failed, f"{time.time() - job.child.started:4.0f} s gpu {','.join(job.gpus)}  ")
 
     def _settle(self, job: Job, text: str, failed: bool = False, before: str = "") -> None:
         """A job's last word."""
@@ -217,7 +206,7 @@ class Runner:
         self.view.show({"stage": stage, "running": ", ".join(running), "elapsed": elapsed})
 
 
-def run_planned(planned: Mapping[str, Config], runs_dir: str | Path, *options, **more) -> Runner:
+def run_planned(planned: dict[str, Config], runs_dir: str | Path, *options, **more) -> Runner:
     """Run what is planned and not finished; `.check()` of what comes back raises if a run failed."""
     runner = Runner(planned, runs_dir, *options, **more)
     runner.run()

@@ -22,14 +22,13 @@ from bridgekit import launch
 from bridgekit.config import (
     Config,
     ConfigError,
-    check_texts,
     differences,
     effective_settings,
     format_override,
     load_config,
     load_layers,
     load_parameters,
-    parse_override,
+    parse_texts,
     refuse_if,
     to_flat,
 )
@@ -90,14 +89,6 @@ def load_study(path: str | Path) -> Study:
         return Study(**{"name": Path(path).stem} | {k: v for k, v in values.items() if k in known})
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-
-
-def parse_texts(key: str, texts: object) -> dict[str, object]:
-    """{dotted key: value} of a list of key=value texts."""
-    try:
-        return dict(map(parse_override, check_texts(key, texts)))
-    except ConfigError as error:
-        raise ConfigError(f"{key}: {str(error).removeprefix(f'{key}: ')}") from None
 
 
 def expand_variants(variants: object) -> dict[str, dict[str, object]]:

@@ -135,7 +135,7 @@ def test_an_interrupted_stage_ends_the_whole_family_even_where_its_head_hangs(st
     monkeypatch.setattr(time, "sleep", interrupt)
     with pytest.raises(KeyboardInterrupt):
         launch.run_stage(run_dir, "train")
-    assert len(family) == 2 and not any(process.is_running() for process in family)
+    assert len(family) == 2 and not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
     status = runs.load_status(run_dir)
     assert (status["state"], status["error"]) == ("failed", "train: interrupted")
 
@@ -181,9 +181,9 @@ def test_a_child_knows_its_parent_and_does_not_spin(tmp_path, monkeypatch):
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     code = "import os; print(*(os.environ.get(n) for n in ('BRIDGEKIT_PARENT_PID', 'GOMP_SPINCOUNT', 'MORE')))"
     for expected in ("30000", "7"):
-        with open(tmp_path / "log", "wb") as log:
-            launch.start_child([sys.executable, "-c", code], log, (), MORE="1").wait()
-        assert (tmp_path / "log").read_text().split() == [str(os.getpid()), expected, "1"]
+        with runs.lock_run(tmp_path) as lock:
+            launch.Child(tmp_path, [sys.executable, "-c", code], lock, MORE="1").process.wait()
+        assert (tmp_path / "train.log").read_text().splitlines()[-1].split() == [str(os.getpid()), expected, "1"]
         monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # who sets it, has it
 
 

@@ -81,8 +81,8 @@ def test_a_failed_run_is_marked_with_its_reason_and_stops_no_other(tmp_path, scr
     outcome = run_planned(plan("bad", "killed", "silent", "good"), tmp_path, slots=4)
     assert sorted(outcome.failed) == ["bad", "killed", "silent"] and outcome.outcome["good"] == "done now"
     assert outcome.outcome["bad"] == "FAILED (2): train.lr: too high"
-    assert outcome.outcome["killed"] == "FAILED (-9): its process ended without a word"
-    assert outcome.outcome["silent"] == "FAILED (0): its process ended without a word"
+    assert outcome.outcome["killed"] == "FAILED (-9): the process ended with exit code -9"
+    assert outcome.outcome["silent"] == "FAILED (0): the process ended with exit code 0"
     status = load_status(tmp_path / "bad")
     assert (status["state"], status["error"]) == ("failed", "train.lr: too high")
     assert "1 of 4 runs done" in capsys.readouterr().out
@@ -91,15 +91,15 @@ def test_a_failed_run_is_marked_with_its_reason_and_stops_no_other(tmp_path, scr
 def test_a_pair_that_cannot_be_made_ends_its_runs_in_a_line_and_no_other(tmp_path, scripted, monkeypatch):
     models = {f"{side}_model": str(tmp_path / "pairs" / "new" / side) for side in ("source", "target")}
     planned, pairs = plan("on_new", **models) | plan("on_old"), {"new": {"lexicon_seed": 9}, "unused": {}}
-    real, started = launch.start_child, []
+    real, started = launch.Child, []
 
-    def start_child(command, *arguments, **extra):
+    def start_child(folder, command, *arguments, **extra):
         if "bridgekit.train.pretrain" in command:
             started.append(command)
             command = [sys.executable, "-c", "raise ValueError('steps')"]
-        return real(command, *arguments, **extra)
+        return real(folder, command, *arguments, **extra)
 
-    monkeypatch.setattr(launch, "start_child", start_child)
+    monkeypatch.setattr(launch, "Child", start_child)
     outcome = run_planned(planned, tmp_path, pairs=pairs, pair_options=["--steps", 3])
     (command,) = started
     assert command[3:] == ["--out", str(tmp_path / "pairs" / "new"), "--lexicon-seed", "9", "--steps", "3"]
@@ -154,7 +154,7 @@ def test_an_interruption_ends_the_children_and_marks_their_runs(tmp_path, script
     monkeypatch.setattr(time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         made.run()
-    assert made.active[0].child.poll() is not None and not (tmp_path / "next").exists()
+    assert made.active[0].child.process.poll() is not None and not (tmp_path / "next").exists()
     assert load_status(tmp_path / "long")["error"] == "interrupted"
     with lock_run(tmp_path / "long"):
         pass
