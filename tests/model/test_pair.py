@@ -20,6 +20,7 @@ from bridgekit.model.pair import (
     Pieces,
     fingerprint_folder,
     load_pair,
+    pad_ids,
     pick_layers,
     split_at_soft,
     split_prompts,
