@@ -49,17 +49,17 @@ def test_attention_that_cannot_be_true_is_refused(weights, message):
 
 def test_cka_is_written_once_for_each_pair():
     rows = [("states", "soft tokens", 0.2), ("states", "digits", 0.55), ("soft tokens", "digits", 0.15)]
-    table = pd.DataFrame(rows, columns=["a", "b", "cka"])
+    table = pd.DataFrame(rows, columns=["a", "b", "point"])
     fig = plots.plot_cka(table)
     assert [t.get_text() for t in fig.axes[0].texts] == ["0.20", "0.55", "0.15"]
-    with pytest.raises(ValueError, match="cka is not a number"):
-        plots.plot_cka(table.assign(cka=np.nan))
+    with pytest.raises(ValueError, match="point is not a number"):
+        plots.plot_cka(table.assign(point=np.nan))
 
 
 def test_probe_shades_the_layers_that_the_bridge_reads():
     rows = [(x, place, n, "tens", 0.1 * x) for x in range(3) for place in ("word end", "mean") for n in plots.NOVELTY]
-    table = pd.DataFrame(rows, columns=["layer", "place", "novelty", "digit", "accuracy"])
-    table = table.assign(low=0.5 * table["accuracy"], high=1.5 * table["accuracy"], n=90)
+    table = pd.DataFrame(rows, columns=["layer", "place", "novelty", "digit", "point"])
+    table = table.assign(low=0.5 * table["point"], high=1.5 * table["point"], n=90)
     fig = plots.plot_probe(table, layers=(1, 2))
     (line,) = found(fig, f"line:tens, at the word end:{plots.NOVELTY['held_unit']}")
     assert line.get_ydata().tolist() == [0, 0.1, 0.2]
