@@ -181,6 +181,8 @@ class BestWeights:
 
     def offer(self, bridge: Bridge, step: int, shares: dict[str, float]) -> None:
         self.last = shares["mix"]
+        if step < self.first_step:
+            return
         self.waited = 0 if shares["mix"] > self.selections["mix"].accuracy else self.waited + 1
         for key, selection in self.selections.items():
             accuracy = shares.get(key, shares["mix"])

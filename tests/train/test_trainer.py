@@ -302,7 +302,7 @@ def test_patience_stops_a_bridge_at_once_and_a_control_after_half_of_its_steps(t
     for name, file in (("bridged", "metrics.jsonl"), ("constant", "metrics_constant.jsonl")):
         trainer.train_bridge(experiment, name)
         steps[name] = [m["step"] for m in load_jsonl(experiment.folder / file) if "eval" in m]
-    assert steps == {"bridged": [0, 1, 2], "constant": list(range(9))}
+    assert steps == {"bridged": [0, 1, 2], "constant": [6, 7, 8]}  # not validated before half
 
 
 # -- what is trained, and how fast ------------------------------------------------------------------------------------
