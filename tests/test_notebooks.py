@@ -10,8 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from bridgekit.cli import load_layered
-from bridgekit.config import KEYS, ConfigError, load_parameters
+from bridgekit.config import KEYS, ConfigError, load_config, load_parameters
 from bridgekit.launch import gather_parameters, load_defaults, notebook_config, resolve_config
 from bridgekit.study import Study, plan_study, plan_swap
 
@@ -105,10 +104,7 @@ def test_a_parameters_file_fits_its_notebook_and_says_everything(path):
 
 @pytest.mark.parametrize("path", files_of("phase1"), ids=lambda path: path.stem)
 def test_a_file_gives_one_configuration_by_notebook_and_by_command_line(path):
-    class Arguments:
-        files, overrides = [path], []
-
-    assert resolve_config(gather_parameters(NOTEBOOKS["phase1"], [path], {}, [])) == load_layered(Arguments)
+    assert resolve_config(gather_parameters(NOTEBOOKS["phase1"], [path], {}, [])) == load_config([path], (), "phase1")
 
 
 @pytest.mark.parametrize("name", ["phase1", "ablation", "swap"])
