@@ -93,9 +93,7 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
     ("values", "named"),
     [
         ({"n_soft_tokens": 0}, ["bridge.n_soft_tokens", "= -1 or >= 1 and <= 2048", "got 0"]),
-        ({"n_soft_tokens": 2049}, ["bridge.n_soft_tokens"]),
         ({"eval_samples": 2001}, ["eval.eval_samples", "2000"]),
-        ({"eval_samples": 0}, ["eval.eval_samples"]),
         ({"val_samples": 513}, ["train.val_samples", "512"]),
         ({"producer": "transformer"}, ["bridge.producer", f"resampler, dit, constant, {FILE_OBJECT}", "'transformer'"]),
         ({"producer": "/home/me/mine.py:Mine"}, ["bridge.producer", FILE_OBJECT]),
@@ -105,14 +103,8 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
         ({"task": "gsm8k"}, ["task.data", "bridgekit fetch gsm8k"]),
         ({"task": "gsm8k", "data": "x", "variant": "context"}, ["task.variant", "no knowledge groups"]),
         ({"source_device": "cuda:"}, ["pair.source_device", "cuda:<number>"]),
-        ({"target_device": "gpu1"}, ["pair.target_device", "got 'gpu1'"]),
         ({"lr": float("nan")}, ["train.lr", "finite"]),
-        ({"kl_weight": float("inf")}, ["loss.kl_weight", "finite"]),
-        ({"seed": 2**32}, ["run.seed"]),
-        ({"dropout": 1.0}, ["bridge.dropout"]),
         ({"heads": 5}, ["bridge.heads", "bridge_dim"]),
-        ({"source_only_share": -0.5}, ["task.source_only_share"]),
-        ({"train_units_share": 0.0}, ["task.train_units_share"]),
         ({"source_view": "facts"}, ["bridge.source_view", "context"]),
         ({"injector": "kv"}, ["bridge.n_soft_tokens", "set n_soft_tokens=-1"]),
         ({"flow_weight": 0.1}, ["loss.flow_weight", "dit"]),
@@ -124,7 +116,6 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
         ({"conditions": ["bridged", "relay_full"]}, ["eval.conditions", "source, target"]),
         ({"controls": ["target"]}, ["train.controls", "'target'"]),
         ({"name": "a/b"}, ["run.name"]),
-        ({"name": ""}, ["run.name"]),
         (NOTHING, ["loss.nll_weight"]),
         (NOTHING | {"flow_weight": 1.0, "producer": "constant"}, ["loss.nll_weight"]),  # it has no flow
         (NOTHING | {"decode_weight": 1.0}, ["decode_every=1"]),  # nine steps of ten would have no loss
@@ -135,19 +126,11 @@ def test_an_impossible_value_is_refused(values, named):
     refuse(*named, **values)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        NOTHING | {"decode_weight": 1.0, "decode_every": 1},
-        NOTHING | {"steps": 0},
-        NOTHING | {"flow_weight": 1.0, "producer": "dit"},
-        PROMPT | {"controls": ["self_bridge"]},
-        PROMPT | {"kl_weight": 1.0},
-        {"nll_weight": 0.0, "extra": "mine.py:loss", "extra_weight": 1.0},
-    ],
-)
-def test_any_loss_of_every_step_is_enough(values):
-    assert load_config(**values)
+def test_any_loss_of_every_step_is_enough():
+    assert load_config(**NOTHING | {"decode_weight": 1.0, "decode_every": 1}) and load_config(**NOTHING | {"steps": 0})
+    assert load_config(**NOTHING | {"flow_weight": 1.0, "producer": "dit"})
+    assert load_config(**PROMPT | {"controls": ["self_bridge"]}) and load_config(**PROMPT | {"kl_weight": 1.0})
+    assert load_config(nll_weight=0.0, extra="mine.py:loss", extra_weight=1.0)
 
 
 def test_every_key_has_a_meaning_every_number_a_limit_and_every_condition_keys_that_there_are():
@@ -199,12 +182,6 @@ def test_missing_models_are_refused(tmp_path):
         check_models(load_config(source_model=str(tmp_path)))
 
 
-def test_a_copy_with_changes_is_checked_too():
-    assert Config().with_(steps=7, **{"bridge.depth": 3}).train.steps == 7
-    with pytest.raises(ConfigError, match="bridge.depth"):
-        Config().with_(depth=0)
-
-
 # -- read ---------------------------------------------------------------------------------------------------
 
 
@@ -215,6 +192,9 @@ def test_later_sources_win(write):
     assert config.train.lr == 0.2  # the file's overrides over both
     assert config.bridge.depth == 4  # the caller's overrides over all, the last one first
     assert config.train.batch_size == 64 and config.run == Config().run
+    assert Config().with_(steps=7, **{"bridge.depth": 3}).train.steps == 7
+    with pytest.raises(ConfigError, match="bridge.depth"):  # a copy with changes is checked too
+        Config().with_(depth=0)
 
 
 def test_an_override_is_read_as_yaml():
@@ -288,11 +268,9 @@ ALONE, OWN = {"prompt_mode": "soft_only"}, {"producer": "a.py:A"}
         ({}, {"decode_every": 3}, [], ["loss.decode_every"]),
         ({"decode_weight": 1.0}, {"decode_weight": 1.0, "decode_every": 3}, ["loss.decode_every"], []),
         ({}, {"dit_steps_eval": 9, "teacher": "prompt"}, [], ["bridge.dit_steps_eval", "bridge.teacher"]),
-        ({"producer": "dit"}, {"producer": "dit", "dit_steps_eval": 9}, ["bridge.dit_steps_eval"], []),
         (OWN, OWN | {"dit_steps_eval": 9}, ["bridge.dit_steps_eval"], []),
         (OWN, OWN | {"producer_options": ["k=2"]}, ["bridge.producer_options"], []),
         ({}, {"n_facts": 8}, [], ["task.n_facts"]),
-        ({"variant": "context"}, {"variant": "context", "n_facts": 8}, ["task.n_facts"], []),
         ({}, {"soft_position": "question"}, [], ["bridge.soft_position"]),  # without shots it is the start
         ({}, {"soft_position": "end"}, ["bridge.soft_position"], []),
         (ALONE, ALONE | {"soft_position": "end"}, [], ["bridge.soft_position"]),

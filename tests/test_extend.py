@@ -59,16 +59,10 @@ def refused(function, *arguments) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("a/b.py:Name", True), ("b.py:_name", True), ("resampler", False), ("", False), ("b.py", False),
-        ("/a/b.py:Name", False), ("~/b.py:Name", False), ("../b.py:Name", False), ("a/../../b.py:Name", False),
-        ("b.py:1st", False), ("b.py:a.b", False), ("b.txt:Name", False),
-    ],
-)  # fmt: skip
-def test_an_object_is_named_by_a_file_below_the_project(text, named):
-    assert extend.is_path(text) is named
+def test_an_object_is_named_by_a_file_below_the_project():
+    assert all(map(extend.is_path, ["a/b.py:Name", "b.py:_name"]))
+    outside = ["/a/b.py:Name", "~/b.py:Name", "../b.py:Name", "a/../../b.py:Name"]
+    assert not any(map(extend.is_path, [*outside, "resampler", "", "b.py", "b.py:1st", "b.py:a.b", "b.txt:Name"]))
 
 
 def test_an_object_is_loaded_once_and_again_when_its_file_is_edited(project):
