@@ -124,10 +124,9 @@ def write_progress(experiment, name, metrics: Path, step: int, values: dict, beg
     if experiment.processes.is_first:
         append_jsonl(metrics, row)
     experiment.log(f"{name} step {step}/{settings.steps} loss {row['loss']:.4f} {parts} {seconds:.0f} s")
-    experiment.report(
-        f"train {name}", step=step, steps=settings.steps, loss=row["loss"], val_accuracy=best.last,
-        best=best.selections["mix"].accuracy, seconds_left=round(seconds / step * (settings.steps - step), 1),
-    )  # fmt: skip
+    left = round(seconds / step * (settings.steps - step), 1)
+    known = {} if best.last is None else {"val_accuracy": best.last, "best": best.selections["mix"].accuracy}
+    experiment.report(f"train {name}", step=step, steps=settings.steps, loss=row["loss"], seconds_left=left, **known)
 
 
 # ---- validation, and which weights are the best ---------------------------------------------------------------------
