@@ -18,6 +18,7 @@ from pathlib import Path
 import yaml
 
 from bridgekit import config as configuration
+from bridgekit.alive import GO_ON
 from bridgekit.runs import join_command
 
 
@@ -27,7 +28,8 @@ def run_notebook(arguments: argparse.Namespace) -> None:
 
     parameters = {name: yaml.safe_load(value) for name, value in arguments.parameters}
     parameters |= {"trust_code": True} if arguments.trust_code else {}
-    folder = launch.execute_notebook(arguments.notebook, arguments.files, parameters, arguments.overrides)
+    given = arguments.notebook, arguments.files, parameters, arguments.overrides
+    folder = launch.execute_notebook(*given, resume=arguments.resume)
     print(f"run folder         {folder}\nexecuted notebook  {folder / arguments.notebook.name}")
     if figures := sorted(path.name for path in (folder / "figures").glob("*.pdf")):
         print(f"figures            {folder / 'figures'}: {', '.join(figures)}")
@@ -39,7 +41,9 @@ def train_bridge(arguments: argparse.Namespace) -> None:
     """What notebooks/phase1.ipynb trains, stage by stage."""
     from bridgekit import launch
 
-    run_dir = launch.open_run(configuration.load_config(arguments.files, arguments.overrides, "phase1"))
+    files, run = arguments.files, arguments.resume
+    files = [Path(run) / "config.yaml", *files] if run else files
+    run_dir = launch.open_run(configuration.load_config(files, arguments.overrides, "phase1"), run, new=True)
     print(f"run folder {run_dir}", flush=True)
     for stage in launch.STAGES:
         launch.run_stage(run_dir, stage)
@@ -72,10 +76,48 @@ def export_bridge(arguments: argparse.Namespace) -> None:
     print(f"exported to {experiment.export(arguments.out)}")
 
 
+def show_status(arguments: argparse.Namespace) -> None:
+    """A line for each run: what it is doing, or how it ended; `stale` is one that says `running` and does not."""
+    from bridgekit.alive import find_writer, true_status
+    from bridgekit.results.live import describe_progress
+
+    for folder in list_runs(arguments.runs):
+        status = true_status(folder)
+        where = f" ({writer})" if (writer := find_writer(folder)) else ""
+        print(f"{folder}: {status.get('state', 'not started')}{where} · {describe_progress(status)}")
+
+
+def clean_runs(arguments: argparse.Namespace) -> None:
+    """Free what finished runs needed only to go on; a run that is being written, or can go on, keeps everything."""
+    from bridgekit.alive import find_writer
+    from bridgekit.runs import free_run, load_status
+
+    total = 0
+    for folder in list_runs(arguments.runs):
+        if not find_writer(folder) and load_status(folder).get("state") == "finished" and (freed := free_run(folder)):
+            print(f"{folder}: {freed / 1e6:.1f} MB freed")
+            total += freed
+    print(f"{total / 1e6:.1f} MB freed in all")
+
+
+def list_runs(folders: list[Path]) -> list[Path]:
+    """The run folders that are named, or lie in a named folder."""
+    found = [
+        run for folder in folders for run in [folder, *sorted(folder.glob("*"))] if (run / "config.yaml").is_file()
+    ]
+    if not found:
+        raise configuration.ConfigError(f"{', '.join(map(str, folders))}: no run folder (config.yaml not found)")
+    return found
+
+
 MANY = {"action": "append", "default": []}
 FILE = {"dest": "files", "type": Path, "metavar": "FILE", "help": "a file of parameters/; of several the later wins"}
 OVERRIDE = {"dest": "overrides", "metavar": "KEY=VALUE", "help": "one configuration key"}
 FILES = {"-f": MANY | FILE, "-o": MANY | OVERRIDE}
+RESUME = {"--resume": {"default": "", "metavar": "RUN", "help": "go on with this run, which was interrupted"}}
+RUNS = {
+    "runs": {"nargs": "*", "type": Path, "default": [Path("runs")], "metavar": "RUN", "help": "or a folder of them"}
+}
 PAIR = MANY | {"dest": "parameters", "nargs": 2, "metavar": ("KEY", "VALUE"), "help": "a parameter of the notebook"}
 TRUST = {"--trust-code": {"action": "store_true", "help": "the Python files in a run's code/ may be executed"}}
 MODEL = {"default": "", "help": "where that model lies here, if not as the run says"}
@@ -83,9 +125,11 @@ VERBS = {  # {verb: (function, what it does, {argument: its options})}
     "run": (
         run_notebook,
         "execute a notebook: run folder, executed notebook, figures, verdict",
-        {"notebook": {"type": Path}, "-p": PAIR} | FILES | TRUST,
+        {"notebook": {"type": Path}, "-p": PAIR} | FILES | RESUME | TRUST,
     ),
-    "train": (train_bridge, "the same training and evaluation without a notebook", FILES),
+    "train": (train_bridge, "the same training and evaluation without a notebook", FILES | RESUME),
+    "status": (show_status, "what runs are doing, or how they ended", RUNS),
+    "clean": (clean_runs, "free what finished runs needed only to go on", RUNS),
     "config": (print_config, "the resolved configuration, and every key there is", FILES),
     "verdict": (
         print_verdict,
@@ -134,7 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb; a mistake of the user's ends in one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
     os.environ["BRIDGEKIT_COMMAND"] = join_command(["bridgekit", *argv])  # what runs record as their command
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # through the exits that end children
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(TERMINATED))  # through the exits that end children
     try:
         if argv and argv[0] in FORWARDED:
             return importlib.import_module(f"bridgekit.{FORWARDED[argv[0]][0]}").main(argv[1:]) or 0
@@ -143,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, PermissionError, FileExistsError) as error:
         text, code = " ".join(str(error).split()), 2
     except RuntimeError as error:
-        text, code = str(error), 1
+        text, code = str(error), GO_ON if type(error).__name__ == "Stopped" else 1
     except KeyboardInterrupt:
         text, code = "interrupted", 130
     except SystemExit as error:
@@ -151,6 +196,6 @@ def main(argv: list[str] | None = None) -> int:
             raise
         text, code = "terminated", TERMINATED
     print(f"error: {text}", file=sys.stderr, flush=True)
-    if code == TERMINATED:
+    if code in (TERMINATED, GO_ON):
         os._exit(code)  # at once: a half-closed notebook kernel's sockets would fill the screen with tracebacks
     return code

@@ -286,6 +286,11 @@ def check_models(config: Config) -> None:
             raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`")
 
 
+def is_safe(key: str) -> bool:
+    """Whether a run may go on with another value of this key."""
+    return key in keys.SAFE or KEYS[key].matters_if == NEVER
+
+
 # ---- what makes two runs differ -------------------------------------------------------------------------------------
 
 

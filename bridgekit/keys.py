@@ -42,6 +42,8 @@ LOSS_OF_ALL += " or loss.decode_weight > 0 and loss.decode_every = 1 or train.st
 LOSS = f"{LOSS_OF_ALL} or loss.prompt_weight > 0 or loss.info_nce_weight > 0 or {DIT} and loss.flow_weight > 0"
 DECODES, EXTRA = "loss.decode_weight > 0", "loss.extra_weight > 0"
 NEVER = "never"  # bookkeeping: changes no result
+# What may differ when an interrupted run goes on, beside bookkeeping: how long it is, and on what machine.
+SAFE = ("train.steps", "train.patience", "train.num_processes", "pair.source_device", "pair.target_device")
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le, "=": eq, "!=": ne}
 
 
@@ -155,6 +157,7 @@ KEYS = {
     "train.val_samples": Key(256, "validation problems answered each time, at most n_val", "> 0"),
     "train.patience": Key(0, "validations without a better one before stopping; 0: never", ">= 0"),
     "train.cache_states_gb": Key(4.0, "source states are kept when they fit in this", ">= 0", NEVER),
+    "train.checkpoint_minutes": Key(3.0, "from one checkpoint to the next, which a run goes on from", ">= 0", NEVER),
     "train.num_processes": Key(1, "processes, one GPU each", "> 0"),
     "train.controls": Key(("constant", "constant_natural"), "trained controls", CONTROLS),
     # The evaluation.

@@ -9,90 +9,166 @@ and holds no GPU; however a call ends, its children are gone.
 
 import ast
 import contextlib
-import datetime
-import html
+import json
 import logging
 import os
-import re
-import shutil
-import subprocess
+import signal
 import sys
-import threading
 import time
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bridgekit import runs
-from bridgekit.config import BY_NAME, KEYS, Config, ConfigError, load_config, load_layers, nearest
-from bridgekit.runs import load_jsonl, load_status, project_root, write_status
+from bridgekit.alive import LOOK_SECONDS, Child, find_writer, lock_run, unless_in_thread, wait_for_worker
+from bridgekit.config import (
+    BY_NAME,
+    KEYS,
+    Config,
+    ConfigError,
+    dump_config,
+    is_safe,
+    load_config,
+    load_layers,
+    nearest,
+    to_flat,
+)
+from bridgekit.results.live import FOLLOWED, LiveView, following
+from bridgekit.runs import load_status, project_root, write_status
 from bridgekit.tasks import check_inputs
 
 STAGES = ("baselines", "train")
-POLL_SECONDS = 0.25
-KILL_SECONDS = 3.0  # between asking a child to stop and making it
-FOLLOWED = "BRIDGEKIT_FOLLOWED"  # the folder whose status a waiting terminal shows; a notebook's view writes it there
-# What a log ends with: the worker's own word, an exception, or the signal that the launcher saw. {pattern: the reason}
-REASONS = {
-    r"^(?:\[\w+\]: ?)?error: (.+)$": "{}",
-    r"^(?:\[\w+\]: ?)?(?!subprocess\.|torch\.distributed\.elastic)([\w.]*(?:Error|Exception)\b.*)$": "{}",
-    r"(?:died with <Signals\.|Signal \d+ \()(\w+)(?:: \d+>|\) received by PID)": "a training process was killed by {}",
-}
+DONE_WITH = {"baselines": "headroom.jsonl"}  # what a stage leaves behind; the last one finishes the run
+PARAMETERS = "parameters.json"  # of the notebook that a run folder was made for
 
 
 # -- one run ----------------------------------------------------------------------------------------------------
 
 
-def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = None) -> Path:
-    """The run folder that was made for this very configuration, or a new one, with the user's own code in it.
+class Stopped(RuntimeError):
+    """A run was asked to stop, or killed; it can go on."""
 
-    Everything that was given is checked before anything is made; `folder` is where to make it.
+
+def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = None, new: bool = False) -> Path:
+    """The run folder of a configuration: `run_dir`, an unfinished one of these settings, or a new one.
+
+    Everything that was given is checked before anything is made, and the user's own code is copied into a new folder.
+    `folder` is where to make it; `new` asks for one that nothing has been written to. A `run_dir` that was made for
+    other settings is refused, but for the keys of SAFE.
     """
     from bridgekit.extend import copy_code
 
     with contextlib.chdir(project_root()):
-        if not run_dir:
-            check_inputs(config)
-            run_dir = runs.create_run(config, folder)
-            copy_code(config, run_dir)
-        elif runs.load_run_config(run_dir) != config:
-            raise ConfigError(f"run_dir: '{run_dir}' was made for another configuration; leave run_dir empty")
-        return Path(run_dir).resolve()
+        if run_dir:
+            return resume_run(config, Path(run_dir))
+        check_inputs(config)
+        unfinished = None if folder or new else find_unfinished(config)
+        if unfinished:
+            print(f"goes on with {unfinished}, which is unfinished", flush=True)
+            return unfinished.resolve()
+        run_dir = runs.create_run(config, folder)
+        copy_code(config, run_dir)
+        return run_dir.resolve()
+
+
+def find_unfinished(config: Config) -> Path | None:
+    """The newest run of this name and these settings that has not finished."""
+    for folder in sorted(Path(config.run.runs_dir).glob(f"{config.run.name}_*"), reverse=True):
+        if (folder / "config.yaml").is_file() and load_status(folder).get("state", "new") not in (
+            "finished",
+            "unknown",
+        ):
+            with contextlib.suppress(ValueError):  # of a configuration that can no longer be read
+                if runs.same_run(runs.load_run_config(folder), config):
+                    return folder
+    return None
+
+
+def resume_run(config: Config, run_dir: Path) -> Path:
+    """A run's folder, to go on with; settings that would make it another experiment are refused."""
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"run_dir: '{run_dir}' is no run folder (config.yaml not found)")
+    known = runs.load_run_config(run_dir)
+    old, new = to_flat(known), to_flat(config)
+    apart = [key for key in new if old[key] != new[key] and not is_safe(key)]
+    if apart:
+        key = apart[0]
+        more = f", and {len(apart) - 1} more" if len(apart) > 1 else ""
+        why = f"'{run_dir}' was made with {key} {old[key]!r}, not {new[key]!r}{more}"
+        raise ConfigError(f"run_dir: {why}: give it the same settings, or leave run_dir empty")
+    if known != config and load_status(run_dir).get("state") != "finished":
+        with lock_run(run_dir):
+            runs.write_text_atomic(run_dir / "config.yaml", dump_config(config))
+    return run_dir.resolve()
 
 
 def run_stage(run_dir: str | Path, stage: str) -> None:
-    """Run one stage of a run in a child and wait for it, with a live view; a failure raises the child's own reason."""
+    """Run one stage of a run in a child and wait for it, with a live view; a failure raises the child's own reason.
+
+    A stage that is done is not run again, one that was interrupted goes on, and one that another process runs is
+    followed to its end.
+    """
     run_dir = (project_root() / run_dir).resolve()
     config, view = runs.load_run_config(run_dir), LiveView(run_dir)
-    if load_status(run_dir).get("state") == "finished":
-        raise ConfigError(f"run '{run_dir}' is finished, and its test set is read once: open a new run")
-    with runs.lock_run(run_dir) as lock:
+    while find_writer(run_dir):
+        view.show(load_status(run_dir))
+        time.sleep(LOOK_SECONDS)
+    if load_status(run_dir).get("state") == "finished" or (run_dir / DONE_WITH.get(stage, "?")).is_file():
+        view.note(f"{stage}: done already")
+        return
+    with lock_run(run_dir):
         write_status(run_dir, state="running", stage=stage)
-        child = Child(run_dir, training_command(run_dir, stage, config.train.num_processes), lock)
+        child = Child(run_dir, training_command(run_dir, stage, config.train.num_processes))
         try:
-            while child.process.poll() is None:
+            while child.poll() is None:
                 view.show(load_status(run_dir))
-                time.sleep(POLL_SECONDS)
+                time.sleep(LOOK_SECONDS)
         except BaseException:
-            child.kill()
-            mark_failed(run_dir, f"{stage}: interrupted")
+            end_children({run_dir: child})
             raise
-    failed = child.process.returncode != 0
+        failed = settle(child, stage)
+        if not failed and load_status(run_dir)["state"] == "running":  # the last stage itself says that it is finished
+            write_status(run_dir, **load_status(run_dir) | {"stage": f"{stage} done"})
+    status = load_status(run_dir)
+    view.close(status)
+    if failed and status["state"] == "stopped":
+        raise Stopped(f"{stage} was stopped ({status['error']}); to go on: {how_to_go_on(run_dir)}")
     if failed:
-        mark_failed(run_dir, f"{stage}: {child.why()}")
-    elif load_status(run_dir)["state"] == "running":  # the last stage itself says that the run is finished
-        write_status(run_dir, **load_status(run_dir) | {"stage": f"{stage} done"})
-    view.close(load_status(run_dir))
-    if failed:
-        raise RuntimeError(f"{stage} failed: {child.why()} (log: {child.log})")
+        raise RuntimeError(f"{stage} failed: {failed} (log: {child.log})")
 
 
-def mark_failed(run_dir: Path, reason: str) -> None:
-    """The status of a run that will not finish; how far it was stays in it. The log of all runs says so too."""
-    from bridgekit.results.reports import report_end
+def how_to_go_on(run_dir: Path) -> str:
+    """What a user does to go on with a run that was interrupted."""
+    notebook = next((path.name.split(".")[0] for path in run_dir.glob("*.*.ipynb")), "")
+    run = runs.join_command([str(run_dir)])
+    return f"bridgekit run notebooks/{notebook}.ipynb --resume {run}" if notebook else f"bridgekit train --resume {run}"
 
-    write_status(run_dir, **load_status(run_dir) | {"state": "failed", "error": reason, "seconds_left": None})
-    report_end(run_dir)
+
+def settle(child: Child, stage: str) -> str:
+    """After a child's end: why it failed, empty if it did not; its folder says so too."""
+    from bridgekit.results.reports import mark_ended  # takes a second
+
+    wait_for_worker(child.folder, "worker")  # it may outlive its launcher for a moment
+    child.quiet()
+    state = load_status(child.folder).get("state")
+    unfinished = stage == STAGES[-1] and state != "finished"  # whatever its exit code says
+    why = child.why() if child.process.returncode or unfinished else ""
+    if why and state != "stopped":
+        mark_ended(child.folder, "failed", f"{stage}: {why}")
+    return why
+
+
+def end_children(children: dict[Path, "Child"]) -> None:
+    """Ask the children of these folders to stop, all at once, and say so there. A second Ctrl-C does not disturb it."""
+    from bridgekit.results.reports import mark_ended
+
+    with unless_in_thread(signal.SIGINT, signal.SIGTERM):
+        for child in children.values():
+            child.ask()
+        for folder, child in children.items():
+            child.end()
+            state = load_status(folder)
+            if state.get("state") == "running" and (folder / "config.yaml").is_file():
+                mark_ended(folder, "stopped", "interrupted")
 
 
 def training_command(run_dir: Path, stage: str, num_processes: int, threads: int = 0) -> list[str]:
@@ -109,156 +185,6 @@ def training_command(run_dir: Path, stage: str, num_processes: int, threads: int
     flags += ["--multi_gpu"] if num_processes > 1 else []
     worker = ["-m", "bridgekit.train.worker", str(run_dir), "--stage", stage]
     return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
-
-
-class Child:
-    """A process that writes a folder, with its output in train.log there; it ends when we do.
-
-    It has a session of its own, so that a terminal's Ctrl-C comes to us alone, and inherits the folder's lock, which
-    stays taken for as long as anything writes.
-    """
-
-    def __init__(self, folder: Path, command: list[str], lock: int, **environment: str) -> None:
-        ours = {"BRIDGEKIT_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
-        # OpenMP threads busy-wait: long spinning slows a shared machine tenfold, none slows an idle one by a quarter.
-        whole = {"GOMP_SPINCOUNT": "30000"} | os.environ | ours | environment  # tens of microseconds
-        self.log, self.started = folder / "train.log", time.time()
-        with open(self.log, "ab") as log:
-            self.log_start = log.tell()
-            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "pass_fds": (lock,)}
-            streams |= {"cwd": project_root(), "env": whole}
-            self.process = subprocess.Popen(command, start_new_session=True, **streams)
-
-    def kill(self) -> None:
-        """End it and all its descendants; workers have sessions of their own, so no group reaches them."""
-        import psutil
-
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self.process.pid)
-            family = [*parent.children(recursive=True), parent]
-            for end in (psutil.Process.terminate, psutil.Process.kill):
-                for process in family:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        end(process)
-                _, family = psutil.wait_procs(family, timeout=KILL_SECONDS)
-            self.process.wait()
-
-    def why(self) -> str:
-        """Why it has ended."""
-        unknown = f"the process ended with exit code {self.process.returncode}"
-        return find_error(self.log, self.log_start) or unknown
-
-
-def find_error(log: Path, start: int = 0) -> str | None:
-    """Why a log ends: its last `error: ...` line after byte `start`, or last exception, or fatal signal."""
-    text = "\n".join(log.read_bytes()[start:].decode(errors="replace").splitlines())
-    for pattern, reason in REASONS.items():
-        if found := re.findall(pattern, text, re.MULTILINE):
-            return reason.format(found[-1])
-    return None
-
-
-# -- what is seen of a run ----------------------------------------------------------------------------------------
-
-
-class LiveView:
-    """Progress in one place: bar and curves in a notebook, a line on a terminal, a line per stage in a log."""
-
-    def __init__(self, run_dir: Path | None = None) -> None:
-        shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-        self.in_notebook = type(shell).__name__ == "ZMQInteractiveShell"
-        self.on_terminal = not self.in_notebook and sys.stdout.isatty()
-        self.followed = os.environ.get(FOLLOWED) if self.in_notebook else None
-        self.run_dir, self.text, self.news = run_dir, "", ()
-        self.display_id, self.is_displayed = uuid.uuid4().hex, False  # of the notebook's output
-
-    def show(self, status: dict) -> None:
-        """The status, if it says anything new."""
-        text = describe_progress(status)
-        if text == self.text:
-            return
-        self.text, before = text, self.news
-        self.news = tuple(map(status.get, ("stage", "val_accuracy", "best", "state")))
-        if self.followed:  # the terminal that waits for this notebook shows it too
-            write_status(self.followed, **status | {"state": "running", "error": None})
-        if self.in_notebook:
-            self._show_in_notebook(text, status)
-        elif self.on_terminal:
-            print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-        elif self.news != before:
-            print(text, flush=True)
-
-    def _show_in_notebook(self, text: str, status: dict) -> None:
-        from IPython.display import display
-
-        share = status.get("step", 0) / (status.get("steps") or 1)
-        picture = f'<progress value="{share:.3f}" style="width: 30em"></progress><pre>{html.escape(text)}</pre>'
-        bundle = {"text/plain": text, "text/html": picture + draw_curves(self.run_dir)}
-        display(bundle, raw=True, display_id=self.display_id, update=self.is_displayed)
-        self.is_displayed = True
-
-    def note(self, text: str) -> None:
-        """A line that stays, above the live one."""
-        print(f"\r\x1b[K{text}" if self.on_terminal else text, flush=True)
-        self.text = ""
-
-    def close(self, status: dict) -> None:
-        self.show(status)
-        if self.on_terminal and self.text:
-            print(flush=True)
-
-
-def describe_progress(status: dict) -> str:
-    """A status as one line of text."""
-    known = {name: value for name, value in status.items() if value is not None}
-    stage, spent = known.get("stage", ""), "in all" if known.get("stage", "").endswith("done") else "so far"
-    parts = [stage, f"step {known.get('step', 0)}/{known['steps']}" if known.get("steps") else ""]
-    names = {"loss": "loss", "val_accuracy": "val", "best": "best"}
-    parts += [f"{label} {known[name]:.3f}" for name, label in names.items() if name in known]
-    times = {"elapsed": spent, "seconds_left": "left"}
-    parts += [f"{datetime.timedelta(seconds=round(known[k]))} {label}" for k, label in times.items() if k in known]
-    parts += [known.get("running", ""), f"failed: {known['error']}" if known.get("error") else ""]
-    return " · ".join(filter(None, parts))
-
-
-def draw_curves(run_dir: Path | None) -> str:
-    """Training loss and validation accuracy of a run's bridge so far, side by side, as a small SVG."""
-    if run_dir is None or not (run_dir / "metrics.jsonl").is_file():
-        return ""
-    rows = list(load_jsonl(run_dir / "metrics.jsonl", []))  # its last line may be half-written
-    losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-    shares = [(row["step"], row["eval"]["bridged"]) for row in rows if "bridged" in row.get("eval", {})]
-    highest, picture = max((loss for _, loss in losses), default=1) or 1, ""
-    for left, name, points, high in ((0, "loss", losses, highest), (220, "validation accuracy", shares, 1.0)):
-        last = max((step for step, _ in points), default=1) or 1
-        thinned = points[:: 1 + len(points) // 80]
-        line = " ".join(f"{left + 200 * step / last:.0f},{78 - 60 * y / high:.0f}" for step, y in thinned)
-        value = f" {points[-1][1]:.3f}" if points else ""
-        picture += (
-            f'<text x="{left}" y="11" font-size="11" fill="currentColor">{name}{value}</text>'
-            f'<path d="M{left},18v60h200" fill="none" stroke="gray"/>'
-            f'<polyline points="{line}" fill="none" stroke="currentColor" stroke-width="1.5"/>'
-        )
-    return f'<svg width="430" height="84">{picture}</svg>'
-
-
-@contextlib.contextmanager
-def following(run_dir: Path) -> Iterator[None]:
-    """Show a folder's status on this terminal while something else writes it."""
-    view, stop = LiveView(), threading.Event()
-
-    def follow() -> None:
-        while not stop.wait(POLL_SECONDS):
-            view.show(load_status(run_dir))
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        view.close(load_status(run_dir))
 
 
 # -- a notebook without a browser -------------------------------------------------------------------------------
@@ -351,18 +277,22 @@ def execute_notebook(
     files: Sequence[str | Path] = (),
     parameters: dict | None = None,
     overrides: Sequence[str] = (),
+    resume: str | Path = "",
 ) -> Path:
     """Execute a notebook, and return the folder it ran in; what cannot run is refused first.
 
     A notebook with a parameter `run_dir` runs something and gets a run folder; one without, a plain folder. The copy
-    there is `NAME.running.ipynb` until its last cell has ended well; the stored notebook is never written to.
+    there is `NAME.running.ipynb` until its last cell has ended well; the stored notebook is never written to. `resume`
+    names the run folder of an execution that was interrupted: its parameters hold again, but for those given now.
     """
     notebook = Path(notebook)
-    values = gather_parameters(notebook, files, parameters or {}, overrides)
+    earlier = load_parameters_of(Path(resume), notebook) if resume else {}
+    values = gather_parameters(notebook, files, earlier | (parameters or {}), overrides)
     import papermill  # takes a second, so after what can be refused at once
 
     if "run_dir" in values:
-        folder = open_run(resolve_config(values))
+        folder = open_run(resolve_config(values), resume, new=True)
+        runs.write_text_atomic(folder / PARAMETERS, json.dumps(values, indent=1) + "\n")
         values["run_dir"] = str(folder)
         os.environ.pop(FOLLOWED, None)
     else:
@@ -376,15 +306,38 @@ def execute_notebook(
         with following(folder):
             papermill.execute_notebook(notebook, executed, values, progress_bar=False, autosave_cell_every=5, **options)
     except BaseException as error:
-        reason = _describe_failure(error)
-        mark_failed(folder, reason)
-        if executed.exists():
-            executed.rename(evidence)
+        from bridgekit.results.reports import mark_ended
+
+        with unless_in_thread(signal.SIGINT, signal.SIGTERM):
+            reason = _describe_failure(error)
+            wait_for_worker(folder)
+            if load_status(folder).get("state") != "stopped":
+                mark_ended(folder, "failed" if isinstance(error, Exception) else "stopped", reason)
+            if executed.exists():
+                executed.rename(evidence)
+        status = load_status(folder)
+        if status.get("state") == "stopped" and "run_dir" in values:
+            raise Stopped(
+                f"{notebook.name} was stopped ({status['error']}); to go on: {how_to_go_on(folder)}"
+            ) from None
         if isinstance(error, Exception):
             raise RuntimeError(f"{notebook.name} failed: {reason}; what ran is in {evidence}") from None
         raise
     executed.rename(folder / notebook.name)
+    evidence.unlink(missing_ok=True)
     return folder
+
+
+def load_parameters_of(run_dir: Path, notebook: Path) -> dict[str, object]:
+    """What an interrupted execution was given; one that has ended well has nothing to go on with."""
+    known = run_dir / PARAMETERS
+    if not known.is_file():
+        raise ConfigError(f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found)")
+    if (run_dir / notebook.name).is_file():
+        raise ConfigError(f"--resume: '{run_dir}' is finished, and so is its {notebook.name}: nothing is left to do")
+    if writer := find_writer(run_dir):
+        raise ConfigError(f"--resume: '{run_dir}' is running ({writer}): wait, or end it")
+    return {name: value for name, value in json.loads(known.read_text()).items() if name != "run_dir"}
 
 
 def _describe_failure(error: BaseException) -> str:

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bridgekit import launch, runs
+from bridgekit.alive import LOOK_SECONDS, Child, lock_run
 from bridgekit.config import Config, ConfigError
+from bridgekit.results.live import LiveView, describe_progress
 from bridgekit.runs import load_run_config, load_status, project_root
 
 SLOTS_PER_GPU = 6
@@ -37,14 +39,14 @@ def is_done(folder: Path, config: Config) -> bool:
 
 
 def prepare_folder(folder: Path, config: Config) -> None:
-    """The folder of a run that is due; one whose training had begun is moved to `.unfinished`, with its log.
+    """The folder of a run that is due, which goes on from what there is; one of other settings moves to `.unfinished`.
 
     To be called while the folder is locked: nobody else writes it then.
     """
     if folder.is_dir():
         with contextlib.suppress(ValueError):
-            if load_run_config(folder) == config and not (folder / "metrics.jsonl").exists():
-                return  # headroom at most has been measured, which training goes on from
+            if runs.same_run(load_run_config(folder), config):
+                return
         folder.rename(runs.make_folder(folder.parent / ".unfinished", folder.name))
     launch.open_run(config, folder=folder)
 
@@ -71,7 +73,7 @@ class Job:
     config: Config | None = None
     lexicon_seed: int = 0
     gpus: list[str] = field(default_factory=list)
-    child: launch.Child | None = None
+    child: Child | None = None
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @property
@@ -101,7 +103,7 @@ class Runner:
         self.threads = runs.count_threads(max(1, min(self.slots * max(1, len(self.gpus)), len(self.waiting))))
         self.failed: list[str] = []
         self.outcome: dict[str, str] = {}
-        self.view = launch.LiveView()
+        self.view = LiveView()
 
     def run(self) -> None:
         """Everything that is not done yet; a run that fails stops no other. However this ends, no child is left."""
@@ -112,15 +114,13 @@ class Runner:
                 for job in [job for job in self.waiting if job.pair not in unmade]:
                     if not self._start(job):
                         break  # the plan's order: a run that needs several GPUs is not overtaken for ever
-                for job in [job for job in self.active if job.child.process.poll() is not None]:
+                for job in [job for job in self.active if job.child.poll() is not None]:
                     self._finish(job)
                 self._show(time.time() - started)
-                time.sleep(launch.POLL_SECONDS if self.active else 0)
+                time.sleep(LOOK_SECONDS if self.active else 0)
         except BaseException:
+            launch.end_children({job.folder: job.child for job in self.active})
             for job in self.active:
-                job.child.kill()
-                if job.config:
-                    launch.mark_failed(job.folder, "interrupted")
                 job.lock.close()
             raise
         n_done = self.n_runs - sum(not name.startswith("pair ") for name in self.failed)
@@ -141,11 +141,11 @@ class Runner:
             return False
         job.gpus = free[:n]
         try:
-            handle = job.lock.enter_context(runs.lock_run(job.folder))
+            job.lock.enter_context(lock_run(job.folder))
             if self._is_done(job):
                 self._settle(job, "kept")
             else:
-                self._launch(job, handle)
+                self._launch(job)
         except (ValueError, OSError) as error:
             self._settle(job, " ".join(str(error).split()), failed=True)
         return True
@@ -160,7 +160,7 @@ class Runner:
             raise ConfigError(f"'{job.folder}' was made with lexicon_seed {seed}, not {job.lexicon_seed}: move it away")
         return record.is_file()
 
-    def _launch(self, job: Job, lock: int) -> None:
+    def _launch(self, job: Job) -> None:
         if job.config:
             prepare_folder(job.folder, job.config)
             runs.write_status(job.folder, state="running", stage="train")
@@ -172,7 +172,7 @@ class Runner:
             command += ["--lexicon-seed", str(job.lexicon_seed), *self.pair_options]
         extra = {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if self.gpus else {}
         extra["OMP_NUM_THREADS"] = str(self.threads)
-        job.child = launch.Child(job.folder, command, lock, **extra)
+        job.child = Child(job.folder, command, **extra)
         self.waiting.remove(job)
         self.active.append(job)
 
@@ -180,11 +180,10 @@ class Runner:
         self.active.remove(job)
         code, summary = job.child.process.returncode, job.folder / "summary.log"
         text = summary.read_text().strip() if summary.exists() else "made"
-        failed = code != 0 or bool(job.config and load_status(job.folder).get("state") != "finished")
+        failed = bool(launch.settle(job.child, "train") if job.config else code)
         if failed:
-            text = f"FAILED ({code}): {job.child.why()}"
-            if job.config:
-                launch.mark_failed(job.folder, job.child.why())
+            ended = "stopped" if job.config and load_status(job.folder).get("state") == "stopped" else "FAILED"
+            text = f"{ended} ({code}): {job.child.why()}"
         self._settle(job, text, failed, f"{time.time() - job.child.started:4.0f} s gpu {','.join(job.gpus)}  ")
 
     def _settle(self, job: Job, text: str, failed: bool = False, before: str = "") -> None:
@@ -200,7 +199,7 @@ class Runner:
         n_left = sum(bool(job.config) for job in (*self.waiting, *self.active))
         first = {job.name: {"stage": "running"} | load_status(job.folder) for job in self.active[:2]}
         parts = {name: {key: status.get(key) for key in ("stage", "step", "steps")} for name, status in first.items()}
-        running = [f"{name}: {launch.describe_progress(part)}" for name, part in parts.items()]
+        running = [f"{name}: {describe_progress(part)}" for name, part in parts.items()]
         running += [f"{len(self.active) - 2} more"] if len(self.active) > 2 else []
         stage = f"{self.n_runs - n_left} of {self.n_runs} runs finished"
         self.view.show({"stage": stage, "running": ", ".join(running), "elapsed": elapsed})

@@ -9,7 +9,6 @@ Files are written to a temporary name and renamed: a file with its final name is
 
 import contextlib
 import datetime
-import fcntl
 import gzip
 import hashlib
 import itertools
@@ -17,12 +16,11 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
-import time
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,6 +28,8 @@ from pathlib import Path
 from bridgekit.config import CONDITIONS, Config, ConfigError, dump_config, load_config
 
 FINAL = "eval_samples_step_final.jsonl"
+RESUME = "checkpoint/resume"  # checkpoints of trainings, until their run has ended
+UNFINISHED = ".answers.jsonl"  # those of the final evaluation, until it is whole
 INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
 
 
@@ -64,32 +64,6 @@ def make_folder(root: Path, name: str) -> Path:
             return path
 
 
-@contextlib.contextmanager
-def lock_run(folder: str | Path) -> Iterator[int]:
-    """The right to write a run folder; who has it already is named. Yields a descriptor for the children that write.
-
-    The system frees the lock of a process that ends, in whatever way, so no lock is ever stale.
-    """
-    folder = Path(folder).resolve()
-    path = folder.parent / f".{folder.name}.lock"
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        while True:
-            file = stack.enter_context(open(path, "a+"))
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                writer = file.read() or "another process"
-                raise ConfigError(f"run folder '{folder}' is being written by {writer}: wait, or end it") from None
-            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
-                break  # else its last holder has just removed this file: lock the new one
-        stack.callback(path.unlink, missing_ok=True)
-        file.truncate(0)
-        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
-        yield file.fileno()
-
-
 def load_run_config(folder: str | Path) -> Config:
     return load_config(Path(folder) / "config.yaml")
 
@@ -101,13 +75,38 @@ def same_run(one: Config, other: Config) -> bool:
 
 
 def write_status(folder: str | Path, **status) -> None:
-    """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed."""
-    write_text_atomic(Path(folder) / "status.json", json.dumps(status) + "\n")
+    """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed.
+
+    The state is `running`, `finished`, `stopped` (asked to, or killed) or `failed`: the last two can go on.
+    """
+    here = {"host": platform.node()} if status.get("state") == "running" else {}
+    known = {key: value for key, value in status.items() if key != "host"}
+    write_text_atomic(Path(folder) / "status.json", json.dumps(known | here) + "\n")
 
 
 def load_status(folder: str | Path) -> dict:
+    """What a run last said of itself; of a damaged file only that it is one."""
     path = Path(folder) / "status.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        status = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        return {"state": "unknown", "error": f"{path} is damaged ({error})"}
+    return status if isinstance(status, dict) else {"state": "unknown", "error": f"{path} is damaged"}
+
+
+def free_run(folder: str | Path) -> int:
+    """Remove what a finished run needed to go on. -> bytes freed"""
+    folder, freed = Path(folder), 0
+    half_written = [path for path in folder.rglob(".*.????????") if path.is_file()]  # by a process that was killed
+    for path in [folder / RESUME, folder / UNFINISHED, *folder.glob(".beat-*"), *half_written]:
+        for file in [path, *sorted(path.rglob("*"))]:
+            freed += file.stat().st_size if file.is_file() and file.stat().st_nlink == 1 else 0
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+    return freed
 
 
 # -- kept runs --------------------------------------------------------------------------------------------------
@@ -294,23 +293,3 @@ def _output(*command: str) -> str:
     except OSError:
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def watch_parent(folder: str | Path | None = None) -> None:
-    """End this process soon after the one that asked for it (BRIDGEKIT_PARENT_PID) is gone, its run marked as failed.
-
-    A killed kernel cannot clean up after itself, and an orphan would hold its GPU.
-    """
-    import psutil
-
-    def watch(parent: int) -> None:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            while psutil.Process(parent).status() != psutil.STATUS_ZOMBIE:  # nobody is behind a zombie any more
-                time.sleep(1.0)
-        if folder is not None:
-            gone = {"state": "failed", "error": "the process that started it is gone", "seconds_left": None}
-            write_status(folder, **load_status(folder) | gone)
-        os._exit(143)
-
-    if parent := os.environ.get("BRIDGEKIT_PARENT_PID"):
-        threading.Thread(target=watch, args=(int(parent),), daemon=True, name="watch-parent").start()

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from bridgekit import launch
+from bridgekit.alive import lock_run
 from bridgekit.config import (
     Config,
     ConfigError,
@@ -33,7 +34,7 @@ from bridgekit.config import (
     to_flat,
 )
 from bridgekit.runner import SLOTS_PER_GPU, is_done, prepare_folder, run_planned
-from bridgekit.runs import lock_run, project_root
+from bridgekit.runs import project_root
 from bridgekit.tasks import check_inputs, check_positions, measure_prompts
 
 REPLICATE_SHIFT = 100

@@ -25,7 +25,15 @@ from bridgekit.config import load_config, to_flat
 from bridgekit.results import verdict
 from bridgekit.results.statistics import paired_difference
 from bridgekit.results.style import format_interval, format_share
-from bridgekit.runs import find_eval, load_eval, load_jsonl, load_run_config, load_status, write_text_atomic
+from bridgekit.runs import (
+    find_eval,
+    load_eval,
+    load_jsonl,
+    load_run_config,
+    load_status,
+    write_status,
+    write_text_atomic,
+)
 
 if typing.TYPE_CHECKING:
     import pandas as pd
@@ -213,6 +221,16 @@ def report_end(folder: str | Path) -> None:
         print(f"warning: no report of {folder.name} ({error}): bridgekit report {folder.parent}", file=sys.stderr)
 
 
+def mark_ended(folder: str | Path, state: str, reason: str) -> None:
+    """The status of a run that has ended too early; how far it was stays in it. The log of all runs says so too."""
+    status = load_status(folder)
+    if status.get("state") == "finished":
+        return
+    with contextlib.suppress(OSError):  # a full disk, or a folder that was deleted: the message says it
+        write_status(folder, **status | {"state": state, "error": reason, "seconds_left": None})
+        report_end(folder)
+
+
 def write_reports(runs_dir: str | Path) -> tuple[int, int]:
     """Write the three files from all runs that have ended; returns how many are in them, and how many are damaged."""
     with locked(runs_dir):
@@ -231,7 +249,7 @@ def load_records(runs_dir: Path) -> tuple[list[dict], int]:
     records, damaged = [], 0
     for folder in sorted(path.parent for path in runs_dir.glob("*/config.yaml")):
         try:
-            if load_status(folder).get("state") not in ("finished", "failed"):
+            if load_status(folder).get("state") not in ("finished", "stopped", "failed"):
                 continue  # still running, or killed before it could say so
             kept = folder / RECORD
             inputs = [p for p in folder.iterdir() if p.suffix in (".json", ".jsonl", ".yaml", ".md") and p != kept]

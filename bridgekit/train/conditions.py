@@ -11,14 +11,10 @@ Shapes: B batch, S source tokens, L captured layers, D_s source hidden size, K s
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import hashlib
 import io
-import json
 import typing
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,13 +23,14 @@ import torch
 
 from bridgekit.config import CONTROLS
 from bridgekit.model.bridge import Bridge
-from bridgekit.model.generation import Generated, decode_bridged, generate_batch
+from bridgekit.model.generation import Generated, decode_bridged
 from bridgekit.model.message import Message, hashed_normal
 from bridgekit.model.pair import LanguageModel, split_prompts
 from bridgekit.model.states import SourceStates, in_batches
-from bridgekit.runs import is_correct, write_bytes_atomic, write_jsonl
-from bridgekit.tasks import Example, Prompt, Task, literal_prompt, relay_prompt, source_prompt, told_prompt
+from bridgekit.runs import UNFINISHED, is_correct, write_bytes_atomic, write_jsonl
+from bridgekit.tasks import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.tasks.answers import INVALID
+from bridgekit.train.baselines import KINDS, AnswerFile, fingerprint_weights
 from bridgekit.train.data import split_rows
 
 if typing.TYPE_CHECKING:
@@ -127,8 +124,11 @@ TABLE: dict[str, Text | Bridged | Choice] = {  # in the order of tables; `union`
 def answer_row(
     experiment: Experiment, row: Text | Bridged | Choice, examples: list[Example], bridges: dict[str, Bridge],
     answers: dict[str, list[Generated]] | None = None, attention: dict | None = None,
+    kept: AnswerFile | None = None, name: str = "",
 ) -> list[Generated]:  # fmt: skip
-    """What one row of the table says to each example; `answers` holds what other conditions said to the same ones."""
+    """What one row of the table says to each example; `answers` holds what other conditions said to the same ones.
+
+    With a file `kept`, the answers of the condition `name` that it has are not made again."""
     answers = {} if answers is None else answers
 
     def answer_other(name: str) -> list[Generated]:
@@ -148,8 +148,10 @@ def answer_row(
         splits = {e.split for e in examples} & {"val", "test"}
         by_id = {e.id: e for e in (*(e for s in splits for e in experiment.examples(s)), *examples)}
         state_examples = [row.reads(e, by_id) for e in examples]
-    states = experiment.source_states(state_examples, row.bridge)
-    return decode_messages(experiment, bridges[row.bridge], examples, states, row.change, attention)
+    states, bridge = experiment.source_states(state_examples, row.bridge), bridges[row.bridge]
+    weights = fingerprint_weights(bridge) if kept else ""
+    keys = [f"{name} {weights} {e.id}" for e in examples] if kept else []
+    return decode_messages(experiment, bridge, examples, states, row.change, attention, kept=kept, keys=keys)
 
 
 def lead(first: Generated, second: Generated) -> float:
@@ -174,15 +176,20 @@ def sampler_seed(seed: int, example_id: str) -> int:
 def decode_messages(
     experiment: Experiment, bridge: Bridge, examples: list[Example], states: SourceStates,
     change: Callable | None = None, attention: dict | None = None, batch_size: int = 0,
+    kept: AnswerFile | None = None, keys: Sequence[str] = (),
 ) -> list[Generated]:  # fmt: skip
-    """The target's answers to `examples` with the messages that `bridge` makes of `states`, one row per example."""
+    """The target's answers to `examples` with the messages that `bridge` makes of `states`, one row per example.
+
+    What the file `kept` has under an example's key is taken from it, the rest is put there batch by batch."""
     config, target = experiment.config, experiment.pair.target
     pieces = split_prompts(target, [literal_prompt(e) for e in examples])
     before, after = split_rows(target, pieces, config.bridge.soft_position, config.bridge.prompt_mode)
     seeds = experiment.seeds(examples)
     results: list = [None] * len(examples)
+    waiting = np.array([i for i in range(len(examples)) if not kept or keys[i] not in kept.known], dtype=int)
     bridge.eval()
-    for chunk in in_batches([len(a) for a in after], batch_size or config.eval.eval_batch_size):
+    for chunk in in_batches([len(after[i]) for i in waiting], batch_size or config.eval.eval_batch_size):
+        chunk = waiting[chunk]
         hidden, mask = states.batch(chunk, target.device)
         noise_seeds = torch.from_numpy(seeds[chunk]).to(target.device)
         hidden = hidden if change is None else change(hidden, mask, noise_seeds)
@@ -190,68 +197,21 @@ def decode_messages(
             hidden, mask, noise_seeds, alignment=states.alignment(chunk, target.device),
             want_attention=attention is not None,
         )  # fmt: skip
+        looked: dict[str, np.ndarray] = {}
         if attention is not None:
-            keep_attention(attention, message, chunk, [examples[i] for i in chunk], states)
+            keep_attention(looked, message, chunk, [examples[i] for i in chunk], states)
+            attention |= looked
         texts, ends = ([before[i] for i in chunk], [after[i] for i in chunk]), experiment.task.is_complete
         decoded = decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, is_complete=ends)
         for i, generated in zip(chunk, decoded, strict=True):
             results[i] = generated
+        if kept:
+            kept.add({keys[i]: (results[i], select_attention(looked, examples[i].id)) for i in chunk})
+    for i in sorted(set(range(len(examples))) - set(waiting)):
+        results[i], looked = kept.known[keys[i]]
+        if attention is not None:
+            attention |= looked
     return results
-
-
-class Baselines:
-    """Answers of frozen models by content: a hash of weights, end tokens, decode settings and text.
-
-    With a `path` they are shared: every process of every run appends what it has made, under a lock."""
-
-    def __init__(self, task: Task, max_new_tokens: int, batch_size: int, path: Path | None = None):
-        self.task, self.max_new_tokens, self.batch_size, self.path = task, max_new_tokens, batch_size, path
-        self.known: dict[str, Generated] = self._load() if path else {}
-
-    def answer(self, lm: LanguageModel, prompts: list[Prompt]) -> list[Generated]:
-        keys = [self.key(lm, p) for p in prompts]
-        missing = [i for i, k in enumerate(keys) if k not in self.known]
-        rows = [lm.bos + p.all for p in split_prompts(lm, [prompts[i] for i in missing])]
-        for chunk in in_batches([len(r) for r in rows], self.batch_size):
-            texts = [rows[i] for i in chunk]
-            options = dict(max_new_tokens=self.max_new_tokens, is_complete=self.task.is_complete)
-            made = generate_batch(lm, texts, [[] for _ in texts], **options)
-            self.known |= {keys[missing[i]]: g for i, g in zip(chunk, made, strict=True)}
-        if missing and self.path:
-            self._append({keys[i]: self.known[keys[i]] for i in missing})
-        return [self.known[k] for k in keys]
-
-    def key(self, lm: LanguageModel, prompt: Prompt) -> str:
-        settings = self.task.name, self.max_new_tokens, "greedy 1"
-        parts = [lm.decode_key, str(lm.dtype), lm.device.type, *settings, prompt.text]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[typing.TextIO]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-
-    def _load(self) -> dict[str, Generated]:
-        """What is known already; a damaged file is set aside, and its answers are made again."""
-        with self._locked() as file:
-            try:
-                file.seek(0)
-                rows = [json.loads(line) for line in file]
-                return {r["key"]: Generated(r["text"], r["logprob"], r["n"]) for r in rows}
-            except (ValueError, KeyError, TypeError):
-                aside = self.path.with_suffix(".damaged")
-                write_bytes_atomic(aside, self.path.read_bytes())
-                file.truncate(0)
-                print(f"{self.path}: damaged, set aside as {aside.name}; its answers are made again", flush=True)
-                return {}
-
-    def _append(self, fresh: dict[str, Generated]) -> None:
-        rows = ({"key": k, "text": g.text, "logprob": g.logprob, "n": g.n_tokens} for k, g in fresh.items())
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        with self._locked() as file:
-            file.write(lines)
 
 
 # ---- one evaluation -------------------------------------------------------------------------------------------------
@@ -269,11 +229,12 @@ def evaluate(
     local = examples[processes.rank :: processes.world]
     answers: dict[str, list[Generated]] = {}
     attention: dict[str, np.ndarray] = {}
+    kept = AnswerFile(experiment.folder / UNFINISHED) if experiment.folder and step == "final" else None
     for name, row in choose_rows(experiment, conditions, bridges).items():
         if stage:
             experiment.report(f"{stage} {name}")
         store = attention if name == "bridged" and want_attention else None
-        answers[name] = answer_row(experiment, row, local, bridges, answers, store)
+        answers[name] = answer_row(experiment, row, local, bridges, answers, store, kept, name)
     lines = [make_row(experiment, e, {c: a[i] for c, a in answers.items()}) for i, e in enumerate(local)]
     everything = processes.gather_objects({"lines": lines, "attention": attention})
     if not processes.is_first:
@@ -281,9 +242,9 @@ def evaluate(
     by_id = {line["id"]: line for part in everything for line in part["lines"]}
     rows = [{"eval_step": step or "notebook", "index": i} | by_id[e.id] for i, e in enumerate(examples)]
     if experiment.folder and step is not None:
-        write_jsonl(experiment.folder / f"eval_samples_step_{step}.jsonl", rows)
         store = {k: v for part in everything for k, v in part["attention"].items()}
         save_attention(store, experiment.folder / "attention.npz")
+        write_jsonl(experiment.folder / f"eval_samples_step_{step}.jsonl", rows)  # last: it says that all is there
     return rows
 
 
@@ -384,6 +345,11 @@ def keep_attention(store: dict, message: Message, chunk, examples: list[Example]
             store[f"tokens/{example.id}"] = np.array(tokens, dtype=np.str_)
 
 
+def select_attention(store: dict[str, np.ndarray], example_id: str) -> dict[str, np.ndarray]:
+    """What `keep_attention` has put there about one example."""
+    return {k: store[k] for k in (f"{kind}/{example_id}" for kind in KINDS) if k in store}
+
+
 def save_attention(store: dict[str, np.ndarray], path: Path) -> None:
     """One file without pickles: padded mean attention and token classes, row by id, and the whole maps."""
     ids = sorted(k.split("/", 1)[1] for k in store if k.startswith("mean/"))
@@ -394,7 +360,7 @@ def save_attention(store: dict[str, np.ndarray], path: Path) -> None:
     for row, i in enumerate(ids):
         mean[row, : len(store[f"mean/{i}"])] = store[f"mean/{i}"]
         classes[row, : len(store[f"class/{i}"])] = store[f"class/{i}"]
-    maps = {k: v for k, v in store.items() if k.startswith(("map/", "tokens/"))}
+    maps = {k: store[k] for k in sorted(store) if k.startswith(("map/", "tokens/"))}
     buffer = io.BytesIO()
     np.savez_compressed(buffer, ids=np.array(ids), mean=mean, token_class=classes, **maps)
     write_bytes_atomic(path, buffer.getvalue())

@@ -40,9 +40,9 @@ from bridgekit.model.states import SourceStates, align_tokens, read_source
 from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
 from bridgekit.tasks import Example, get_task, source_prompt, units
 from bridgekit.train import trainer
+from bridgekit.train.baselines import Baselines
 from bridgekit.train.conditions import (
     TABLE,
-    Baselines,
     Bridged,
     Choice,
     answer_row,
@@ -53,6 +53,7 @@ from bridgekit.train.conditions import (
     tune_router,
 )  # fmt: skip
 from bridgekit.train.data import Batch, TrainingSet, TrainingTexts, step_batch
+from bridgekit.train.processes import Processes
 
 BATCH = 64  # messages made at once by `encode`
 
@@ -62,7 +63,7 @@ class Experiment:
 
     def __init__(self, config: Config, folder: str | Path | None = None, accelerator=None, pair: Pair | None = None):
         self.config, self.folder = config, Path(folder) if folder else None
-        self.processes = trainer.Processes(accelerator)
+        self.processes = Processes(accelerator)
         self.pair = pair or load_pair(config, accelerator.device if accelerator else None)
         self.device = self.pair.target.device  # where every bridge lives
         self.layers = pick_layers(self.pair.source, config.bridge.source_layers)
@@ -263,7 +264,7 @@ class Experiment:
             print(text, flush=True)
 
     def spend(self, stage: str, since: float) -> None:
-        self.seconds_spent[stage] = round(self.seconds_spent.get(stage, 0) + time.time() - since, 1)
+        self.seconds_spent[stage] = self.seconds_spent.get(stage, 0) + time.time() - since
 
     def provenance(self) -> dict:
         """Where the numbers come from: code, versions, machine, and which two models."""

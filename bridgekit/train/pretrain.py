@@ -26,13 +26,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
+from bridgekit.alive import watch_parent
 from bridgekit.config import ConfigError, check_type
 from bridgekit.inside.probe import probe_pair
 from bridgekit.keys import holds
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import LanguageModel, load_model
 from bridgekit.model.states import in_batches
-from bridgekit.runs import watch_parent, write_text_atomic
+from bridgekit.runs import write_text_atomic
 from bridgekit.tasks import Example, literal_prompt, source_prompt, told_prompt, units
 from bridgekit.tasks.answers import extract_answer
 from bridgekit.train.corpus import KINDS, NOTE_FACTS, make_documents

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from accelerate.utils import gather_object
 
 from bridgekit.config import Config
 from bridgekit.model import losses
@@ -28,7 +27,9 @@ from bridgekit.model.generation import Generated, answer_logits, bridged_logits,
 from bridgekit.model.message import Message
 from bridgekit.model.pair import LanguageModel, pad_ids
 from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
-from bridgekit.train.data import Batch, step_batch
+from bridgekit.train.checkpoints import STOP, Checkpoints, Window, deal_window
+from bridgekit.train.data import Batch, TrainingSet, step_batch
+from bridgekit.train.processes import Processes, sum_gradients
 
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
@@ -44,45 +45,61 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
     experiment.report(f"prepare {name}")
     bridge = experiment.build_bridge(name)
     experiment.log(f"{name}: {bridge.n_parameters:,} parameters, {config.bridge.producer} x {config.bridge.injector}")
-    data = experiment.training_data(name)
     optimizer = torch.optim.AdamW(
         bridge.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
     )
     metrics = experiment.folder / ("metrics.jsonl" if name == "bridged" else f"metrics_{name}.jsonl")
     best = BestWeights(experiment, name)
+    checkpoints = Checkpoints(experiment, name, optimizer, metrics)
+    state = checkpoints.load(bridge, best)
+    if state.get("done") and state["steps"] == settings.steps:
+        return best.load()
+    data, start = experiment.training_data(name), state.get("step", 0)
     log_every = max(1, settings.steps // 50)
-    window: list[dict[str, torch.Tensor]] = []  # the values of the steps since the last line
+    window = deal_window(state["windows"], processes.rank, processes.world) if state else []
     experiment.spend("prepare", started)
 
-    if not best.first_step:
-        best.offer(bridge, 0, validate(experiment, name, bridge, 0, metrics))
-    began = since = time.time()
-    for step in range(settings.steps):
-        bridge.train()
-        for group in optimizer.param_groups:
-            group["lr"] = settings.lr * learning_rate(config, step)
-        batch = step_batch(config, data, step, processes.rank, processes.world)
-        means = experiment.step_losses(bridge, batch, step, name)
-        means["loss"].backward()
-        sum_gradients(bridge, processes)
-        norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), settings.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        window.append({k: v.detach() for k, v in {**means, "grad_norm": norm}.items()})
-        done = step + 1
-        if done % log_every == 0 or done == settings.steps:
-            values = average(window, processes)
-            check_finite(name, done, window, values)
-            window = []
-            write_progress(experiment, name, metrics, done, values, began, best, bridge.injector.gates())
-        if (done % settings.eval_every == 0 or done == settings.steps) and done >= best.first_step:
-            experiment.spend(f"train {name}", since)
+    def is_validated(step: int) -> bool:
+        return step >= best.first_step and (step % settings.eval_every == 0 or step == settings.steps)
+
+    for done in range(start, settings.steps + 1):  # the first round only validates, where that is still to be done
+        if done > start:
+            with STOP.after_step():
+                since = time.time()
+                window.append(train_step(experiment, name, bridge, optimizer, data, done - 1))
+                experiment.spend(f"train {name}", since)
+                if done % log_every == 0 or done == settings.steps:
+                    write_progress(experiment, name, metrics, done, window, best, bridge.injector.gates())
+                    window = []
+                if checkpoints.is_due(done):
+                    check_finite(name, done, window, {})
+                    checkpoints.save(bridge, best, done, window)
+        if is_validated(done) and not (done == start and state.get("done")):
             best.offer(bridge, done, validate(experiment, name, bridge, done, metrics))
-            since = time.time()
-            if settings.patience and best.waited >= settings.patience:
-                experiment.log(f"{name}: no better validation in {best.waited} evaluations, stopping at {done}")
-                break
+        if settings.patience and best.waited >= settings.patience:
+            experiment.log(f"{name}: no better validation in {best.waited} evaluations, stopping at {done}")
+            break
+    with STOP.after_step():
+        checkpoints.save(bridge, best, done, window, done=True)
     return best.load()
+
+
+def train_step(
+    experiment: Experiment, name: str, bridge: Bridge, optimizer: torch.optim.Optimizer, data: TrainingSet, step: int
+) -> dict[str, torch.Tensor]:
+    """One step of the optimizer, counted from 0. -> its losses and the size of its gradient"""
+    config, processes = experiment.config_of(name), experiment.processes
+    bridge.train()
+    for group in optimizer.param_groups:
+        group["lr"] = config.train.lr * learning_rate(config, step)
+    batch = step_batch(config, data, step, processes.rank, processes.world)
+    means = experiment.step_losses(bridge, batch, step, name)
+    means["loss"].backward()
+    sum_gradients(bridge, processes)
+    norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), config.train.grad_clip)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {k: v.detach() for k, v in {**means, "grad_norm": norm}.items()}
 
 
 def control_config(config: Config, name: str) -> Config:
@@ -102,23 +119,25 @@ def learning_rate(config: Config, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.train.steps - warmup)))
 
 
-def check_finite(name: str, step: int, window: list[dict], values: dict[str, float]) -> None:
+def check_finite(name: str, step: int, window: Window, values: dict[str, float]) -> None:
     """Refuse to go on with numbers that are none; the message names the first step and its loss term."""
-    if all(map(math.isfinite, values.values())):
-        return
     first = step - len(window) + 1
-    bad = [(first + i, k) for i, row in enumerate(window) for k, v in row.items() if not torch.isfinite(v)]
-    step, term = bad[0] if bad else (step, next(k for k, v in values.items() if not math.isfinite(v)))
-    raise RuntimeError(f"{name}: {term} is {values[term]} at step {step}: lower train.lr or train.grad_clip")
+    bad = [(first + i, k, v) for i, row in enumerate(window) for k, v in row.items() if not torch.isfinite(v)]
+    bad += [(step, k, torch.tensor(v)) for k, v in values.items() if not math.isfinite(v)]  # of another process
+    for step, term, value in bad[:1]:
+        raise RuntimeError(f"{name}: {term} is {value.item()} at step {step}: lower train.lr or train.grad_clip")
 
 
-def write_progress(experiment, name, metrics: Path, step: int, values: dict, began: float, best, gates: dict) -> None:
+def write_progress(experiment, name, metrics: Path, step: int, window: Window, best, gates: dict) -> None:
     """One row of metrics, one line of the log, and the status that a watcher shows."""
-    settings, seconds = experiment.config_of(name).train, time.time() - began
+    settings, spent = experiment.config_of(name).train, experiment.seconds_spent
+    seconds = spent[f"train {name}"] + spent.get(f"validate {name}", 0)
+    values = average(window, experiment.processes)
+    check_finite(name, step, window if not all(map(math.isfinite, values.values())) else [], values)
     parts = {k: round(v, 6) for k, v in values.items() if k not in ("loss", "grad_norm")}
     rate = settings.lr * learning_rate(experiment.config, step)
-    row = {"step": step, "loss": round(values["loss"], 6), "lr": rate, "grad_norm": round(values["grad_norm"], 5),
-           "losses": parts, "seconds": round(seconds, 2)}  # fmt: skip
+    row = {"step": step, "loss": round(values["loss"], 6), "lr": rate, "grad_norm": round(values["grad_norm"], 5)}
+    row |= {"losses": parts, "seconds": round(seconds, 2)}
     if gates:
         row["gates"] = {k: round(v, 5) for k, v in gates.items()}
     if experiment.processes.is_first:
@@ -191,6 +210,15 @@ class BestWeights:
                     facts = {"step": str(step), "val_accuracy": f"{accuracy:.5f}"}
                     save_bridge(bridge, self.experiment.folder, self.file_name(key), facts)
         self.experiment.processes.wait()
+
+    def describe(self) -> dict:
+        """What a checkpoint keeps of this; `restore` takes it back."""
+        selections = {key: vars(selection) for key, selection in self.selections.items()}
+        return {"waited": self.waited, "last": self.last, "selections": selections}
+
+    def restore(self, kept: dict) -> None:
+        self.waited, self.last = kept["waited"], kept["last"]
+        self.selections = {key: Selection(**selection) for key, selection in kept["selections"].items()}
 
     def file_name(self, key: str) -> str:
         return self.name if key == "mix" else f"{self.name}.{key}"
@@ -310,39 +338,7 @@ def own_steps(target: LanguageModel, generated: Generated) -> list[int]:
     return ids[: next((n for n, piece in enumerate(pieces) if "#" in piece), len(ids))]
 
 
-# ---- what crosses processes -----------------------------------------------------------------------------------------
-
-
-class Processes:
-    """This process among those of the job; without an accelerator it is the only one."""
-
-    def __init__(self, accelerator=None):
-        self.accelerator = accelerator
-        self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-
-    @property
-    def is_first(self) -> bool:
-        return self.rank == 0
-
-    def wait(self) -> None:
-        if self.world > 1:
-            self.accelerator.wait_for_everyone()
-
-    def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over processes, on all of them; it travels through the accelerator's device."""
-        if self.world == 1:
-            return values
-        return self.accelerator.reduce(values.detach().to(self.accelerator.device), "sum").to(values.device)
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all processes, one process after the other. (B, D) -> (B * world, D)"""
-        if self.world == 1:
-            return rows
-        return self.accelerator.gather(rows.to(self.accelerator.device)).to(rows.device)
-
-    def gather_objects(self, value) -> list:
-        """The value of each process, in the order of ranks, on all of them."""
-        return [value] if self.world == 1 else gather_object([value])
+# ---- the values of one step, and of several -------------------------------------------------------------------------
 
 
 def mean_losses(totals: dict[str, losses.Total], processes: Processes) -> dict[str, torch.Tensor]:
@@ -355,19 +351,7 @@ def weigh(config: Config, means: dict[str, torch.Tensor]) -> torch.Tensor:
     return sum(getattr(config.loss, f"{k}_weight") * mean for k, mean in means.items())
 
 
-def sum_gradients(bridge: Bridge, processes: Processes) -> None:
-    """Add all processes' gradients; each already is its part of the global mean."""
-    if processes.world == 1:
-        return
-    parameters = [p for p in bridge.parameters() if p.requires_grad]
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    flat = processes.sum(torch.cat([p.grad.flatten() for p in parameters]))
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        p.grad.copy_(grad.view_as(p))
-
-
-def average(window: list[dict[str, torch.Tensor]], processes: Processes) -> dict[str, float]:
+def average(window: Window, processes: Processes) -> dict[str, float]:
     """Means over the steps that have a value. Losses are parts of a mean and add up over processes; the gradient's
     size is the same on all."""
     names = list(dict.fromkeys(k for row in window for k in row))

@@ -3,12 +3,16 @@
     accelerate launch -m bridgekit.train.worker RUN_DIR --stage baselines     # source and target on validation
     accelerate launch -m bridgekit.train.worker RUN_DIR --stage train         # everything else
 
-The run folder's config.yaml is all this reads.
+The run folder is all this reads. What is there already is not made again: a run that was stopped, killed or out of
+memory is started once more, and goes on. Exit code 75 (GO_ON) says that it was asked to stop and can go on.
 """
 
 import argparse
 import contextlib
+import errno
+import hashlib
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,20 +20,23 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from bridgekit.alive import GO_ON, lock_run, watch_parent
 from bridgekit.config import ConfigError
 from bridgekit.model.pair import split_prompts
 from bridgekit.runs import (
+    FINAL,
     append_jsonl,
+    free_run,
     load_eval,
     load_jsonl,
     load_run_config,
     load_status,
-    watch_parent,
     write_jsonl,
     write_status,
     write_text_atomic,
 )  # fmt: skip
 from bridgekit.tasks import Example, check_positions, literal_prompt, source_prompt
+from bridgekit.train.checkpoints import STOP
 from bridgekit.train.conditions import count_flips, tune_router
 from bridgekit.train.experiment import Experiment
 from bridgekit.train.trainer import train_bridge
@@ -50,8 +57,10 @@ def open_job(folder: Path) -> Experiment:
     if "shuffled" in config.eval.conditions and any(e.donor_id is None for e in experiment.examples("test")):
         raise ConfigError("task.n_test: too few problems for each to have a donor: more, or no `shuffled` condition")
     check_lengths(experiment)
+    record = experiment.provenance() | {"data": fingerprint_data(experiment)}
+    check_resumed(folder, record)
     if experiment.processes.is_first:
-        record_provenance(experiment)
+        record_provenance(folder, record)
     return experiment
 
 
@@ -72,9 +81,27 @@ def choose_test(experiment: Experiment) -> list[Example]:
     return experiment.test[:n] + [e for e in test if e.novelty == "seen"]
 
 
-def record_provenance(experiment: Experiment) -> None:
+def fingerprint_data(experiment: Experiment) -> str:
+    """A hash of all questions and answers: a run that goes on must meet the same ones."""
+    digest = hashlib.sha256()
+    for example in (e for split in ("train", "val", "test") for e in experiment.examples(split)):
+        digest.update(f"{example.id}\n{example.facts}{example.question}\n{example.solution}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def check_resumed(folder: Path, record: dict) -> None:
+    """Refuse to go on with other models or other data than the run was begun with."""
+    path = folder / "provenance.json"
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    for key, what in (("source", "source model"), ("target", "target model"), ("data", "data")):
+        if known.get(key, record[key]) != record[key]:
+            apart = f"begun with another {what} ({known[key]}, here {record[key]})"
+            raise ConfigError(f"run '{folder}': {apart}: give it the same, or open a new run")
+
+
+def record_provenance(folder: Path, record: dict) -> None:
     """Where this stage's numbers come from; one on other code or elsewhere is added, the earlier ones stay."""
-    path, record = experiment.folder / "provenance.json", experiment.provenance()
+    path = folder / "provenance.json"
     if path.is_file():
         old = json.loads(path.read_text())
         if all(old.get(key) == record[key] for key in record.keys() - {"command", "started"}):
@@ -91,25 +118,24 @@ def run_baselines(experiment: Experiment) -> None:
 
 
 def run_training(experiment: Experiment) -> None:
-    """The bridge and its controls, then one evaluation on test problems."""
+    """The bridge and its controls, then one evaluation on test problems; what is done already is not done again."""
     config, folder, processes = experiment.config, experiment.folder, experiment.processes
     if not (folder / "headroom.jsonl").exists():
         run_baselines(experiment)
-    if processes.is_first:
-        for stale in [*folder.glob("metrics*.jsonl"), folder / "controls.json"]:
-            stale.unlink(missing_ok=True)
     processes.wait()
     experiment.router_threshold = tune_router(list(load_jsonl(folder / "headroom.jsonl")))
     for name in ("bridged", *config.train.controls):
         experiment.bridges |= train_bridge(experiment, name)
-    since, test = time.time(), choose_test(experiment)
-    conditions = tuple(dict.fromkeys([*config.eval.conditions, *experiment.bridges]))
-    rows = experiment.evaluate(test, None, "final", conditions, want_attention=True, stage="test")
-    experiment.spend("test", since)
+    test = choose_test(experiment)
+    if not (folder / FINAL).exists():
+        since = time.time()
+        conditions = tuple(dict.fromkeys([*config.eval.conditions, *experiment.bridges]))
+        experiment.evaluate(test, None, "final", conditions, want_attention=True, stage="test")
+        experiment.spend("test", since)
     if not processes.is_first:
         return
-    if config.eval.noise_floor:
-        flips = count_flips(experiment, test, experiment.bridges["bridged"], rows)
+    if config.eval.noise_floor and not any("noise_floor" in row for row in load_jsonl(folder / "metrics.jsonl")):
+        flips = count_flips(experiment, test, experiment.bridges["bridged"], list(load_jsonl(folder / FINAL)))
         append_jsonl(folder / "metrics.jsonl", {"step": config.train.steps, "noise_floor": flips})
     finish(experiment)
 
@@ -120,7 +146,7 @@ def finish(experiment: Experiment) -> None:
     from bridgekit.results.verdict import judge
 
     folder = experiment.folder
-    frame = load_eval(folder / "eval_samples_step_final.jsonl")
+    frame = load_eval(folder / FINAL)
     verdict = judge([frame], seeds=[experiment.config.run.seed])
     write_text_atomic(folder / "verdict.json", json.dumps(verdict.to_dict(), indent=1) + "\n")
     held = frame[frame["novelty"] != "seen"] if "novelty" in frame else frame
@@ -128,22 +154,27 @@ def finish(experiment: Experiment) -> None:
         f"{c} {held[f'{c}_correct'].mean():.4f}" for c in ("source", "target", "bridged") if f"{c}_correct" in held
     )
     write_text_atomic(folder / "summary.log", f"{folder.name} n {len(held)} {shares} {verdict.outcome}\n")
-    write_text_atomic(folder / "timing.json", json.dumps(experiment.seconds_spent, indent=1) + "\n")
+    spent = {stage: round(seconds, 1) for stage, seconds in experiment.seconds_spent.items()}
+    write_text_atomic(folder / "timing.json", json.dumps(spent, indent=1) + "\n")
     write_status(
         folder, state="finished", stage="done", elapsed=round(time.time() - experiment.started, 1),
         parameters=experiment.bridges["bridged"].n_parameters,
     )  # fmt: skip
+    free_run(folder)  # last of all: until here a kill left what the run goes on from
     report_end(folder)
 
 
-def mark_failed(folder: Path, stage: str, error: Exception) -> None:
-    """Say in the run folder why the run ended; a finished run stays as it is."""
-    from bridgekit.results.reports import report_end
-
-    with contextlib.suppress(OSError):  # a full disk: the line on standard error says it
-        if folder.is_dir() and load_status(folder).get("state") != "finished":
-            write_status(folder, state="failed", stage=stage, error=str(error))
-            report_end(folder)
+def explain(error: Exception, stage: str) -> str:
+    """What went wrong and what to change, in one line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        used = (
+            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at most" if torch.cuda.is_available() else ""
+        )
+        change = "smaller eval.eval_batch_size, smaller train.cache_states_gb or more train.num_processes"
+        return f"out of memory in {stage} ({used}): {change}; then go on with --resume"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or 'while writing'}): free some space, then go on with --resume"
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -151,16 +182,26 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--stage", choices=("baselines", "train"), default="train")
     args = parser.parse_args(argv)
-    watch_parent(args.run_dir)
-    experiment = None
+    from bridgekit.results.reports import mark_ended
+
+    rank, experiment, stack = int(os.environ.get("RANK", 0)), None, contextlib.ExitStack()
+    STOP.listen()
+    quiet = watch_parent(args.run_dir, rank)
     try:
+        if rank == 0:
+            stack.enter_context(lock_run(args.run_dir, "worker"))
         experiment = open_job(args.run_dir)
         (run_baselines if args.stage == "baselines" else run_training)(experiment)
         experiment.processes.wait()
+    except SystemExit:  # asked to stop
+        if rank == 0:
+            mark_ended(args.run_dir, "stopped", "asked to stop")
+        return GO_ON
     except Exception as error:
-        mark_failed(args.run_dir, args.stage, error)
-        print(f"error: {(str(error) or type(error).__name__).splitlines()[0]}", file=sys.stderr, flush=True)
-        if not isinstance(error, ConfigError):
+        why = explain(error, load_status(args.run_dir).get("stage", args.stage))
+        mark_ended(args.run_dir, "failed", f"{args.stage}: {why}")
+        print(f"error: {why}", file=sys.stderr, flush=True)
+        if not isinstance(error, (ConfigError, OSError)):
             raise
         return 2
     finally:
@@ -168,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
             experiment.bridges.clear()
             experiment.processes.accelerator.free_memory()
             experiment.processes.accelerator.end_training()
+        quiet.set()
+        stack.close()
     return 0
 
 

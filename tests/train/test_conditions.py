@@ -6,7 +6,6 @@ python -m pytest tests/train/test_conditions.py
 import itertools
 import json
 import threading
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -22,9 +21,10 @@ from bridgekit.model.states import SourceStates, read_source
 from bridgekit.runs import find_eval, load_eval, load_jsonl
 from bridgekit.tasks import get_task, literal_prompt, load_examples
 from bridgekit.tasks.answers import INVALID, extract_answer
+from bridgekit.train import conditions
+from bridgekit.train.baselines import AnswerFile
 from bridgekit.train.conditions import (
     TABLE,
-    Baselines,
     Bridged,
     Text,
     count_flips,
@@ -142,37 +142,61 @@ def test_a_baseline_is_made_anew_when_what_it_depends_on_changes(tiny, pair, val
     assert count() == 0  # and nothing was lost meanwhile
 
 
-def append_one(path, n: int) -> None:
-    baselines = Baselines(UNITS, 8, 4, path)
+def append_some(path, n: int) -> None:
+    file = AnswerFile(path)
     for i in range(20):
-        baselines._append({f"{n} {i}": Generated(f"text {i} " * 200, -0.5, 3)})
+        file.add({f"{n} {i}": (Generated(f"text {i} " * 200, -0.5, 3), {})})
 
 
-def test_baselines_of_parallel_runs_are_all_kept(tmp_path):
-    path = tmp_path / "cache" / "baselines.jsonl"
-    baselines = Baselines(UNITS, 8, 4, path)
-    workers = [threading.Thread(target=append_one, args=(path, n)) for n in range(4)]
-    with baselines._locked():  # whoever reads or writes now waits
-        for worker in workers:
-            worker.start()
-        time.sleep(0.5)
-        assert path.read_text() == ""
+def test_answers_of_parallel_runs_are_all_kept(tmp_path):
+    path = tmp_path / "cache" / "answers.jsonl"
+    workers = [threading.Thread(target=append_some, args=(path, n)) for n in range(4)]
+    for worker in workers:
+        worker.start()
     for worker in workers:
         worker.join()
-    assert len(Baselines(UNITS, 8, 4, path).known) == 80
+    assert len(AnswerFile(path).known) == 80 and all(line.endswith("}") for line in path.read_text().splitlines())
 
 
 @pytest.mark.parametrize("damage", ['{"key": "a", "te', '{"text": "no key"}\n', "\x00\x00"])
-def test_a_damaged_cache_is_set_aside_and_made_again(tiny, pair, val, make_experiment, forwards, damage):
+def test_damaged_lines_of_a_cache_are_left_out_and_the_others_used(tiny, val, make_experiment, damage):
     config = tiny(max_new_tokens=8)
     experiment = make_experiment(config)
     first = experiment.evaluate(val, {}, "0", ("target",))
-    path = experiment.baselines.path
-    path.write_text(path.read_text() + damage)
-    with forwards(pair.target) as count:
-        assert make_experiment(config).evaluate(val, {}, "0", ("target",)) == first
-    assert count[0] > 0 and path.with_suffix(".damaged").exists()
-    assert len(Baselines(UNITS, 8, 4, path).known) == len(val)
+    path = experiment.baselines.file.path
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[1:]) + damage)
+    again = make_experiment(config)
+    assert len(again.baselines.file.known) == len(val) - 1
+    assert again.evaluate(val, {}, "0", ("target",)) == first
+    assert len(AnswerFile(path).known) == len(val), "what was appended after a cut line is whole"
+
+
+def test_an_evaluation_goes_on_where_it_was_killed(tiny, make_experiment, build_bridges, monkeypatch):
+    config = tiny(eval_batch_size=4, max_new_tokens=8)
+    test = make_experiment(config).examples("test")
+    names = ("target", "bridged", "shuffled", "noise")
+    whole = make_experiment(config)
+    bridges = build_bridges(whole)
+    rows = whole.evaluate(test, bridges, "final", names, want_attention=True)
+    killed, batches = make_experiment(config), []
+
+    def kill(*given, **more):
+        batches.append(1)
+        if len(batches) == 5:
+            raise KeyboardInterrupt
+        return decode(*given, **more)
+
+    decode = conditions.decode_bridged
+    monkeypatch.setattr(conditions, "decode_bridged", kill)
+    with pytest.raises(KeyboardInterrupt):
+        killed.evaluate(test, bridges, "final", names, want_attention=True)
+    assert not (killed.folder / "eval_samples_step_final.jsonl").exists()
+    goes_on = Experiment(config, killed.folder, whole.processes.accelerator, pair=whole.pair)
+    assert goes_on.evaluate(test, bridges, "final", names, want_attention=True) == rows
+    assert len(batches) == 1 + 3 * -(-len(test) // 4), "no batch was decoded twice but the one that was killed"
+    for name in ("eval_samples_step_final.jsonl", "attention.npz"):
+        assert (killed.folder / name).read_bytes() == (whole.folder / name).read_bytes()
 
 
 # -- what each condition reads ----------------------------------------------------------------------------------------

@@ -341,7 +341,7 @@ def test_numbers_that_are_none_are_named_with_their_step_and_loss():
     ]
     with pytest.raises(RuntimeError, match="bridged: kl is nan at step 9: lower train.lr"):
         trainer.check_finite("bridged", 10, window, {"nll": math.nan, "kl": math.nan})
-    trainer.check_finite("bridged", 10, window, {"nll": 1.0})
+    trainer.check_finite("bridged", 10, [], {"nll": 1.0})
 
 
 def test_the_rate_warms_up_and_decays(tiny):

@@ -1,0 +1,270 @@
+"""Who writes a run folder, whether it still lives, and how it ends: locks, signs of life, children.
+
+    with lock_run(folder):                      # one writer; the lock of a process that ends is free
+        child = Child(folder, command)          # ends when we do, within GRACE_SECONDS
+        while child.poll() is None: ...
+        why = child.why()
+
+A process that writes a folder touches a file there every few seconds. Nothing here imports torch.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import math
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from bridgekit.config import ConfigError
+from bridgekit.runs import load_status, project_root
+
+GO_ON = 75  # exit code of what was stopped and can go on
+BEAT, BEAT_SECONDS = ".beat-", 5  # the file of a process's signs of life, and how often it gives one
+LOOK_SECONDS = 0.25  # between looks at a child or a status
+SILENT_SECONDS = 45  # after which a process counts as dead or stopped
+GRACE_SECONDS = 30.0  # for a process that was asked to stop
+# What a log ends with: the worker's own word, an exception, or the signal that the launcher saw. {pattern: the reason}
+REASONS = {
+    r"^(?:\[\w+\]: ?)?error: (.+)$": "{}",
+    r"^(?:\[\w+\]: ?)?(?!subprocess\.|torch\.distributed\.elastic)([\w.]*(?:Error|Exception)\b.*)$": "{}",
+    r"(?:died with <Signals\.|Signal \d+ \()(\w+)(?:: \d+>|\) received by PID)": "a training process was killed by {}",
+}
+
+
+# -- who writes a folder ----------------------------------------------------------------------------------------
+
+
+def lock_path(folder: str | Path, role: str) -> Path:
+    folder = Path(folder).resolve()
+    return folder.parent / f".{folder.name}.{role}.lock"
+
+
+@contextlib.contextmanager
+def lock_run(folder: str | Path, role: str = "launcher") -> Iterator[None]:
+    """The right to write a run folder, as its `launcher` or its `worker`; who has it already is named.
+
+    The system frees the lock of a process that ends, in whatever way, so no lock is ever stale.
+    """
+    path = lock_path(folder, role)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        while True:
+            file = stack.enter_context(open(path, "a+"))
+            if not take_lock(file, fcntl.LOCK_EX):
+                raise ConfigError(
+                    f"run folder '{folder}' is being written by {find_writer(folder, role)}: wait, or end it"
+                )
+            if path.exists() and os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                break  # else its last holder has just removed this file: lock the new one
+        stack.callback(path.unlink, missing_ok=True)
+        file.truncate(0)
+        print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+        yield
+
+
+def take_lock(file: IO, kind: int, seconds: float = 0.3) -> bool:
+    """Lock a file, but do not wait long: who only looks whether it is locked holds it for a moment, too."""
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.02)
+
+
+def find_writer(folder: str | Path, *roles: str) -> str:
+    """Who writes a run folder, as `process 12 on node3`; empty where nobody does."""
+    for role in roles or ("worker", "launcher"):
+        with contextlib.suppress(FileNotFoundError), open(lock_path(folder, role)) as file:
+            if not take_lock(file, fcntl.LOCK_SH, 0.0):
+                return file.read() or "another process"
+    return ""
+
+
+def true_status(folder: str | Path) -> dict:
+    """The status as it is now: a run that says `running` while nobody runs it is `stale`.
+
+    A lock shows who writes; where another host's locks are not seen, its heartbeat tells.
+    """
+    status = load_status(folder)
+    if status.get("state") != "running" or find_writer(folder):
+        return status
+    if status.get("host") != platform.node() and silence(folder, min) < SILENT_SECONDS:
+        return status
+    return status | {"state": "stale", "error": "the process that ran it is gone", "seconds_left": None}
+
+
+def silence(folder: str | Path, which: Callable = max) -> float:
+    """Seconds since the last sign of life of the process that is silent longest (or, with `min`, shortest).
+
+    Both times are the file system's own, so that the clocks of two hosts need not agree; infinite without any sign.
+    """
+    beats = [path.stat().st_mtime for path in Path(folder).glob(f"{BEAT}*")]
+    if not beats:
+        return math.inf
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".now.") as fresh:
+            now = os.stat(fresh.name).st_mtime
+    except OSError:  # a folder that may only be read
+        now = time.time()
+    return which(now - beat for beat in beats)
+
+
+def wait_for_worker(folder: Path, *roles: str) -> None:
+    """Until nobody writes a folder any more; a kernel's child stops a moment after its kernel."""
+    deadline = time.time() + GRACE_SECONDS + 5
+    while find_writer(folder, *roles) and time.time() < deadline:
+        time.sleep(LOOK_SECONDS)
+
+
+# -- how a run ends ---------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def unless_in_thread(*signals: int) -> Iterator[None]:
+    """Ignore signals for a moment; only a main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Child:
+    """A process that writes a folder, with its output in train.log there; it ends when we do.
+
+    It has a session of its own, so that a terminal's Ctrl-C comes to us alone.
+    """
+
+    def __init__(self, folder: Path, command: list[str], **environment: str) -> None:
+        ours = {"BRIDGEKIT_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
+        # OpenMP threads busy-wait: long spinning slows a shared machine tenfold, none slows an idle one by a quarter.
+        whole = {"GOMP_SPINCOUNT": "30000"} | os.environ | ours | environment  # tens of microseconds
+        self.folder, self.log, self.started = folder, folder / "train.log", time.time()
+        self.looked, self.silent = self.started, ""
+        self.quiet()
+        with open(self.log, "ab") as log:
+            self.log_start = log.tell()
+            streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log, "cwd": project_root(), "env": whole}
+            self.process = subprocess.Popen(command, start_new_session=True, **streams)
+
+    def poll(self) -> int | None:
+        """The exit code, None while it runs; a child of which one process gives no sign of life any more is ended."""
+        if time.time() - self.looked > BEAT_SECONDS:
+            self.looked = time.time()
+            silent = silence(self.folder)
+            if SILENT_SECONDS < silent < math.inf:
+                self.silent = f"a training process has given no sign of life for {silent:.0f} s"
+                self.kill()
+        return self.process.poll()
+
+    def family(self) -> list:
+        """Its living descendants; workers have sessions of their own, so no group reaches them."""
+        import psutil
+
+        with contextlib.suppress(psutil.NoSuchProcess):
+            return psutil.Process(self.process.pid).children(recursive=True)
+        return []
+
+    def ask(self) -> None:
+        """Ask the workers to stop: they keep what they have, and the launcher ends when they have."""
+        import psutil
+
+        for process in self.family() or [self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+    def end(self, seconds: float = GRACE_SECONDS) -> None:
+        """Wait for a child that was asked to stop, and make it."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(seconds)
+        self.kill()
+
+    def kill(self) -> None:
+        """End it and all its descendants now."""
+        import psutil
+
+        for process in [*self.family(), self.process]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
+        self.quiet()
+
+    def quiet(self) -> None:
+        """Forget the signs of life of processes that are gone."""
+        for beat in self.folder.glob(f"{BEAT}*"):
+            beat.unlink(missing_ok=True)
+
+    def why(self) -> str:
+        """Why it has ended."""
+        unknown = f"the process ended with exit code {self.process.returncode}"
+        return self.silent or find_error(self.log, self.log_start) or unknown
+
+
+def find_error(log: Path, start: int = 0) -> str | None:
+    """Why a log ends: its last `error: ...` line after byte `start`, or last exception, or fatal signal."""
+    text = "\n".join(log.read_bytes()[start:].decode(errors="replace").splitlines())
+    for pattern, reason in REASONS.items():
+        if found := re.findall(pattern, text, re.MULTILINE):
+            return reason.format(found[-1])
+    return None
+
+
+# -- the child's side -------------------------------------------------------------------------------------------
+
+
+def watch_parent(folder: str | Path | None = None, rank: int = 0) -> threading.Event:
+    """Ask this process to stop soon after one that it works for is gone; with a `folder`, give signs of life there.
+
+    A killed kernel cannot clean up after itself, and an orphan would hold its GPU. What has not stopped after
+    GRACE_SECONDS is ended. The event that is returned ends the watch.
+    """
+    import psutil
+
+    asked_by, starter = os.environ.get("BRIDGEKIT_PARENT_PID"), os.getppid()
+
+    def is_gone() -> bool:
+        try:  # nobody is behind a zombie any more; the launcher may be another process than who asked
+            asker = psutil.Process(int(asked_by)) if asked_by else None
+            return bool(asker) and (asker.status() == psutil.STATUS_ZOMBIE or os.getppid() != starter)
+        except psutil.NoSuchProcess:
+            return True
+
+    def watch() -> None:
+        for second in itertools.count():
+            if quiet.wait(1.0):
+                beat.unlink(missing_ok=True)
+                return
+            if folder is not None and second % BEAT_SECONDS == 0:
+                try:
+                    os.utime(beat) if beat.exists() else beat.touch()
+                except OSError:
+                    print(f"error: run folder {folder} is gone, or cannot be written", file=sys.stderr, flush=True)
+                    os._exit(2)
+            if is_gone():
+                break
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(GRACE_SECONDS)
+        os._exit(143)
+
+    beat, quiet = Path(folder or ".") / f"{BEAT}{rank}", threading.Event()
+    if asked_by or folder is not None:
+        threading.Thread(target=watch, daemon=True, name="watch-parent").start()
+    return quiet
