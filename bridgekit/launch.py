@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -153,7 +154,8 @@ def settle(child: Child, stage: str) -> str:
     unfinished = stage == STAGES[-1] and state != "finished"  # whatever its exit code says
     why = child.why() if child.process.returncode or unfinished else ""
     if why and state != "stopped":
-        mark_ended(child.folder, "failed", f"{stage}: {why}")
+        ended = "stopped" if re.search("killed by SIG(KILL|TERM|HUP)", why) else "failed"
+        mark_ended(child.folder, ended, f"{stage}: {why}")
     return why
 
 

@@ -17,6 +17,7 @@ import yaml
 
 from bridgekit import launch, runs
 from bridgekit.config import ConfigError, load_config
+from bridgekit.results import live
 
 ROOT = Path(__file__).parent.parent
 TINY = """\
@@ -34,7 +35,7 @@ CELLS = {  # of small notebooks: one that trains as phase1 does, and one that ha
     ],
     "slow": [
         'folder = ""',
-        "import subprocess, time\nfrom bridgekit.launch import LiveView\n"
+        "import subprocess, time\nfrom bridgekit.results.live import LiveView\n"
         "LiveView().show({'stage': '3 of 9 runs finished'})\nsubprocess.Popen(['sleep', '600'])\ntime.sleep(600)",
     ],
 }
@@ -81,8 +82,11 @@ def test_a_headless_run_leaves_what_the_notebook_shows(project):
     assert f"executed notebook  {run_dir / 'phase1.ipynb'}" in out and not list(run_dir.glob("*.*.ipynb"))
     record = runs.json.loads((run_dir / "provenance.json").read_text())
     assert record["command"] == "bridgekit run notebooks/phase1.ipynb -f small.yaml -f more.yaml"
-    with pytest.raises(ConfigError, match="finished"):
-        launch.run_stage(run_dir, "train")
+    before = (run_dir / "train.log").read_bytes()
+    launch.run_stage(run_dir, "train")
+    assert (run_dir / "train.log").read_bytes() == before, "a finished run is not trained again"
+    resumed = start(project, "notebooks/phase1.ipynb", "--resume", str(run_dir))
+    assert resumed.wait() == 2 and "is finished, and so is its phase1.ipynb" in resumed.stderr.read()
 
 
 def test_a_command_that_is_terminated_takes_everything_with_it_and_says_so_in_one_line(project):
@@ -121,23 +125,20 @@ def stage(project, monkeypatch):
 def test_an_interrupted_stage_ends_the_whole_family_even_where_its_head_hangs(stage, monkeypatch):
     run_dir, family = stage("import time; time.sleep(600)"), []
 
-    def interrupt(seconds):
-        (head,) = [p for p in psutil.Process().children() if "subprocess.run" in " ".join(p.cmdline())]
+    def interrupt(child):
+        head = psutil.Process(child.process.pid)
         if not head.children():
-            return time.monotonic()
+            return None
         family.extend([head, *head.children()])
         head.suspend()
-        with pytest.raises(ConfigError, match="being written by process"):
-            launch.run_stage(run_dir, "train")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launch, "KILL_SECONDS", 0.5)
-    monkeypatch.setattr(time, "sleep", interrupt)
+    monkeypatch.setattr(launch.Child, "poll", interrupt)
     with pytest.raises(KeyboardInterrupt):
         launch.run_stage(run_dir, "train")
     assert len(family) == 2 and not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in family)
     status = runs.load_status(run_dir)
-    assert (status["state"], status["error"]) == ("failed", "train: interrupted")
+    assert (status["state"], status["error"]) == ("stopped", "interrupted")
 
 
 @pytest.mark.parametrize(
@@ -153,38 +154,6 @@ def test_a_stage_that_fails_says_why(stage, code, reason):
     with pytest.raises(RuntimeError, match=f"baselines failed: {reason} .*train.log"):
         launch.run_stage(run_dir, "baselines")
     assert runs.load_status(run_dir)["error"] == f"baselines: {reason}"
-
-
-SIGKILL = "a training process was killed by SIGKILL"
-
-
-@pytest.mark.parametrize(
-    ("log", "reason"),
-    [
-        ("step 1\nerror: train.lr: too high\nTraceback\nValueError: x\n", "train.lr: too high"),
-        ("[rank0]: torch.OutOfMemoryError: No room.\n", "torch.OutOfMemoryError: No room."),
-        ("KeyError: 'a'\nsubprocess.CalledProcessError: Command '[...]' returned 1.\n", "KeyError: 'a'"),
-        ("subprocess.CalledProcessError: Command '[..]' died with <Signals.SIGKILL: 9>.\n", SIGKILL),
-        ("torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n  error_file: <N/A>\n", None),
-        ("  traceback : Signal 9 (SIGKILL) received by PID 77\n", SIGKILL),
-        ("\xff\x00 loss 0.1", None),
-    ],
-)
-def test_the_reason_of_an_end_is_read_from_the_log(tmp_path, log, reason):
-    path = tmp_path / "train.log"
-    path.write_bytes(b"error: of an earlier stage\n" + log.encode("latin-1"))
-    assert launch.find_error(path, len("error: of an earlier stage\n")) == reason
-
-
-def test_a_child_knows_its_parent_and_does_not_spin(tmp_path, monkeypatch):
-    """Spinning OpenMP threads cost a run on a shared machine several times its length."""
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    code = "import os; print(*(os.environ.get(n) for n in ('BRIDGEKIT_PARENT_PID', 'GOMP_SPINCOUNT', 'MORE')))"
-    for expected in ("30000", "7"):
-        with runs.lock_run(tmp_path) as lock:
-            launch.Child(tmp_path, [sys.executable, "-c", code], lock, MORE="1").process.wait()
-        assert (tmp_path / "train.log").read_text().splitlines()[-1].split() == [str(os.getpid()), expected, "1"]
-        monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # who sets it, has it
 
 
 def test_several_processes_are_started_the_way_that_works_on_cpu():
@@ -252,8 +221,22 @@ def test_a_run_folder_belongs_to_one_configuration_and_lies_in_the_project(proje
     assert run_dir.parent == project / "runs"
     config = runs.load_run_config(run_dir)
     assert launch.open_run(config, run_dir) == run_dir
-    with pytest.raises(ConfigError, match="run_dir.*another configuration"):
-        launch.open_run(config.with_(steps=9), run_dir)
+    with pytest.raises(ConfigError, match="run_dir: .*phase1_.* was made with train.lr 0.001, not 0.5"):
+        launch.open_run(config.with_(lr=0.5), run_dir)
+    with pytest.raises(ConfigError, match="run_dir: 'nowhere' is no run folder"):
+        launch.open_run(config, "nowhere")
+    longer = launch.open_run(config.with_(steps=9), run_dir)
+    assert longer == run_dir and runs.load_run_config(run_dir).train.steps == 9, "how long it trains may change"
+
+
+def test_a_notebook_goes_on_with_its_unfinished_run_and_a_command_begins_a_new_one(project):
+    config = load_config(overrides=TINY)
+    first = launch.open_run(config)
+    assert launch.open_run(config) == first != launch.open_run(config, new=True)
+    other = launch.open_run(config.with_(lr=0.5))
+    for folder in (project / "runs").iterdir():
+        runs.write_status(folder, state="finished")
+    assert launch.open_run(config) not in (first, other)
 
 
 # -- what is seen -----------------------------------------------------------------------------------------------
@@ -262,7 +245,7 @@ def test_a_run_folder_belongs_to_one_configuration_and_lies_in_the_project(proje
 def test_progress_is_one_line_on_a_terminal_and_news_elsewhere():
     """In a process of its own, once on a pseudo-terminal and once into a pipe."""
     code = (
-        "from bridgekit.launch import LiveView\n"
+        "from bridgekit.results.live import LiveView\n"
         "view = LiveView()\n"
         "for step in range(3): view.show({'stage': 'train bridged', 'step': step, 'steps': 3, 'loss': 0.5,\n"
         "    'val_accuracy': step // 2, 'seconds_left': 61, 'elapsed': 3725})\n"
@@ -282,11 +265,11 @@ def test_progress_is_one_line_on_a_terminal_and_news_elsewhere():
 
 
 def test_the_curves_show_loss_and_accuracy_and_stay_small(tmp_path):
-    assert launch.draw_curves(tmp_path) == "" == launch.draw_curves(None)
+    assert live.draw_curves(tmp_path) == "" == live.draw_curves(None)
     rows = [{"step": 0, "eval": {"bridged": 0.25}}, *({"step": s, "loss": 1000 / s} for s in range(1, 2001))]
     runs.write_jsonl(tmp_path / "metrics.jsonl", [*rows, {"step": 2000, "eval": {"bridged": 0.875}}])
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 20')  # a line that is being written
-    picture = launch.draw_curves(tmp_path)
+    picture = live.draw_curves(tmp_path)
     assert "loss 0.500" in picture and "validation accuracy 0.875" in picture and len(picture) < 3000
     assert "220,63 420,26" in picture  # a quarter and seven eighths of 60 pixels above the axis at 78

@@ -16,16 +16,17 @@ BELOW = {
     "keys": set(),
     "config": {"keys"},
     "runs": {"keys", "config"},
+    "alive": {"keys", "config", "runs"},
     "extend": {"keys", "config", "runs"},
     "tasks": {"keys", "config", "runs", "extend"},
-    "results": {"keys", "config", "runs", "tasks"},
+    "results": {"keys", "config", "runs", "alive", "tasks"},
     "audit": {"keys", "config", "runs", "tasks", "results"},
     "model": {"keys", "config", "runs", "extend", "tasks"},
     "inside.probe": {"keys", "config", "runs", "tasks", "results", "model"},
-    "train": {"keys", "config", "runs", "extend", "tasks", "results", "model", "inside.probe"},
+    "train": {"keys", "config", "runs", "alive", "extend", "tasks", "results", "model", "inside.probe"},
     "inside": {"keys", "config", "runs", "extend", "tasks", "results", "model", "train", "inside.probe"},
 }
-EDGES = {"launch", "live", "runner", "study", "cli", "__init__", "__main__"}
+EDGES = {"launch", "runner", "study", "cli", "__init__", "__main__"}
 TENSORS = {"model", "train", "inside", "inside.probe"}  # the only places that may import these:
 HEAVY = {"torch", "transformers", "accelerate", "peft"}
 LONGEST_FILE, MOST_LAYERS, MOST_AT_THE_TOP = 400, 14, 10

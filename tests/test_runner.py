@@ -5,17 +5,18 @@ python -m pytest tests/test_runner.py
 
 import json
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import TINY
 
-from bridgekit import cli, launch, runs
+from bridgekit import cli, launch, runner, runs
+from bridgekit.alive import Child, lock_run
 from bridgekit.config import ConfigError, load_config
+from bridgekit.results.live import LiveView
 from bridgekit.runner import SLOTS_PER_GPU, Runner, is_done, list_gpus, run_planned
-from bridgekit.runs import create_run, load_jsonl, load_status, lock_run, write_status
+from bridgekit.runs import create_run, load_jsonl, load_status, write_status
 
 FINISH = "(path / 'status.json').write_text(json.dumps({'state': 'finished'}))"
 FAST = TINY | dict(steps=2, n_test=8, n_val=8, val_samples=8, n_train=16, eval_every=2, max_new_tokens=4)
@@ -60,19 +61,19 @@ def test_a_finished_run_is_kept_and_another_s_is_not_taken_for_it(tmp_path, scri
     assert is_done(tmp_path / "same", same["same"].with_(**{"run.name": "renamed", "runs_dir": "moved"}))
 
 
-def test_what_another_process_writes_is_left_alone_and_what_was_begun_is_moved_away(tmp_path, scripted):
-    locked, begun, fresh = (create_run(plan(name)[name], tmp_path / name) for name in ("locked", "begun", "fresh"))
-    for folder in (locked, begun):
+def test_what_another_process_writes_is_left_alone_and_what_was_begun_goes_on(tmp_path, scripted):
+    locked, begun = (create_run(plan(name)[name], tmp_path / name) for name in ("locked", "begun"))
+    other = create_run(plan("other", lr=0.5)["other"], tmp_path / "other")
+    for folder in (locked, begun, other):
         (folder / "metrics.jsonl").write_text("half")
-    (begun / "train.log").write_text("how far it was")
-    (fresh / "headroom.jsonl").write_text("measured")
     with lock_run(locked):
-        outcome = run_planned(plan("locked", "begun", "fresh"), tmp_path, 3)
+        outcome = run_planned(plan("locked", "begun", "other"), tmp_path, 3)
     assert outcome.failed == ["locked"] and "being written by process" in outcome.outcome["locked"]
-    assert (locked / "metrics.jsonl").read_text() == "half" and outcome.outcome["begun"] == "done now"
-    (moved,) = (tmp_path / ".unfinished").iterdir()
-    assert moved.name.startswith("begun_") and (moved / "train.log").read_text() == "how far it was"
-    assert not (begun / "metrics.jsonl").exists() and (fresh / "headroom.jsonl").read_text() == "measured"
+    assert outcome.outcome["begun"] == outcome.outcome["other"] == "done now"
+    assert (locked / "metrics.jsonl").read_text() == (begun / "metrics.jsonl").read_text() == "half"
+    (moved,) = (tmp_path / ".unfinished").iterdir()  # which was begun with other settings
+    assert moved.name.startswith("other_") and (moved / "metrics.jsonl").read_text() == "half"
+    assert not (other / "metrics.jsonl").exists()
 
 
 def test_a_failed_run_is_marked_with_its_reason_and_stops_no_other(tmp_path, scripted, capsys):
@@ -84,22 +85,22 @@ def test_a_failed_run_is_marked_with_its_reason_and_stops_no_other(tmp_path, scr
     assert outcome.outcome["killed"] == "FAILED (-9): the process ended with exit code -9"
     assert outcome.outcome["silent"] == "FAILED (0): the process ended with exit code 0"
     status = load_status(tmp_path / "bad")
-    assert (status["state"], status["error"]) == ("failed", "train.lr: too high")
+    assert (status["state"], status["error"]) == ("failed", "train: train.lr: too high")
     assert "1 of 4 runs done" in capsys.readouterr().out
 
 
 def test_a_pair_that_cannot_be_made_ends_its_runs_in_a_line_and_no_other(tmp_path, scripted, monkeypatch):
     models = {f"{side}_model": str(tmp_path / "pairs" / "new" / side) for side in ("source", "target")}
     planned, pairs = plan("on_new", **models) | plan("on_old"), {"new": {"lexicon_seed": 9}, "unused": {}}
-    real, started = launch.Child, []
+    started = []
 
     def start_child(folder, command, *arguments, **extra):
         if "bridgekit.train.pretrain" in command:
             started.append(command)
             command = [sys.executable, "-c", "raise ValueError('steps')"]
-        return real(folder, command, *arguments, **extra)
+        return Child(folder, command, *arguments, **extra)
 
-    monkeypatch.setattr(launch, "Child", start_child)
+    monkeypatch.setattr(runner, "Child", start_child)
     outcome = run_planned(planned, tmp_path, pairs=pairs, pair_options=["--steps", 3])
     (command,) = started
     assert command[3:] == ["--out", str(tmp_path / "pairs" / "new"), "--lexicon-seed", "9", "--steps", "3"]
@@ -138,7 +139,7 @@ def test_progress_of_all_runs_is_one_line_that_a_waiting_terminal_can_follow(tmp
         f"time.sleep(1); {FINISH}"
     )
     shown = []
-    monkeypatch.setattr(launch.LiveView, "_show_in_notebook", lambda self, text, status: shown.append(text))
+    monkeypatch.setattr(LiveView, "_show_in_notebook", lambda self, text, status: shown.append(text))
     made = Runner(plan("long", "short"), tmp_path, 1)
     made.view.in_notebook, made.view.followed = True, tmp_path
     made.run()
@@ -151,7 +152,7 @@ def test_an_interruption_ends_the_children_and_marks_their_runs(tmp_path, script
     """As in a notebook, whose kernel lives on after the stop button."""
     scripted["long"] = "time.sleep(600)"
     made = Runner(plan("long", "next"), tmp_path, 1)
-    monkeypatch.setattr(time, "sleep", lambda seconds: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(Child, "poll", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         made.run()
     assert made.active[0].child.process.poll() is not None and not (tmp_path / "next").exists()

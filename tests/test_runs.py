@@ -9,19 +9,17 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import psutil
 import pytest
 
 from bridgekit import runs
 from bridgekit.config import ConfigError, load_config
 from bridgekit.results.preserve import keep_study
-from bridgekit.runs import create_run, find_eval, load_eval, load_jsonl, lock_run, open_study, write_jsonl
+from bridgekit.runs import create_run, find_eval, load_eval, load_jsonl, open_study, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 N = 300  # lines used of a preserved evaluation, enough for a verdict
@@ -60,27 +58,6 @@ def test_a_folder_that_is_there_or_cannot_be_made_is_refused(tmp_path):
     assert create_run(load_config(), tmp_path / "empty") == tmp_path / "empty"
 
 
-def test_a_folder_has_one_writer_and_a_child_that_writes_keeps_the_lock_of_its_dead_parent(tmp_path):
-    code = (
-        "import subprocess, sys; from bridgekit.runs import lock_run\n"
-        f"with lock_run({str(tmp_path / 'run')!r}) as lock:\n"
-        "    subprocess.Popen(['sleep', '60'], pass_fds=(lock,)); print('held', flush=True); sys.stdin.read()"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, cwd=ROOT)
-    assert parent.stdout.readline() == "held\n"
-    (child,) = psutil.Process(parent.pid).children()
-    parent.kill()
-    parent.wait()
-    with pytest.raises(ConfigError, match=f"being written by process {parent.pid} on "), lock_run(tmp_path / "run"):
-        pass
-    child.kill()
-    psutil.wait_procs([child], timeout=5)
-    with lock_run(tmp_path / "run"), pytest.raises(ConfigError, match=f"process {os.getpid()}"):
-        with lock_run(tmp_path / "run"):
-            pass
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_file_has_its_bytes_on_the_disk_before_its_name(tmp_path, monkeypatch):
     done, real = [], os.replace
     monkeypatch.setattr(os, "fsync", lambda handle: done.append("fsync"))
@@ -90,17 +67,6 @@ def test_a_file_has_its_bytes_on_the_disk_before_its_name(tmp_path, monkeypatch)
     with pytest.raises(TypeError):
         runs.write_bytes_atomic(tmp_path / "some.txt", None)
     assert [p.name for p in tmp_path.iterdir()] == ["some.txt"] and (tmp_path / "some.txt").read_text() == "text"
-
-
-def test_a_run_whose_starter_is_gone_ends_and_says_so(tmp_path):
-    runs.write_status(tmp_path, state="running", step=7)
-    parent = subprocess.Popen([sys.executable, "-c", "pass"])
-    parent.wait()
-    code = f"from bridgekit.runs import watch_parent; import time; watch_parent({str(tmp_path)!r}); time.sleep(60)"
-    environment = os.environ | {"BRIDGEKIT_PARENT_PID": str(parent.pid)}
-    assert subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, timeout=30).returncode == 143
-    status = runs.load_status(tmp_path)
-    assert (status["state"], status["step"]) == ("failed", 7) and "gone" in status["error"]
 
 
 def test_the_record_names_machine_code_and_a_command_that_can_be_typed(monkeypatch):

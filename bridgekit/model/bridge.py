@@ -12,6 +12,7 @@ Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K
 
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -177,7 +178,12 @@ def save_bridge(bridge: Bridge, folder: Path, name: str, metadata: dict[str, str
     path = checkpoint_path(folder, name)
     path.parent.mkdir(exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in bridge.state_dict().items()}
-    write_bytes_atomic(path, safetensors.torch.save(state, bridge.metadata | metadata))
+    data = safetensors.torch.save(state, bridge.metadata | metadata)
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])  # in which the library writes the metadata in any order
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+    write_bytes_atomic(path, data[:8] + ordered + data[8 + size :])
 
 
 def load_bridge(bridge: Bridge, folder: Path, name: str) -> dict[str, str]:

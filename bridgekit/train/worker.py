@@ -186,8 +186,10 @@ def main(argv: list[str] | None = None) -> int:
 
     rank, experiment, stack = int(os.environ.get("RANK", 0)), None, contextlib.ExitStack()
     STOP.listen()
-    quiet = watch_parent(args.run_dir, rank)
     try:
+        if not (args.run_dir / "config.yaml").is_file():
+            raise ConfigError(f"{args.run_dir}: no run folder (config.yaml not found)")
+        stack.callback(watch_parent(args.run_dir, rank).set)
         if rank == 0:
             stack.enter_context(lock_run(args.run_dir, "worker"))
         experiment = open_job(args.run_dir)
@@ -209,7 +211,6 @@ def main(argv: list[str] | None = None) -> int:
             experiment.bridges.clear()
             experiment.processes.accelerator.free_memory()
             experiment.processes.accelerator.end_training()
-        quiet.set()
         stack.close()
     return 0
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from bridgekit import launch
 from bridgekit.config import load_config
 from bridgekit.results import reports, verdict
 from bridgekit.results.reports import LOG, REPORT, SUMMARY, append_appendix, report_end
@@ -148,8 +147,8 @@ def test_a_run_made_again_that_fails_moves_up_and_loses_its_row(add_run):
     shutil.rmtree(runs / "again")
     folder = create_run(load_config(), runs / "again")
     (folder / "provenance.json").write_text(json.dumps({"started": "2026-11-20T12:05:00+00:00"}))
-    launch.mark_failed(folder, "train: no <!-- end: runs --> in\nsight | of it")
-    launch.mark_failed(folder, "train: no <!-- end: runs --> in\nsight | of it")
+    reports.mark_ended(folder, "failed", "train: no <!-- end: runs --> in\nsight | of it")
+    reports.mark_ended(folder, "failed", "train: no <!-- end: runs --> in\nsight | of it")
     texts = load(runs)
     assert texts[LOG].count("`again` · failed") == 1
     assert texts[LOG].index("`again` · failed") < texts[LOG].index("· `other` ·")

@@ -1,0 +1,262 @@
+"""Kill real runs, go on with them, and compare every byte with a run that nobody killed.
+
+    python tests/faults.py                        # 60 kills, then the other faults; writes preserved_data/faults.json
+    python tests/faults.py --kills 6 --seed 3     # a few, for a look
+
+A run of each kind (command line, notebook, study) is killed several times: its command, its worker, its kernel, with
+SIGKILL or SIGTERM, at a random moment or in the middle of a checkpoint, an evaluation or a report. After each kill
+nobody may be left alive, nothing may say `finished`, no whole file may be damaged; then the run goes on. At its end all
+files are those of the reference, but for times. The file name has no test_ in front: pytest does not collect it.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import nbformat
+import psutil
+import safetensors.numpy
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SETTINGS = """
+run.cache_dir=runs/.cache task.n_train=128 task.n_val=16 task.n_test=24 train.val_samples=16 train.eval_every=8
+train.warmup_steps=2 train.steps=24 train.batch_size=4 train.controls=[constant] train.checkpoint_minutes=0
+eval.max_new_tokens=24 eval.eval_batch_size=4 eval.conditions=[source,target,bridged,shuffled,router]
+bridge.bridge_dim=16 bridge.heads=2 bridge.depth=1 bridge.n_soft_tokens=4 bridge.dropout=0.2
+loss.decode_weight=0.1 loss.decode_every=5 loss.decode_batch=2 loss.decode_tokens=8""".split()
+CELLS = (
+    'run_dir = ""\noverrides = []',
+    "from bridgekit import launch\nconfig = launch.notebook_config('phase1', globals())\n"
+    "run_dir = launch.open_run(config, run_dir)\nfor stage in launch.STAGES:\n    launch.run_stage(run_dir, stage)",
+)
+KINDS = {  # kind of run: who is killed, by a piece of its command line; `command` is the process that the user started
+    "train": ("command", "-m bridgekit.train.worker", "accelerate.commands.launch"),
+    "run": ("command", "-m bridgekit.train.worker", "ipykernel_launcher"),
+    "study": ("command", "-m bridgekit.train.worker"),
+}
+MOMENTS = {  # what the run folder holds at that moment, beside any other moment
+    "checkpoint": "checkpoint/resume/.*",
+    "evaluation": ".answers.jsonl",
+    "report": "summary.log",
+}
+COMPARED = ("*.jsonl", "checkpoint/*.safetensors", "attention.npz", "controls.json", "verdict.json", "config.yaml")
+END_SECONDS = 60  # within which all processes of a killed run must be gone
+
+
+def make_project(folder: Path) -> Path:
+    """A project with a small notebook, parameters and a study."""
+    (folder / "notebooks").mkdir(parents=True)
+    (folder / "pyproject.toml").write_text("")
+    cells = [nbformat.v4.new_code_cell(text) for text in CELLS]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), folder / "notebooks" / "phase1.ipynb")
+    (folder / "small.yaml").write_text(yaml.safe_dump({"notebook": "phase1", "overrides": SETTINGS}))
+    study = {"base": "small.yaml", "variants": {"one": {"train.lr": 0.001}, "two": {"train.lr": 0.002}}}
+    (folder / "many.yaml").write_text(yaml.safe_dump(study))
+    return folder
+
+
+def command_of(kind: str, project: Path) -> list[str]:
+    """What the user types: to begin, or where there is a run folder already, to go on."""
+    run = next(iter(sorted(project.glob("runs/phase1_*"))), None)
+    go_on = ["--resume", str(run.relative_to(project))] if run else []
+    begin = {
+        "train": ["train", *(go_on or ["-f", "small.yaml"])],
+        "run": ["run", "notebooks/phase1.ipynb", *(go_on or ["-f", "small.yaml"])],
+        "study": ["study", "many.yaml"],
+    }
+    return [sys.executable, "-m", "bridgekit", *begin[kind]]
+
+
+def start(kind: str, project: Path) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    log = open(project / "command.log", "ab")  # noqa: SIM115 - the child has it
+    return subprocess.Popen(command_of(kind, project), cwd=project, env=environment, stdout=log, stderr=log)
+
+
+def processes_of(project: Path) -> list[psutil.Process]:
+    """Everything that works in a project's folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.cwd() == str(project) and process.status() != "zombie":
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def run_folders(project: Path) -> list[Path]:
+    return [path.parent for path in sorted(project.glob("runs/*/config.yaml"))]
+
+
+def find_damage(project: Path) -> list[str]:
+    """Files with their final name that cannot be read whole."""
+    damaged = []
+    for folder in run_folders(project):
+        for path in [
+            p
+            for pattern in ("*.json", "eval*.jsonl", "headroom.jsonl", "*/*.safetensors")
+            for p in folder.glob(pattern)
+        ]:
+            try:
+                if path.suffix == ".safetensors":
+                    safetensors.numpy.load(path.read_bytes())
+                else:
+                    [
+                        json.loads(line)
+                        for line in (path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()])
+                    ]
+            except Exception as error:
+                damaged.append(f"{path.relative_to(project)}: {error}")
+    return damaged
+
+
+def contents(folder: Path) -> dict[str, object]:
+    """The files of a finished run by name, without times."""
+    found = {}
+    for path in [p for pattern in COMPARED for p in folder.glob(pattern)]:
+        data = path.read_bytes()
+        if path.name.startswith("metrics"):
+            data = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in data.splitlines()]
+        found[path.relative_to(folder).as_posix()] = data
+    found["summary.log"] = (folder / "summary.log").read_text().split(" ", 1)[1]
+    return found
+
+
+def variant_of(folder: Path) -> str:
+    return re.sub(r"_\d{8}_\d{6}$", "", folder.name)
+
+
+def kill_once(kind: str, project: Path, rng: random.Random, seconds: float) -> dict:
+    """Begin or go on, kill one process at some moment, and see what is left."""
+    victim, sent = rng.choice(KINDS[kind]), rng.choice((signal.SIGKILL, signal.SIGTERM))
+    moment = rng.choice([*MOMENTS, "any", "any", "any"])
+    fate = {"kind": kind, "victim": victim.split()[-1], "signal": sent.name, "moment": moment, "killed": False}
+    before = {folder: (folder / "status.json").read_bytes() for folder in finished(project)}
+    child, deadline = start(kind, project), time.time() + (rng.uniform(1, seconds) if moment == "any" else 4 * seconds)
+    while child.poll() is None:
+        here = [
+            f for f in run_folders(project) if f not in before and moment in MOMENTS and any(f.glob(MOMENTS[moment]))
+        ]
+        targets = [child.pid] if victim == "command" else [p.pid for p in processes_of(project) if is_victim(p, victim)]
+        if targets and (here or time.time() > deadline):
+            os.kill(rng.choice(targets), sent)
+            fate["killed"] = True
+            break
+        time.sleep(0.003 if moment in MOMENTS else 0.05)
+    if fate["killed"]:
+        since = time.time()
+        while (left := processes_of(project)) and time.time() - since < END_SECONDS:
+            child.poll()
+            time.sleep(0.1)
+        fate["seconds"] = round(time.time() - since, 1)
+        fate["orphans"] = len(left)
+        for process in left:
+            process.kill()
+    child.wait()
+    fate["lost"] = len(find_damage(project)) + sum(not folder.is_dir() for folder in before)
+    fate["false"] = sum(not (folder / "verdict.json").is_file() for folder in finished(project))
+    fate["state"] = [
+        json.loads((f / "status.json").read_text()).get("state")
+        for f in run_folders(project)
+        if (f / "status.json").is_file()
+    ]
+    return fate
+
+
+def is_victim(process: psutil.Process, piece: str) -> bool:
+    try:
+        line = " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
+    return piece in line and ("accelerate" in piece or "accelerate" not in line)
+
+
+def finished(project: Path) -> list[Path]:
+    states = {folder: folder / "status.json" for folder in run_folders(project)}
+    return [folder for folder, path in states.items() if path.is_file() and '"finished"' in path.read_text()]
+
+
+def kill_and_go_on(kind: str, project: Path, kills: int, seed: int, reference: dict, seconds: float) -> list[dict]:
+    """One run, killed several times, then to its end; its last fate says whether all its files are the reference's."""
+    rng, fates, n_runs = random.Random(seed), [], 2 if kind == "study" else 1
+    for _ in range(kills):
+        if len(finished(project)) < n_runs:
+            fates.append(kill_once(kind, project, rng, seconds * n_runs))
+    if len(finished(project)) < n_runs or not list(project.glob("runs/*/phase1.ipynb")) and kind == "run":
+        start(kind, project).wait()
+    ends = {variant_of(folder): contents(folder) for folder in finished(project)}
+    wrong = [f"{v}: {n}" for v, files in reference[kind].items() for n in files if ends.get(v, {}).get(n) != files[n]]
+    wrong += [f"{v}: {n} is new" for v, files in ends.items() for n in files if n not in reference[kind][v]]
+    for fate in fates:
+        fate["differs"], fate["folders"] = wrong, len(run_folders(project)) - n_runs
+    return fates
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--per-run", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--at-once", type=int, default=2)
+    parser.add_argument("--out", type=Path, help="a JSON file for the table")
+    args = parser.parse_args()
+    home, began = Path(tempfile.mkdtemp(prefix="faults_")).resolve(), time.time()
+    pool, reference, spent = concurrent.futures.ThreadPoolExecutor(args.at_once), {}, {}
+
+    def run_whole(kind: str) -> None:
+        project, since = make_project(home / f"reference_{kind}"), time.time()
+        assert start(kind, project).wait() == 0, (project / "command.log").read_text()
+        spent[kind] = time.time() - since
+        reference[kind] = {variant_of(folder): contents(folder) for folder in finished(project)}
+
+    list(pool.map(run_whole, KINDS))
+    print(f"references: {', '.join(f'{kind} {seconds:.0f} s' for kind, seconds in spent.items())}", flush=True)
+    n_runs, seconds = -(-args.kills // args.per_run), spent["train"]
+    kinds = [list(KINDS)[i % len(KINDS)] for i in range(n_runs)]
+
+    def work(i: int) -> list[dict]:
+        fates = kill_and_go_on(
+            kinds[i], make_project(home / f"{kinds[i]}_{i}"), args.per_run, args.seed * 1000 + i, reference, seconds
+        )
+        for fate in fates:
+            print(json.dumps(fate), flush=True)
+        return fates
+
+    fates = [fate for part in pool.map(work, range(n_runs)) for fate in part if fate["killed"]]
+    table = {
+        "kills": len(fates),
+        "by_signal": collections.Counter(f["signal"] for f in fates),
+        "by_victim": collections.Counter(f"{f['kind']}: {f['victim']}" for f in fates),
+        "by_moment": collections.Counter(f["moment"] for f in fates),
+        "runs": n_runs,
+        "orphans": sum(f["orphans"] for f in fates),
+        "artifacts_lost": sum(f["lost"] for f in fates),
+        "falsely_finished": sum(f["false"] for f in fates),
+        "folders_lost": sum(f["folders"] != 0 for f in fates),
+        "runs_that_differ": sum(bool(f["differs"]) for f in fates),
+        "longest_end_seconds": max((f["seconds"] for f in fates), default=0),
+        "minutes": round((time.time() - began) / 60, 1),
+    }
+    print(json.dumps(table, indent=1))
+    if args.out:
+        args.out.write_text(json.dumps(table, indent=1) + "\n")
+    wrong = ("orphans", "artifacts_lost", "falsely_finished", "folders_lost", "runs_that_differ")
+    return int(any(table[name] for name in wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
