@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from bridgekit.model.message import Injector, Message, Soft, hashed_uniform
+from bridgekit.model.message import Injector, Message, hashed_uniform
 from bridgekit.model.pair import LanguageModel, pad_ids
 from bridgekit.tasks.answers import answer_is_complete
 
@@ -41,7 +41,9 @@ def compact(embeds: torch.Tensor, mask: torch.Tensor, side: str) -> tuple[torch.
     return embeds.gather(1, order[:, :, None].expand_as(embeds)), mask.gather(1, order)
 
 
-def assemble(lm: LanguageModel, before: tuple, after: tuple, soft: Soft | None, side: str) -> tuple[torch.Tensor, ...]:
+def assemble(
+    lm: LanguageModel, before: tuple, after: tuple, soft: Message | None, side: str
+) -> tuple[torch.Tensor, ...]:
     """Embeddings (B, T, D), mask (B, T), positions (B, T) of [before | soft | after]; ids and mask before and after."""
     middle = [] if soft is None else [(soft.tokens.to(lm.dtype), soft.mask)]
     parts, masks = zip((lm.embed(before[0]), before[1]), *middle, (lm.embed(after[0]), after[1]), strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from bridgekit.config import ConfigError
-from bridgekit.model.message import Injector, Message, Soft
+from bridgekit.model.message import Injector, Message
 from bridgekit.model.pair import parse_layers
 from bridgekit.model.producers import Attention, average_spans
 
@@ -23,7 +23,7 @@ MAX_AUTO_LAYERS = 8
 class Prefix(Injector):
     """Soft tokens in the target's prompt; the target itself is left as it is."""
 
-    def soft(self, message: Message) -> Soft:
+    def soft(self, message: Message) -> Message:
         return message
 
 
