@@ -110,7 +110,7 @@ def generate_batch(
     with injector.attach(lm, lambda: message):
         texts = pad_ids(before, device), pad_ids(after, device)
         embeds, mask, positions = assemble(lm, *texts, injector.soft(message), "left")
-        inputs, position = {"inputs_embeds": embeds}, positions[:, -1:]
+        inputs = {"inputs_embeds": embeds}
         for step in range(most):
             inputs |= {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
             logits = lm.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
@@ -129,10 +129,10 @@ def generate_batch(
                     break
                 if len(left) <= SHRINK_AT * len(rows):
                     cache.batch_select_indices(left)
-                    rows, chosen, mask, position = (x[left] for x in (rows, chosen, mask, position))
+                    rows, chosen, mask, positions = (x[left] for x in (rows, chosen, mask, positions))
                     message = None if message is None else message.select(left)
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = position = position + 1
+            positions = positions[:, -1:] + 1
             inputs = {"input_ids": chosen[:, None]}
     found = [(i[:n], s[:n], n) for i, s, n in zip(ids.tolist(), scores.tolist(), lengths.tolist(), strict=True)]
     words = [[token for token in i if token not in lm.eos_ids] for i, _, _ in found]

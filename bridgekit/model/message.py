@@ -72,10 +72,10 @@ def hashed_uniform(seeds: torch.Tensor, n: int, dtype: torch.dtype = torch.float
     return out
 
 
-def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise by each example's seed. (B,) -> (B, *shape); a longer shape begins with a shorter one's"""
     n = math.prod(shape)
-    out = torch.empty(len(seeds), n, dtype=dtype, device=seeds.device)
+    out = torch.empty(len(seeds), n, device=seeds.device)
     for start, end, bits in _hashes(seeds, 2 * n):
         radius, angle = _uniform(bits).unflatten(1, (-1, 2)).unbind(-1)
         out[:, start // 2 : end // 2] = (-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()

@@ -7,8 +7,6 @@ import zlib
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
 from bridgekit.model import generation
@@ -17,7 +15,6 @@ from bridgekit.model.generation import (
     PreallocatedLayer,
     answer_logits,
     bridged_logits,
-    compact,
     decode_bridged,
     draw,
     generate_batch,
@@ -105,17 +102,6 @@ def test_soft_tokens_stand_for_the_text_they_embed(pair, prompts, cut):
     ids, mask = pad_ids([row[first:second] for row in prompts], lm.device)
     texts = [row[:first] for row in prompts], [row[second:] for row in prompts]
     assert alike(generate_batch(lm, *texts, Message(lm.embed(ids), mask), Prefix(), N_NEW), generate(lm, prompts))
-
-
-@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4), st.booleans())
-@settings(max_examples=50, deadline=None)
-def test_compacting_moves_padding_to_one_side_and_keeps_order(rows, left):
-    mask = torch.tensor(rows)
-    embeds = torch.arange(mask.numel(), dtype=torch.float).view(*mask.shape, 1)
-    packed, packed_mask = compact(embeds, mask, "left" if left else "right")
-    for i, row in enumerate(rows):
-        assert packed_mask[i].tolist() == sorted(row, reverse=not left)
-        assert packed[i][packed_mask[i]].tolist() == embeds[i][mask[i]].tolist()
 
 
 @pytest.mark.parametrize("sampled", [False, True])

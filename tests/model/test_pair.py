@@ -17,12 +17,10 @@ from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.injectors import pick_inject_layers
 from bridgekit.model.pair import (
-    Pieces,
     fingerprint_folder,
     load_pair,
     pad_ids,
     pick_layers,
-    split_at_soft,
     split_prompts,
     word_tokens,
 )
@@ -50,14 +48,6 @@ def refuse(config, *named: str) -> None:
 # -- the embedded pair --------------------------------------------------------------------------------------
 
 
-def test_the_embedded_pair_is_two_small_frozen_models_of_different_kinds(pair):
-    assert sum(path.stat().st_size for role in ROLES for path in (EMBEDDED / role).iterdir()) <= 16e6
-    assert [lm.model.config.model_type for lm in (pair.source, pair.target)] == ["mistral", "llama"]
-    for lm in (pair.source, pair.target):
-        assert lm.max_positions >= 1024 and lm.dtype == torch.float32 and len(lm.bos) == 1 and lm.eos_ids
-        assert not lm.model.training and not any(p.requires_grad for p in lm.model.parameters())
-
-
 def test_each_model_knows_its_own_units_and_together_they_know_all(pair):
     examples, right = load_examples(load_config(n_val=160, val_samples=160), pair.lexicon_seed, "val"), {}
     groups = np.array([e.group for e in examples])
@@ -66,6 +56,7 @@ def test_each_model_knows_its_own_units_and_together_they_know_all(pair):
         rows = [lm.bos + p.all for p in split_prompts(lm, [literal_prompt(e) for e in examples])]
         texts = [g.text for g in generate_batch(lm, rows, [[] for _ in rows])]
         right[role] = np.array([extract_answer(t) == e.gold for t, e in zip(texts, examples, strict=True)])
+        assert not any(p.requires_grad for p in lm.model.parameters()) and not lm.model.training
         knows = np.isin(groups, (f"{role}_only", "both"))
         assert right[role][knows].mean() > 0.95 and right[role][~knows].mean() < 0.2
     assert (right["source"] | right["target"]).mean() > 0.95
@@ -115,17 +106,6 @@ def test_pieces_are_the_whole_texts_tokens_and_one_on_a_boundary_goes_to_the_ear
     starts = [a for a, _ in lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
     place = [next((i for i, s in enumerate(starts) if s >= cut), len(starts)) for cut in (first, second)]
     assert (len(pieces.prefix), len(pieces.prefix + pieces.question)) == tuple(place)
-
-
-def test_soft_tokens_stand_where_they_are_asked_to(pair):
-    (bos,), pieces = pair.target.bos, Pieces([11, 12], [21, 22], [31])
-    for position, mode, before, after in (
-        ("start", "soft_plus_text", [bos], [11, 12, 21, 22, 31]),
-        ("question", "soft_plus_text", [bos, 11, 12], [21, 22, 31]),
-        ("end", "soft_plus_text", [bos, 11, 12, 21, 22], [31]),
-        ("end", "soft_only", [bos], [31]),
-    ):
-        assert split_at_soft(pair.target, pieces, position, mode) == (before, after)
 
 
 @pytest.mark.parametrize("role", ROLES)

@@ -85,31 +85,13 @@ def test_swapped_models_swap_what_only_one_of_them_knows(lexicon):
     assert sum(known[e.unit] == "target_only" for e in rich) == 90
 
 
-@pytest.mark.parametrize("share, wanted", [(-1, (23, 46, 31)), (0.7, (70, 18, 12)), (0, (0, 60, 40)), (1, (100, 0, 0))])
-def test_the_mix_of_groups_and_problems_spread_evenly_over_units(small, share, wanted):
-    examples = units.make_examples(small, "train", 1000, SEED, share=share)
-    groups = Counter(e.group for e in examples)
-    assert len(examples) == 1000 and [round(groups[g] / 10) for g in GROUPS] == list(wanted)
+def test_problems_of_a_group_are_spread_evenly_over_its_units(small):
+    examples = units.make_examples(small, "train", 1000, SEED, share=0.7)
+    assert Counter(e.group for e in examples) == {"source_only": 700, "target_only": 179, "both": 121}
     for group in GROUPS:
         count = Counter({u.word: 0 for u in small if u.group == group and u.split == "train"})
         count.update(e.unit for e in examples if e.group == group)
         assert max(count.values()) - min(count.values()) <= 1
-
-
-def test_smaller_shares_of_train_units_and_of_their_values_are_nested(small):
-    def met(units_share, values_share=1.0):
-        shares = {"train_units_share": units_share, "train_values_share": values_share}
-        examples = units.make_examples(small, "train", 3000, SEED, **shares)
-        return {(e.unit, e.value) for e in examples}
-
-    quarter, half, whole = met(0.25), met(0.5), met(1.0)
-    assert quarter < half < whole and len(half) == pytest.approx(len(whole) / 2, abs=3)
-    assert {(e.unit, e.value) for e in units.make_seen_examples(small, 100, SEED, 0.25)} <= quarter
-    fewer, values = met(1.0, 0.5), {value for _, value in whole}
-    left = {value for _, value in fewer}
-    assert fewer == {(word, v) for word, v in whole if v in left} and len(left) == round(len(values) / 2)
-    tests = units.make_examples(small, "test", 2000, SEED)
-    assert values - left <= {e.value for e in tests if e.novelty == "held_unit"}  # and are still asked about
 
 
 @given(st.sampled_from(units.FAMILIES), st.sampled_from(units.VALUES), st.integers(0, 10**6))
