@@ -6,6 +6,7 @@ python -m pytest tests/model/test_pair.py
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from hypothesis import strategies as st
 
 from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
 from bridgekit.model.generation import generate_batch
-from bridgekit.model.injectors import pick_inject_layers
 from bridgekit.model.pair import (
     fingerprint_folder,
     load_pair,
@@ -123,17 +123,19 @@ def test_a_words_tokens_are_those_that_share_its_characters(pair, val, role):
 
 
 def test_layers_to_read_and_to_work_on(pair):
-    n = pair.source.n_layers
-    auto = pick_layers(pair.source, "auto")
+    lm, key = pair.source, "bridge.inject_layers"
+    n, auto = lm.n_layers, pick_layers(lm, "auto")
     assert auto[-1] == n and auto == tuple(sorted(set(auto))) and 0 not in auto
-    assert pick_layers(pair.source, f"0, {n}") == (0, n) and pick_inject_layers("0,2", 4) == (0, 2)
-    assert pick_inject_layers("auto", 4) == (0, 1, 2, 3)
-    assert len(pick_inject_layers("auto", 32)) == 8 and pick_inject_layers("auto", 32)[-1] == 31
-    for wrong in ("2;4", "", f"{n + 1}", "-1", "1.5", "1,1"):
-        with pytest.raises(ConfigError, match="bridge.source_layers"):
-            pick_layers(pair.source, wrong)
-        with pytest.raises(ConfigError, match="bridge.inject_layers"):
-            pick_inject_layers(wrong, n)
+    assert pick_layers(lm, f"0, {n}") == (0, n) and pick_layers(lm, "0,2", key) == (0, 2)
+    assert pick_layers(lm, "auto", key) == tuple(range(n))
+    large = pick_layers(SimpleNamespace(n_layers=32), "auto", key)
+    assert len(large) == 8 and large[0] == 0 and large[-1] == 31
+    for wrong in ("2;4", "", "1,,2", f"{n + 1}", "-1", "1.5", "1,1"):
+        for name in ("bridge.source_layers", key):
+            with pytest.raises(ConfigError, match=name):
+                pick_layers(lm, wrong, name)
+    with pytest.raises(ConfigError, match=f"this model has 0 to {n - 1}"):
+        pick_layers(lm, str(n), key)
 
 
 # -- loading ------------------------------------------------------------------------------------------------

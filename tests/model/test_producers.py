@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from bridgekit.model.message import hashed_normal
+from bridgekit.model.message import Dropout, hashed_normal
 
 B, S, L, LENGTHS = 3, 7, 2, (7, 3, 5)  # of conftest's `source`: examples, source tokens, captured layers
 SEEDS = torch.tensor([5, 6, 2**31 - 1])
@@ -34,7 +34,8 @@ def same(one, other, atol: float = 1e-5) -> bool:
 @pytest.mark.parametrize("k", [4, -1])
 @pytest.mark.parametrize("producer, changes", [*READERS, ("constant", {})])
 def test_padding_and_neighbours_change_nothing(build, source, producer, changes, k):
-    bridge = build(producer=producer, n_soft_tokens=k, **changes)
+    """Also in training: what is dropped out is the example's own."""
+    bridge = build(training=True, producer=producer, n_soft_tokens=k, dropout=0.2, state_dropout=0.2, **changes)
     message = bridge.encode(*source(), SEEDS)
     assert message.mask.sum(1).tolist() == (list(LENGTHS) if k == -1 else [k] * B)
     sizes = message.tokens[message.mask].pow(2).mean(-1).sqrt()
@@ -44,6 +45,9 @@ def test_padding_and_neighbours_change_nothing(build, source, producer, changes,
     for i, n in enumerate(LENGTHS):
         alone = bridge.encode(states[i : i + 1, :n], mask[i : i + 1, :n], SEEDS[i : i + 1])
         assert torch.allclose(real(alone)[0], real(message)[i], atol=1e-5)
+    salts = [m.salt for m in bridge.modules() if isinstance(m, Dropout)]
+    assert salts == list(range(1, len(salts) + 1))  # no two modules drop the same places
+    assert producer == "constant" or not same(bridge.eval().encode(states, mask, SEEDS), message, atol=1e-3)
 
 
 @pytest.mark.parametrize("producer, changes", READERS)
