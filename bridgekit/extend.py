@@ -31,18 +31,13 @@ CONTRACTS = {
 }
 
 
-def hash_bytes(data: bytes) -> str:
-    """By which a user's file is known."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def load_object(key: str, text: str, code_dir: str | Path | None = None) -> object:
-    """The object that `path/to/file.py:Object` names; what cannot be loaded is refused with its file and line."""
+    """The object that `path/to/file.py:Object` names; what cannot be loaded, or be what the key names, is refused."""
     name, _, wanted = text.partition(":")
     path = Path(code_dir or ".") / name
     refuse_if(not path.is_file(), f"{key}: no file '{path}': name one below the project's root, as {FILE_OBJECT}")
-    content = path.read_bytes()  # an edited file is another module, the same one is loaded once
-    module_name = f"bridgekit_own_{path.stem}_{hash_bytes(str(path.resolve()).encode() + content)[:12]}"
+    content = str(path.resolve()).encode() + path.read_bytes()  # an edited file is another module
+    module_name = f"bridgekit_own_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path.resolve())
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
@@ -57,21 +52,17 @@ def load_object(key: str, text: str, code_dir: str | Path | None = None) -> obje
     names = vars(sys.modules[module_name])
     near = nearest(wanted, [name for name in names if name[0] != "_"])
     refuse_if(wanted not in names, f"{key}: {path}: no '{wanted}' in it" + f": did you mean '{near}'?" * bool(near))
-    return names[wanted]
-
-
-def check_contract(key: str, made: object) -> None:
-    """Refuse an object that cannot be what the key names."""
-    is_class, given, methods = CONTRACTS[key]
+    made, (is_class, given, methods) = names[wanted], CONTRACTS[key]
     what = f"{key}: {describe_place(made)}"
     refuse_if(is_class and not inspect.isclass(made), f"{what} must be a class, got {type(made).__name__}")
-    for name in methods:
-        refuse_if(not callable(getattr(made, name, None)), f"{what} has no {name}()")
+    for method in methods:
+        refuse_if(not callable(getattr(made, method, None)), f"{what} has no {method}()")
     try:
         if is_class:
             inspect.signature(made).bind_partial(*given)
     except TypeError:
         raise ConfigError(f"{what} must be made as {made.__name__}({', '.join(given)}, **options)") from None
+    return made
 
 
 def parse_options(key: str, made: Callable, options: Sequence[str]) -> dict[str, object]:
@@ -103,7 +94,6 @@ def load_checked(config: Config, key: str, code_dir: str | Path | None = None) -
     """The object of a key with its options, after all checks that need no tensors."""
     flat = to_flat(config)
     made = load_object(key, flat[key], code_dir)
-    check_contract(key, made)
     return made, parse_options(key, made, flat[OPTIONS[key]])
 
 
@@ -128,7 +118,11 @@ def copy_code(config: Config, folder: str | Path) -> None:
         name, _, wanted = text.partition(":")
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(name, partial / name)
-        record[key] = {"file": name, "object": wanted, "sha256": hash_bytes((partial / name).read_bytes())}
+        record[key] = {
+            "file": name,
+            "object": wanted,
+            "sha256": hashlib.sha256((partial / name).read_bytes()).hexdigest(),
+        }
     if record:
         (partial / "code.json").write_text(json.dumps(record, indent=1) + "\n")
         partial.rename(Path(folder) / "code")
@@ -143,7 +137,7 @@ def check_trust(folder: str | Path, trust_code: bool) -> Path | None:
     refuse_if(not trust_code, f"{folder}: {own}")
     try:
         for known in json.loads((code / "code.json").read_text()).values():
-            changed = hash_bytes((code / known["file"]).read_bytes()) != known["sha256"]
+            changed = hashlib.sha256((code / known["file"]).read_bytes()).hexdigest() != known["sha256"]
             refuse_if(changed, f"{code}: '{known['file']}' is not the file that was trained with: {restore}")
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         raise ConfigError(f"{code}: code.json or a file it names is missing or damaged: {restore}") from None

@@ -174,7 +174,7 @@ def evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
 class PreallocatedLayer(DynamicLayer):
     """A cache layer that grows by GROWTH slots at a time.
 
-    Concatenation would copy the whole cache for every token: two fifths of the time on a CPU."""
+    Concatenation copies the whole cache for every token: a tenth to a sixth of the time at 128 soft tokens or more."""
 
     keys = values = None  # the filled part of `slots`
     slots: tuple[torch.Tensor, torch.Tensor] | None = None
