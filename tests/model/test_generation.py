@@ -7,12 +7,10 @@ import zlib
 
 import pytest
 import torch
-from transformers.cache_utils import DynamicLayer
 
 from bridgekit.model import generation
 from bridgekit.model.generation import (
     CHECK_EVERY,
-    PreallocatedLayer,
     answer_logits,
     bridged_logits,
     decode_bridged,
@@ -134,7 +132,7 @@ def test_drawn_tokens_follow_the_models_probabilities_and_their_own_seeds():
     )
 
 
-# -- logits of given answers, and the cache -----------------------------------------------------------------
+# -- logits of given answers -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("position", ["start", "question", "end"])
@@ -156,18 +154,3 @@ def test_answer_logits_are_those_of_the_plain_forward(one_batch, pair, position,
             text = [lm.embed(torch.tensor(ids, dtype=torch.long)) for ids in (before, after + answer)]
             wanted = lm.model(inputs_embeds=torch.cat([text[0], soft, text[1]])[None]).logits[0]
             assert torch.allclose(found[i, : len(answer)], wanted[-len(answer) - 1 : -1], atol=1e-5, rtol=1e-5)
-
-
-def test_a_preallocated_cache_holds_what_a_growing_one_holds():
-    torch.manual_seed(0)
-    caches, n = (PreallocatedLayer(), DynamicLayer()), 6
-    for step, length in enumerate([7, *[1] * 40]):  # past the slots, twice
-        if step in (3, 20):  # rows leave; the same number of rows in another order
-            rows = torch.tensor([4, 0, 1, 5] if step == 3 else [2, 3, 0, 1])
-            n = len(rows)
-            for cache in caches:
-                cache.batch_select_indices(rows)
-        keys, values = torch.randn(2, n, 3, length, 4)
-        slotted, plain = (cache.update(keys, values) for cache in caches)
-        assert all(torch.equal(one, other) for one, other in zip(slotted, plain, strict=True))
-        assert caches[0].get_seq_length() == caches[1].get_seq_length()

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +18,6 @@ from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import (
     fingerprint_folder,
     load_pair,
-    pad_ids,
     pick_layers,
     split_prompts,
     word_tokens,
@@ -60,20 +58,6 @@ def test_each_model_knows_its_own_units_and_together_they_know_all(pair):
         knows = np.isin(groups, (f"{role}_only", "both"))
         assert right[role][knows].mean() > 0.95 and right[role][~knows].mean() < 0.2
     assert (right["source"] | right["target"]).mean() > 0.95
-
-
-def test_hidden_states_do_not_depend_on_padding_or_neighbours(pair):
-    texts = ["Question: How many?", "Hal has 9 sisak of pins and finds 14 more. How many pins?", "7"]
-    for lm in (pair.source, pair.target):
-        rows = [lm.bos + ids for ids in lm.tokenize(texts)]
-        layers = (0, 1, lm.n_layers)
-        ids, mask = pad_ids(rows, lm.device)
-        together = lm.hidden_states(ids, mask.long(), layers)
-        assert together.shape == (*ids.shape, 3, lm.hidden_size)
-        for i, row in enumerate(rows):
-            alone = lm.hidden_states(*pad_ids([row], lm.device), layers)
-            assert torch.allclose(together[i, : len(row)], alone[0], atol=1e-5)
-        assert torch.equal(together[:, :, 0], lm.embed(ids))
 
 
 def test_a_fingerprint_changes_with_a_byte_and_end_tokens_enter_the_key_of_cached_texts_alone(copied):
