@@ -17,7 +17,7 @@ _NAMES = {
     "launch": "open_run run_stage refuse_unknown",
     "study": "load_study plan_study run_planned plan_swap measure_headroom",
     "tasks": "Example Prompt load_examples get_task",
-    "model.message": "Message Soft Injector",
+    "model.message": "Message Injector",
     "model.bridge": "Bridge build_bridge load_bridge",
     "train.experiment": "Experiment",
     "results.table": "load_answers share difference ratio",

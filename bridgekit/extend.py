@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,8 +19,8 @@ from pathlib import Path
 
 import yaml
 
-from bridgekit.config import OPTIONS, Config, ConfigError, check_type, is_path, nearest, refuse_if, to_flat
-from bridgekit.runs import hash_file, write_bytes_atomic, write_text_atomic
+from bridgekit.config import Config, ConfigError, check_type, nearest, refuse_if, to_flat
+from bridgekit.keys import FILE_OBJECT, OPTIONS, is_path
 
 # What an object must be: {key: (is it a class, the arguments that it is given, the methods that it must have)}
 CONTRACTS = {
@@ -31,13 +32,12 @@ CONTRACTS = {
 
 
 def load_object(key: str, text: str, code_dir: str | Path | None = None) -> object:
-    """The object that `path/to/file.py:Object` names; what cannot be loaded is refused with its file and line."""
+    """The object that `path/to/file.py:Object` names; what cannot be loaded, or be what the key names, is refused."""
     name, _, wanted = text.partition(":")
     path = Path(code_dir or ".") / name
-    out = "name one below the project's root, as path/to/file.py:Object"
-    refuse_if(not path.is_file(), f"{key}: no file '{path}': {out}")
-    content = path.read_bytes()  # an edited file is another module, the same one is loaded once
-    module_name = f"bridgekit_own_{path.stem}_{hashlib.sha256(str(path.resolve()).encode() + content).hexdigest()[:12]}"
+    refuse_if(not path.is_file(), f"{key}: no file '{path}': name one below the project's root, as {FILE_OBJECT}")
+    content = str(path.resolve()).encode() + path.read_bytes()  # an edited file is another module
+    module_name = f"bridgekit_own_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
     if module_name not in sys.modules:
         spec = importlib.util.spec_from_file_location(module_name, path.resolve())
         module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
@@ -47,28 +47,22 @@ def load_object(key: str, text: str, code_dir: str | Path | None = None) -> obje
             del sys.modules[module_name]
             lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if Path(f.filename) == path.resolve()]
             line = error.lineno if isinstance(error, SyntaxError) else [1, *lines][-1]
-            reason = (str(error).strip() or "no reason given").splitlines()[0]
-            why = f"{path}:{line}: does not import: {type(error).__name__}: {reason}"
-            raise ConfigError(f"{key}: {why}") from None
+            why = " ".join(f"does not import: {type(error).__name__}: {error}".split())
+            raise ConfigError(f"{key}: {path}:{line}: {why}") from None
     names = vars(sys.modules[module_name])
     near = nearest(wanted, [name for name in names if name[0] != "_"])
-    hint = f": did you mean '{near}'?" if near else ""
-    refuse_if(wanted not in names, f"{key}: {path}: no '{wanted}' in it{hint}")
-    return names[wanted]
-
-
-def check_contract(key: str, made: object) -> None:
-    """Refuse an object that cannot be what the key names."""
-    is_class, given, methods = CONTRACTS[key]
+    refuse_if(wanted not in names, f"{key}: {path}: no '{wanted}' in it" + f": did you mean '{near}'?" * bool(near))
+    made, (is_class, given, methods) = names[wanted], CONTRACTS[key]
     what = f"{key}: {describe_place(made)}"
     refuse_if(is_class and not inspect.isclass(made), f"{what} must be a class, got {type(made).__name__}")
-    for name in methods:
-        refuse_if(not callable(getattr(made, name, None)), f"{what} has no {name}()")
+    for method in methods:
+        refuse_if(not callable(getattr(made, method, None)), f"{what} has no {method}()")
     try:
         if is_class:
             inspect.signature(made).bind_partial(*given)
     except TypeError:
         raise ConfigError(f"{what} must be made as {made.__name__}({', '.join(given)}, **options)") from None
+    return made
 
 
 def parse_options(key: str, made: Callable, options: Sequence[str]) -> dict[str, object]:
@@ -100,7 +94,6 @@ def load_checked(config: Config, key: str, code_dir: str | Path | None = None) -
     """The object of a key with its options, after all checks that need no tensors."""
     flat = to_flat(config)
     made = load_object(key, flat[key], code_dir)
-    check_contract(key, made)
     return made, parse_options(key, made, flat[OPTIONS[key]])
 
 
@@ -113,17 +106,26 @@ def describe_place(made: object) -> str:
         return repr(made)
 
 
+def own_objects(config: Config) -> dict[str, str]:
+    """{key: `path/to/file.py:Object`} of the keys that name an object of the user's."""
+    return {key: text for key, text in to_flat(config).items() if key in OPTIONS and is_path(text)}
+
+
 def copy_code(config: Config, folder: str | Path) -> None:
     """Copy the user's files that a run needs into its folder, with code.json: {key: {file, object, sha256}}."""
-    code, record = Path(folder) / "code", {}
-    for key, text in to_flat(config).items():
-        if key in OPTIONS and is_path(text):
-            name, _, wanted = text.partition(":")
-            (code / name).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes_atomic(code / name, Path(name).read_bytes())
-            record[key] = {"file": name, "object": wanted, "sha256": hash_file(code / name)}
+    partial, record = Path(folder) / "code.partial", {}
+    for key, text in own_objects(config).items():
+        name, _, wanted = text.partition(":")
+        (partial / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(name, partial / name)
+        record[key] = {
+            "file": name,
+            "object": wanted,
+            "sha256": hashlib.sha256((partial / name).read_bytes()).hexdigest(),
+        }
     if record:
-        write_text_atomic(code / "code.json", json.dumps(record, indent=1) + "\n")
+        (partial / "code.json").write_text(json.dumps(record, indent=1) + "\n")
+        partial.rename(Path(folder) / "code")
 
 
 def check_trust(folder: str | Path, trust_code: bool) -> Path | None:
@@ -135,7 +137,7 @@ def check_trust(folder: str | Path, trust_code: bool) -> Path | None:
     refuse_if(not trust_code, f"{folder}: {own}")
     try:
         for known in json.loads((code / "code.json").read_text()).values():
-            changed = hash_file(code / known["file"]) != known["sha256"]
+            changed = hashlib.sha256((code / known["file"]).read_bytes()).hexdigest() != known["sha256"]
             refuse_if(changed, f"{code}: '{known['file']}' is not the file that was trained with: {restore}")
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError):
         raise ConfigError(f"{code}: code.json or a file it names is missing or damaged: {restore}") from None

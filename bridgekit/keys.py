@@ -22,6 +22,7 @@ PRODUCERS = ("resampler", "dit", "constant")
 INJECTORS = ("prefix", "residual", "prefix+residual", "kv")
 SOFT_INJECTORS = ("prefix", "prefix+residual")  # those whose message takes places in the target's prompt
 CONTROLS = ("constant", "constant_natural", "self_bridge")  # each is a training of its own
+INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
 FILE_OBJECT = "path/to/file.py:Object"  # among the allowed names: an object in a file of the user's (extend.py)
 # {a key that may name such an object: the key with the object's options}
 OPTIONS = {key: f"{key}_options" for key in ("bridge.producer", "bridge.injector", "loss.extra")}

@@ -26,11 +26,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bridgekit.config import CONDITIONS, Config, ConfigError, dump_config, load_config
+from bridgekit.keys import INVALID
 
 FINAL = "eval_samples_step_final.jsonl"
 RESUME = "checkpoint/resume"  # checkpoints of trainings, until their run has ended
 UNFINISHED = ".answers.jsonl"  # those of the final evaluation, until it is whole
-INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
 
 
 def project_root() -> Path:

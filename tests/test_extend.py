@@ -9,7 +9,7 @@ import json
 import pytest
 
 from bridgekit import extend
-from bridgekit.config import ConfigError, load_config
+from bridgekit.config import ConfigError, is_path, load_config
 
 PRODUCER = """
 class Mean:
@@ -60,12 +60,12 @@ def refused(function, *arguments) -> str:
 
 
 def test_an_object_is_named_by_a_file_below_the_project():
-    assert all(map(extend.is_path, ["a/b.py:Name", "b.py:_name"]))
     outside = ["/a/b.py:Name", "~/b.py:Name", "../b.py:Name", "a/../../b.py:Name"]
-    assert not any(map(extend.is_path, [*outside, "resampler", "", "b.py", "b.py:1st", "b.py:a.b", "b.txt:Name"]))
+    assert all(map(is_path, ["a/b.py:Name", "b.py:_name"]))
+    assert not any(map(is_path, [*outside, "resampler", "", "b.py", "b.py:1st", "b.py:a.b", "b.txt:Name"]))
 
 
-def test_an_object_is_loaded_once_and_again_when_its_file_is_edited(project):
+def test_an_edited_file_is_loaded_again(project):
     first = extend.load_object("bridge.producer", "own/parts.py:Mean")
     assert extend.load_object("bridge.producer", "own/parts.py:Mean") is first
     (project / "own" / "parts.py").write_text(PRODUCER.replace("gain=1.0", "gain=2.0"))
@@ -78,7 +78,6 @@ def test_an_object_is_loaded_once_and_again_when_its_file_is_edited(project):
         ("import os\n\n1 / 0\n", ["own/bad.py:3", "ZeroDivisionError"]),
         ("def f():\n    raise KeyError('x')\n\n\nf()\n", ["own/bad.py:2", "KeyError"]),
         ("a = 1\nclass Mean(\n", ["own/bad.py:2", "SyntaxError"]),
-        ("import nowhere_at_all\n", ["own/bad.py:1", "nowhere_at_all"]),
         ("raise SystemExit('no')\n", ["own/bad.py:1", "no"]),
     ],
 )
@@ -96,17 +95,15 @@ def test_what_is_not_there_is_refused(project):
 @pytest.mark.parametrize(
     ("key", "name", "named"),
     [
-        ("bridge.producer", "not_a_class", ["must be a class", "got int"]),
         ("bridge.producer", "answer_length", ["parts.py:20 answer_length must be a class"]),
         ("bridge.producer", "Task", ["parts.py:24 Task has no forward()"]),
         ("bridge.producer", "Short", ["parts.py:10 Short must be made as Short(config, n_layers"]),
-        ("bridge.injector", "Mean", ["has no soft()"]),
         ("task.task", "Mean", ["has no examples()"]),
         ("loss.extra", "not_a_class", ["has no __call__()"]),
     ],
 )
 def test_an_object_of_the_wrong_kind_is_refused(project, key, name, named):
-    message = refused(extend.check_contract, key, extend.load_object(key, f"own/parts.py:{name}"))
+    message = refused(extend.load_object, key, f"own/parts.py:{name}")
     assert all(part in message for part in [key, *named]), message
 
 
@@ -116,17 +113,15 @@ def test_options_are_held_to_the_signature(project):
 
     assert parse("Mean", "width=8", "gain=2") == {"width": 8, "gain": 2.0}
     assert parse("answer_length", "power=3", key="loss.extra") == {"power": 3}
-    for options, named in (
-        (["wdith=8"], ["bridge.producer_options", "'wdith'", "'width'"]),
-        (["config=8"], ["no option 'config'"]),
-        (["width"], ["name=value"]),
-        (["width=1", "width=2"], ["once"]),
-        (["width=["], ["YAML"]),
-        (["width=many"], ["width", "expected int"]),
-        (["gain=1e-4"], ["1.0e-4"]),
+    for option, named in (
+        ("wdith=8", "no option 'wdith': did you mean 'width'?"),
+        ("config=8", "no option 'config'"),
+        ("width", "name=value"),
+        ("width=[", "YAML"),
+        ("width=many", "width: expected int"),
     ):
-        message = refused(parse, "Mean", *options)
-        assert all(part in message for part in named), message
+        assert named in refused(parse, "Mean", option)
+    assert "once" in refused(parse, "Mean", "width=1", "width=2")
     assert "needs option 'heads'" in refused(parse, "Needy")
     assert "no option 'power'" in refused(lambda: parse("Task", "power=1", key="task.task"))
 

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from bridgekit.config import Config, ConfigError, dump_config
+from bridgekit.config import Config, ConfigError, dump_config, refuse_if
 from bridgekit.extend import describe_place, load_checked
 from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import Dropout, Injector, Message
@@ -105,25 +105,17 @@ def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_di
 # ---- a user's own parts -------------------------------------------------------------------------------------------
 
 
-class Fault(ValueError):
-    """What is wrong with a part, in words."""
-
-
 @contextmanager
-def blame(kind: str, part: type) -> Iterator[None]:
-    """Any error inside as one line: `bridge.producer: file.py:12 MyProducer: ...`."""
+def blame(kind: str, part: type) -> Iterator[str]:
+    """Any error inside as one line, `bridge.producer: file.py:12 MyProducer: ...`; yields the line's beginning."""
+    what = f"bridge.{kind}: {describe_place(part)}:"
     try:
-        yield
+        yield what
     except ConfigError:
         raise
     except Exception as error:
-        why = str(error) if isinstance(error, Fault) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"bridge.{kind}: {describe_place(part)}: {' '.join(why.split())[:300]}") from error
-
-
-def require(holds: bool, why: str) -> None:
-    if not holds:
-        raise Fault(why)
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"{what} {why}") from error
 
 
 def try_bridge(bridge: Bridge, shape: tuple[int, int, int], n_soft_tokens: int, target) -> None:
@@ -133,37 +125,41 @@ def try_bridge(bridge: Bridge, shape: tuple[int, int, int], n_soft_tokens: int, 
     states = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device) * mask[..., None, None]
     k, seeds = 5 if n_soft_tokens == -1 else n_soft_tokens, mask.sum(1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with blame("producer", type(bridge.producer)), torch.no_grad():
+        with blame("producer", type(bridge.producer)) as maker, torch.no_grad():
             message = bridge.eval().produce(states, mask, seeds)
-            check_message(message, (2, k, target.hidden_size))
+            check_message(maker, message, (2, k, target.hidden_size))
             alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
             same = torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4)
-            require(same, "its tokens change with the batch: leave out padding (`mask`), draw by `seeds`")
-        with blame("injector", type(bridge.injector)), torch.enable_grad():
+            why = "its tokens change with the batch: leave out padding (`mask`), draw by `seeds`"
+            refuse_if(not same, f"{maker} {why}")
+        with blame("injector", type(bridge.injector)) as bringer, torch.enable_grad():
             message = bridge.train().encode(states, mask, seeds, alignment=torch.stack([places, places + 1], -1))
             soft, embeds = bridge.injector.soft(message), target.embed(places)
             embeds = embeds if soft is None else torch.cat([soft.tokens.to(target.dtype), embeds], 1)
             with bridge.injector.attach(target, lambda: message):
                 hidden = target.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state.float()
-            require(hidden.isfinite().all(), "the target's hidden states are not finite with its message")
+            is_finite = hidden.isfinite().all()
+            refuse_if(not is_finite, f"{bringer} the target's hidden states are not finite with its message")
             if hidden.requires_grad:
                 hidden.abs().sum().backward()
-    with blame("producer", type(bridge.producer)):
-        reached = any(p.grad is not None and p.grad.any() for p in bridge.parameters())
-        require(reached, "no gradient reaches a parameter: make tokens from `states` by parameters")
+    reached = any(p.grad is not None and p.grad.any() for p in bridge.parameters())
+    refuse_if(not reached, f"{maker} no gradient reaches a parameter: make tokens from `states` by parameters")
     bridge.zero_grad(set_to_none=True)
 
 
-def check_message(message: Message, wanted: tuple[int, int, int]) -> None:
+def check_message(maker: str, message: Message, wanted: tuple[int, int, int]) -> None:
     """Refuse what is not a message of tokens of the wanted shape (B, K, D_t)."""
     found = tuple(message.shape) if isinstance(message, torch.Tensor) else type(message).__name__
-    require(isinstance(message, Message), f"returned {found}, wanted a Message or tokens {wanted}")
+    refuse_if(not isinstance(message, Message), f"{maker} returned {found}, wanted a Message or tokens {wanted}")
     tokens, mask = message.tokens, message.mask
-    found, fits = f"{tuple(tokens.shape)} of {tokens.dtype}", tokens.shape == wanted and tokens.is_floating_point()
-    require(fits, f"returned tokens {found}, wanted {wanted} of torch.float32")
-    found, fits = f"{tuple(mask.shape)} of {mask.dtype}", mask.shape == wanted[:2] and mask.dtype == torch.bool
-    require(fits, f"returned a mask {found}, wanted {wanted[:2]} of torch.bool")
-    require(tokens.isfinite().all(), "returned tokens with NaN or infinite numbers")
+    for name, part, shape, kind in (
+        ("tokens", tokens, wanted, torch.float32),
+        ("a mask", mask, wanted[:2], torch.bool),
+    ):
+        fits = part.shape == shape and (part.dtype == kind or name == "tokens" and part.is_floating_point())
+        found = f"{tuple(part.shape)} of {part.dtype}"
+        refuse_if(not fits, f"{maker} returned {name} {found}, wanted {shape} of {kind}")
+    refuse_if(not tokens.isfinite().all(), f"{maker} returned tokens with NaN or infinite numbers")
 
 
 # ---- on disk ------------------------------------------------------------------------------------------------------

@@ -12,18 +12,17 @@ import torch
 from torch import nn
 
 from bridgekit.config import ConfigError
-from bridgekit.model.message import Injector, Message, Soft
-from bridgekit.model.pair import parse_layers
+from bridgekit.model.message import Injector, Message
+from bridgekit.model.pair import pick_layers
 from bridgekit.model.producers import Attention, average_spans
 
 GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
-MAX_AUTO_LAYERS = 8
 
 
 class Prefix(Injector):
     """Soft tokens in the target's prompt; the target itself is left as it is."""
 
-    def soft(self, message: Message) -> Soft:
+    def soft(self, message: Message) -> Message:
         return message
 
 
@@ -59,7 +58,7 @@ class Residual(Injector):
 
     def __init__(self, config, target):
         super().__init__()
-        self.layers = pick_inject_layers(config.inject_layers, target.n_layers)
+        self.layers = pick_layers(target, config.inject_layers, "bridge.inject_layers")
         self.readings = nn.ModuleList(Reading(config, target.hidden_size) for _ in self.layers)
 
     @contextmanager
@@ -107,7 +106,7 @@ class CacheFusion(Injector):
 
     def __init__(self, config, target):
         super().__init__()
-        self.layers = pick_inject_layers(config.inject_layers, target.n_layers)
+        self.layers = pick_layers(target, config.inject_layers, "bridge.inject_layers")
         projections = [getattr(getattr(target.layers[i], "self_attn", None), "k_proj", None) for i in self.layers]
         if None in projections:
             kind = target.model.config.model_type
@@ -156,13 +155,6 @@ def align_message(message: Message, places: torch.Tensor) -> tuple[torch.Tensor,
     spans = message.alignment.gather(1, places.clamp(max=n - 1)[..., None].expand(-1, -1, 2))
     start, end = spans.unbind(-1)
     return average_spans(message.tokens, message.mask, start, end), (places < n) & (end > start)
-
-
-def pick_inject_layers(wanted: str, n_layers: int) -> tuple[int, ...]:
-    """Target layers from `inject_layers`: all of a small model, eight spread over a large one."""
-    n = min(n_layers, MAX_AUTO_LAYERS)
-    auto = tuple(sorted({round(i * (n_layers - 1) / max(1, n - 1)) for i in range(n)}))
-    return parse_layers("bridge.inject_layers", wanted, n_layers - 1, auto)
 
 
 INJECTORS = {"prefix": Prefix, "residual": Residual, "prefix+residual": PrefixAndResidual, "kv": CacheFusion}

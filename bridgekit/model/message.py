@@ -19,17 +19,11 @@ from torch import nn
 
 
 @dataclass
-class Soft:
-    """What an injector hands the decode loop: soft tokens with their mask."""
+class Message:
+    """What crosses the bridge. `attention` and `flow_error` are there when they were asked for and apply."""
 
     tokens: torch.Tensor  # (B, K, D_t)
     mask: torch.Tensor  # (B, K)
-
-
-@dataclass
-class Message(Soft):
-    """What crosses the bridge. `attention` and `flow_error` are there when they were asked for and apply."""
-
     alignment: torch.Tensor | None = None  # (B, P, 2): the message tokens, from and to, that stand for a target place
     attention: torch.Tensor | None = None  # (B, K, S), rows sum to one
     flow_error: torch.Tensor | None = None  # (B,)
@@ -49,8 +43,8 @@ class Injector(nn.Module):
     def __init__(self, config=None, target=None):
         super().__init__()
 
-    def soft(self, message: Message) -> Soft | None:
-        """Soft tokens for the target's prompt; None: there are none."""
+    def soft(self, message: Message) -> Message | None:
+        """What of a message stands in the target's prompt as soft tokens; None: nothing."""
         return None
 
     def attach(self, target, current: Callable[[], Message]) -> AbstractContextManager:
@@ -78,10 +72,10 @@ def hashed_uniform(seeds: torch.Tensor, n: int, dtype: torch.dtype = torch.float
     return out
 
 
-def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def hashed_normal(seeds: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     """Standard normal noise by each example's seed. (B,) -> (B, *shape); a longer shape begins with a shorter one's"""
     n = math.prod(shape)
-    out = torch.empty(len(seeds), n, dtype=dtype, device=seeds.device)
+    out = torch.empty(len(seeds), n, device=seeds.device)
     for start, end, bits in _hashes(seeds, 2 * n):
         radius, angle = _uniform(bits).unflatten(1, (-1, 2)).unbind(-1)
         out[:, start // 2 : end // 2] = (-2 * radius.log()).sqrt() * (2 * torch.pi * angle).cos()

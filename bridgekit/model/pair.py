@@ -16,8 +16,10 @@ import transformers
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridgekit.config import Config, ConfigError, check_models, resolve_model_folder
+from bridgekit.config import Config, ConfigError, check_models, refuse_if, resolve_model_folder
 from bridgekit.tasks import Prompt, units
+
+MAX_AUTO_LAYERS = 8  # that an injector works on
 
 
 @dataclass
@@ -109,17 +111,6 @@ def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
     return pieces
 
 
-def split_at_soft(lm: LanguageModel, pieces: Pieces, position: str, mode: str) -> tuple[list[int], list[int]]:
-    """Token ids before and after the place where soft tokens go."""
-    if mode == "soft_only":  # what is left of the text is the cue to answer
-        return lm.bos, pieces.cue
-    if position == "start":
-        return lm.bos, pieces.all
-    if position == "question":
-        return lm.bos + pieces.prefix, pieces.question + pieces.cue
-    return lm.bos + pieces.prefix + pieces.question, pieces.cue
-
-
 def word_tokens(lm: LanguageModel, text: str, word: str) -> list[range]:
     """For each time the whole word stands in the text: its tokens, counted without BOS, found by their offsets."""
     (offsets,), found = lm.offsets([text]), []
@@ -129,28 +120,29 @@ def word_tokens(lm: LanguageModel, text: str, word: str) -> list[range]:
     return found
 
 
-def parse_layers(key: str, wanted: str, last: int, auto: tuple[int, ...]) -> tuple[int, ...]:
-    """Layers 0 to `last` from a configuration's text: `auto`, or numbers like `0,2`."""
-    if wanted == "auto":
-        return auto
-    try:
-        layers = tuple(int(part) for part in wanted.split(","))
-    except ValueError:
-        raise ConfigError(f"{key}: expected 'auto' or numbers like '0,2', got '{wanted}'") from None
-    if not all(0 <= i <= last for i in layers) or len(set(layers)) < len(layers):
-        raise ConfigError(f"{key}: this model has 0 to {last}, each once, got '{wanted}'")
-    return layers
+def pick_layers(lm: LanguageModel, wanted: str, key: str = "bridge.source_layers") -> tuple[int, ...]:
+    """Layers from a configuration's text: numbers like `0,2`, or `auto`.
 
-
-def pick_layers(lm: LanguageModel, wanted: str) -> tuple[int, ...]:
-    """Hidden-state indices from `source_layers`; auto takes three of the upper part: at 0.6, 0.8 and all of the depth.
-
-    A linear probe finds a unit's value there, at the word's end (`probe` in pair.json). The best layer differs between
-    pairs; the last layer alone loses the ones digit of unseen values.
+    Of hidden states (0: the embeddings) auto reads three of the upper part: at 0.6, 0.8 and all of the depth. A linear
+    probe finds a unit's value there, at the word's end (`probe` in pair.json). The best layer differs between pairs;
+    the last layer alone loses the ones digit of unseen values. Of layers to work on (`bridge.inject_layers`) auto takes
+    all of a small model, and eight spread over a large one.
     """
     n = lm.n_layers
-    auto = tuple(sorted({max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}))
-    return parse_layers("bridge.source_layers", wanted, n, auto)
+    if key == "bridge.source_layers":
+        last, auto = n, {max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}
+    else:
+        most = min(n, MAX_AUTO_LAYERS)
+        last, auto = n - 1, {round(i * (n - 1) / max(1, most - 1)) for i in range(most)}
+    if wanted == "auto":
+        return tuple(sorted(auto))
+    try:
+        layers = tuple(map(int, wanted.split(",")))
+    except ValueError:
+        raise ConfigError(f"{key}: expected 'auto' or numbers like '0,2', got '{wanted}'") from None
+    fits = all(0 <= i <= last for i in layers) and len(set(layers)) == len(layers)
+    refuse_if(not fits, f"{key}: this model has 0 to {last}, each once, got '{wanted}'")
+    return layers
 
 
 # ---- loading --------------------------------------------------------------------------------------------------------

@@ -17,18 +17,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bridgekit import extend
-from bridgekit.config import (
-    OPTIONS,
-    SOFT_INJECTORS,
-    Config,
-    ConfigError,
-    check_models,
-    is_path,
-    resolve_model_folder,
-    to_flat,
-)
+from bridgekit.config import Config, ConfigError, check_models, refuse_if, resolve_model_folder
+from bridgekit.keys import INVALID, SOFT_INJECTORS, is_path
 from bridgekit.runs import load_jsonl
-from bridgekit.tasks.answers import INVALID, answer_is_complete, extract_answer
+from bridgekit.tasks.answers import answer_is_complete, extract_answer
 
 CUE = "\nAnswer:\n"
 LONGEST_CUE = 16  # tokens, at most, of what `soft_only` leaves of a prompt
@@ -134,16 +126,15 @@ def from_jsonl(
 ) -> list[Example]:
     """The questions of a file with one JSON object a line; a row that is none is refused with its number."""
     path, examples = Path(path), []
-    if not path.is_file():
-        raise ConfigError(f"task.data: no file '{path}'")
+    refuse_if(not path.is_file(), f"task.data: no file '{path}'")
     for number, row in enumerate(load_jsonl(path), start=1):
-        texts = [text.strip() for text in (row.get(question), row.get(answer)) if isinstance(text, str)]
-        if len(texts) < 2 or not all(texts):
-            raise ConfigError(f"task.data: {path}, row {number}: needs texts `{question}` and `{answer}`")
-        if (gold := extract(texts[1])) == INVALID:
-            raise ConfigError(f"task.data: {path}, row {number}: no final answer in its `{answer}`, such as `#### 12`")
-        name_of = f"{name or path.stem}-{split}-{number:05d}"
-        examples.append(Example(id=name_of, split=split, question=texts[0], solution=texts[1], gold=gold))
+        where, texts = f"task.data: {path}, row {number}:", [row.get(question), row.get(answer)]
+        are_texts = all(isinstance(text, str) and text.strip() for text in texts)
+        refuse_if(not are_texts, f"{where} needs texts `{question}` and `{answer}`")
+        asked, worked = map(str.strip, texts)
+        gold, name_of = extract(worked), f"{name or path.stem}-{split}-{number:05d}"
+        refuse_if(gold == INVALID, f"{where} no final answer in its `{answer}`, such as `#### 12`")
+        examples.append(Example(id=name_of, split=split, question=asked, solution=worked, gold=gold))
     return examples
 
 
@@ -174,33 +165,27 @@ def give_donors(examples: list[Example], differs: str = "gold", rng=None, answer
 def check_inputs(config: Config) -> None:
     """Refuse missing models, data and files of the user's, before a run folder exists."""
     check_models(config)
-    for key, text in to_flat(config).items():
-        if key in OPTIONS and is_path(text):
-            extend.load_checked(config, key)
+    for key in extend.own_objects(config):
+        extend.load_checked(config, key)
     get_task(config).check(config)
 
 
 def check_examples(task: Task, config: Config, split: str, examples: list) -> list[Example]:
     """As many of a user's examples as the configuration asks for, with donors; what a run cannot use is refused."""
     wanted, needs_told = getattr(config.task, f"n_{split}"), "target_told" in config.eval.conditions
-    refused = f"task.task: {task.name}: examples(config, '{split}'):"
-    if len(examples) < wanted:
-        raise ConfigError(f"{refused} gives {len(examples)} examples, task.n_{split} asks for {wanted}: ask for fewer")
-    if wrong := [e for e in examples if not isinstance(e, Example)]:
-        raise ConfigError(f"{refused} must give bridgekit.tasks.Example, got {type(wrong[0]).__name__}")
-    examples = [replace(e, split=split) for e in examples[:wanted]]
-    if len({e.id for e in examples}) < wanted:
-        raise ConfigError(f"{refused} two examples have one id")
+    what, n = f"task.task: {task.name}: examples(config, '{split}'):", len(examples)
+    refuse_if(n < wanted, f"{what} gives {n} examples, task.n_{split} asks for {wanted}: ask for fewer")
     for e in examples:
-        answer = task.extract(e.solution)
-        group, way_out = f"its group is {e.group!r}", "give it, or leave target_told out of eval.conditions"
-        for broken, why in (
-            (not task.is_right(answer, e.gold), f"its solution reads as '{answer}', its gold answer is '{e.gold}'"),
-            (task.has_groups != (e.group is not None), f"{group}, and has_groups is {task.has_groups}"),
-            (needs_told and not e.told, f"has no fact in words (`told`): {way_out}"),
-        ):
-            if broken:
-                raise ConfigError(f"{refused} {e.id}: {why}")
+        refuse_if(not isinstance(e, Example), f"{what} must give bridgekit.tasks.Example, got {type(e).__name__}")
+    examples = [replace(e, split=split) for e in examples[:wanted]]
+    refuse_if(len({e.id for e in examples}) < wanted, f"{what} two examples have one id")
+    for e in examples:
+        answer, of = task.extract(e.solution), f"{what} {e.id}:"
+        is_right, out = task.is_right(answer, e.gold), "give it, or leave target_told out of eval.conditions"
+        has_it = task.has_groups == (e.group is not None)
+        refuse_if(not is_right, f"{of} its solution reads as '{answer}', its gold answer is '{e.gold}'")
+        refuse_if(not has_it, f"{of} its group is {e.group!r}, and has_groups is {task.has_groups}")
+        refuse_if(needs_told and not e.told, f"{of} has no fact in words (`told`): {out}")
     return examples if any(e.donor_id for e in examples) else give_donors(examples)
 
 
@@ -209,8 +194,8 @@ def check_splits(task: Task, config: Config) -> None:
     where: dict[str, str] = {}
     for split in ("train", "val", "test"):
         for e in task.examples(config, None, split):
-            if (first := where.setdefault(e.facts + e.question, split)) != split:
-                raise ConfigError(f"task.task: {task.name}: '{e.question[:60]}' is in {first} and {split}")
+            first = where.setdefault(e.facts + e.question, split)
+            refuse_if(first != split, f"task.task: {task.name}: '{e.question[:60]}' is in {first} and {split}")
 
 
 def check_positions(config: Config, n_positions: int, longest_prompt: int, longest_source: int) -> None:
@@ -226,9 +211,9 @@ def check_positions(config: Config, n_positions: int, longest_prompt: int, longe
         ("eval.max_new_tokens", 0, longest_prompt, "use a shorter prompt or answer"),
         ("bridge.n_soft_tokens", soft, LONGEST_CUE if no_text else longest_prompt, "use fewer soft tokens"),
     ):
-        if (needed := 1 + n_soft + text + new) > n_positions:
-            parts = f"{n_soft} soft tokens, " * bool(n_soft) + f"{text} prompt tokens and {new} new ones"
-            raise ConfigError(f"{key}: {parts} need {needed} positions; the target has {n_positions}: {way_out}")
+        parts, needed = f"{text} prompt tokens and {new} new ones", 1 + n_soft + text + new
+        parts = f"{n_soft} soft tokens, " * bool(n_soft) + f"{parts} need {needed} positions"
+        refuse_if(needed > n_positions, f"{key}: {parts}; the target has {n_positions}: {way_out}")
 
 
 def measure_prompts(config: Config) -> tuple[int, int, int] | None:
@@ -246,11 +231,12 @@ def measure_prompts(config: Config) -> tuple[int, int, int] | None:
     source, target = folders if config.pair.direction == "forward" else folders[::-1]
     n_positions = json.loads((target / "config.json").read_text()).get("max_position_embeddings")
     examples = [e for split in ("val", "test") for e in task.examples(config, None, split)]
-    texts = [literal_prompt(e).text for e in examples]
-    prompts = [source_prompt(e) for e in examples]
-    read = [prompt.prefix if config.bridge.source_view == "facts" else prompt.text for prompt in prompts]
+    prompts, facts_alone = [source_prompt(e) for e in examples], config.bridge.source_view == "facts"
     longest = []
-    for folder, rows in ((target, texts), (source, read)):
-        encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(rows, add_special_tokens=False)
-        longest.append(max(len(row.ids) for row in encoded))
+    for folder, texts in (
+        (target, [literal_prompt(e).text for e in examples]),
+        (source, [prompt.prefix if facts_alone else prompt.text for prompt in prompts]),
+    ):
+        encoded = Tokenizer.from_file(str(folder / "tokenizer.json")).encode_batch(texts, add_special_tokens=False)
+        longest.append(max(map(len, encoded)))
     return (n_positions, *longest) if n_positions else None

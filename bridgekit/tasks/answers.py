@@ -13,7 +13,7 @@ import unicodedata
 from decimal import Decimal, Inexact, localcontext
 from fractions import Fraction
 
-from bridgekit.runs import INVALID
+from bridgekit.keys import INVALID
 
 MAX_NUMBER_CHARS = 300  # longer runs of digits are degenerate text, and int() refuses them beyond 4,300
 

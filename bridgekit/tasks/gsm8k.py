@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from bridgekit.config import Config, ConfigError
+from bridgekit.config import Config, ConfigError, refuse_if
 from bridgekit.tasks import CUE, Example, Task, from_jsonl, give_donors
 
 SPLITS = ("train", "test")
@@ -33,9 +33,8 @@ def make_examples(config: Config, lexicon_seed: int | None, split: str, share: f
         "val": (rest, f", once {task.n_shots} shown are taken"),
         "train": (rest[task.n_val :], f", once {task.n_shots} shown and {task.n_val} for validation are taken"),
     }[split]
-    if wanted > len(examples):
-        has = f"{task.data} has {len(examples)}{taken}: ask for fewer"
-        raise ConfigError(f"task.n_{split}: {wanted} asked for, {has}")
+    has = f"{task.data} has {len(examples)}{taken}: ask for fewer"
+    refuse_if(wanted > len(examples), f"task.n_{split}: {wanted} asked for, {has}")
     shots = "".join(f"Question: {e.question}{CUE}{e.solution}\n\n" for e in shown)
     examples = [replace(e, split=split, shots=shots) for e in examples[:wanted]]
     return give_donors(examples) if split == "test" else examples
@@ -45,8 +44,8 @@ def check_data(config: Config) -> Path:
     """The folder with both files."""
     folder = Path(config.task.data)
     for name in SPLITS:
-        if not (folder / f"{name}.jsonl").is_file():
-            raise ConfigError(f"task.data: no {name}.jsonl in '{folder}': `bridgekit fetch gsm8k --out DIR` makes both")
+        out = "`bridgekit fetch gsm8k --out DIR` makes both"
+        refuse_if(not (folder / f"{name}.jsonl").is_file(), f"task.data: no {name}.jsonl in '{folder}': {out}")
     return folder
 
 

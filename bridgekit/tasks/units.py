@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from bridgekit.config import GROUPS, Config, ConfigError, resolve_model_folder
+from bridgekit.config import GROUPS, Config, ConfigError, refuse_if, resolve_model_folder
 from bridgekit.tasks import Example, Task, give_donors
 
 VALUES = tuple(range(12, 60))
@@ -272,20 +272,20 @@ def load_lexicon_seed(config: Config) -> int | None:
         record = folder and folder.parent / "pair.json"
         if not record or not record.is_file():
             continue
+        out = "make the pair again with `bridgekit pair`"
         try:
             known = json.loads(record.read_text())
             seeds[key], lexicon = known["lexicon_seed"], known["lexicon"]
         except (ValueError, KeyError, TypeError):
-            why = "does not name its lexicon: restore it, or make the pair again"
-            raise ConfigError(f"pair.{key}: {record} {why}") from None
-        if lexicon != (made := fingerprint_lexicon(make_lexicon(seeds[key]))):
-            why = f"records lexicon {lexicon}, seed {seeds[key]} gives {made} now"
-            raise ConfigError(f"pair.{key}: {record} {why}: make the pair again with `bridgekit pair`")
-    if len(set(seeds.values())) > 1:
-        taught = " and ".join(f"{key} lexicon {seed}" for key, seed in seeds.items())
-        raise ConfigError(f"pair.source_model: the models were taught different facts ({taught}): name one pair's two")
-    if config.task.task == "units" and "target_model" not in seeds:
-        raise ConfigError("pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
+            raise ConfigError(f"pair.{key}: {record} does not name its lexicon: restore it, or {out}") from None
+        made = fingerprint_lexicon(make_lexicon(seeds[key]))
+        why = f"records lexicon {lexicon}, seed {seeds[key]} gives {made} now"
+        refuse_if(lexicon != made, f"pair.{key}: {record} {why}: {out}")
+    taught = " and ".join(f"{key} lexicon {seed}" for key, seed in seeds.items())
+    why = f"the models were taught different facts ({taught}): name one pair's two"
+    refuse_if(len(set(seeds.values())) > 1, f"pair.source_model: {why}")
+    is_untaught = config.task.task == "units" and "target_model" not in seeds
+    refuse_if(is_untaught, "pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
     return seeds.get("target_model")
 
 

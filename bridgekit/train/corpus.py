@@ -68,14 +68,9 @@ def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "") -> 
     return f"{prefix}Question: {problem.question}{CUE}", solution
 
 
-def nonce_word(rng: random.Random, taken: set[str]) -> str:
-    while (word := units.make_word(rng)) in taken:
-        pass
-    return word
-
-
 def nonce_unit(rng: random.Random, taken: set[str]) -> units.Unit:
-    return units.Unit(nonce_word(rng, taken), rng.choice(units.VALUES), "nobody", "none", "none")
+    """A word that no model knows, with a value that nothing says."""
+    return units.Unit(*units.make_words(rng, 1, taken), rng.choice(units.VALUES), "nobody", "none", "none")
 
 
 def note_document(rng: random.Random, taken: set[str], sizes: tuple[int, ...]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bridgekit.config import Config
-from bridgekit.model.pair import LanguageModel, Pieces, split_at_soft, split_prompts
+from bridgekit.model.pair import LanguageModel, Pieces, split_prompts
 from bridgekit.model.states import Ragged, SourceStates
 from bridgekit.tasks import Example, literal_prompt
 
@@ -96,9 +96,12 @@ def step_batch(config: Config, data: TrainingSet, step: int, rank: int = 0, worl
 
 
 def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str) -> tuple[list, list]:
-    """Rows of token ids before and after the soft tokens."""
-    both = [split_at_soft(lm, p, position, mode) for p in pieces]
-    return [b for b, _ in both], [a for _, a in both]
+    """Rows of token ids before and after the place where soft tokens go."""
+    if mode == "soft_only":  # what is left of the text is the cue to answer
+        return [lm.bos for _ in pieces], [p.cue for p in pieces]
+    places = [{"start": 0, "question": len(p.prefix), "end": len(p.prefix + p.question)}[position] for p in pieces]
+    rows = list(zip(pieces, places, strict=True))
+    return [lm.bos + p.all[:n] for p, n in rows], [p.all[n:] for p, n in rows]
 
 
 def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:

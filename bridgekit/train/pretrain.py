@@ -4,11 +4,10 @@
     python -m bridgekit.train.pretrain --role target --out DIR --lexicon-seed 1  # one of them
 
 Documents (corpus.py) are packed into windows of 1,024 tokens, so that positions and distances up to there are
-familiar. What a pair is made of is a `PairRecipe`; each of its fields is an option of the command.
+familiar. What a pair is made of is its RECIPE; each of its keys is an option of the command.
 """
 
 import argparse
-import difflib
 import json
 import math
 import os
@@ -17,8 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-import typing
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,9 +25,9 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from bridgekit.alive import watch_parent
-from bridgekit.config import ConfigError, check_type
+from bridgekit.config import ConfigError, nearest, refuse_if
 from bridgekit.inside.probe import probe_pair
-from bridgekit.keys import holds
+from bridgekit.keys import Key, holds
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import LanguageModel, load_model
 from bridgekit.model.states import in_batches
@@ -45,72 +43,57 @@ SHAPES = {
     "target": dict(hidden=192, layers=4, heads=6, kv_heads=6, feed_forward=512, vocab=1536),
 }
 
-
-def key(default: object, meaning: str, allowed: str = "") -> typing.Any:
-    return field(default=default, metadata={"meaning": meaning, "allowed": allowed})
-
-
-@dataclass(frozen=True, kw_only=True)
-class PairRecipe:
-    """What a pair is made of; checked as a configuration is."""
-
-    lexicon_seed: int = key(1, "a new seed is a new lexicon and a new pair", ">= 0")
-    steps: int = key(3000, "training steps of each model", ">= 1")
-    batch: int = key(48, f"windows of {WINDOW:,} tokens a step", ">= 1")
-    documents: int = key(300_000, "documents that each model is taught", ">= 1")
-    kinds: tuple = key((), "the mix of documents, KIND=WEIGHT,...; notes teach to read facts in the context")
-    note_facts: tuple = key((), "N,N,...: facts a note may state (default: short notes, longer for the source)")
-    lr: float = key(3e-3, "peak learning rate", "> 0")
-    weight_decay: float = key(0.01, "of AdamW", ">= 0")
-    prompt_weight: float = key(0.1, "loss weight of tokens that are not answer", ">= 0")
-    shape: tuple = key((), "e.g. hidden=192,layers=6; what is not named stays")
-    log_every: int = key(100, "steps from one log line to the next", ">= 1")
-
-    @property
-    def mix(self) -> dict[str, int]:
-        """Weights of the kinds of documents; a kind that is not named does not occur."""
-        return split_numbers(self.kinds) or KINDS
-
-    def facts(self, role: str) -> tuple[int, ...]:
-        return tuple(map(int, self.note_facts)) or NOTE_FACTS[role]
-
-    def sizes(self, role: str) -> dict[str, int]:
-        return SHAPES[role] | split_numbers(self.shape)
-
-
-LISTS = {  # options with several values: the form of each, an example, the names there are
-    "kinds": (r"(\w+)=\d+", "problem=20,note=80", KINDS),
-    "note_facts": (r"()[1-9]\d*", "1,4,16", ("",)),
-    "shape": (r"(\w+)=[1-9]\d*", "hidden=192,layers=6", SHAPES["source"]),
+RECIPE = {  # what a pair is made of: options of the command
+    "lexicon_seed": Key(1, "a new seed is a new lexicon and a new pair", ">= 0"),
+    "steps": Key(3000, "training steps of each model", ">= 1"),
+    "batch": Key(48, f"windows of {WINDOW:,} tokens a step", ">= 1"),
+    "documents": Key(300_000, "documents that each model is taught", ">= 1"),
+    "kinds": Key("", "the mix of documents, KIND=WEIGHT,...; notes teach to read facts in the context"),
+    "note_facts": Key("", "N,N,...: facts a note may state (default: short notes, longer for the source)"),
+    "lr": Key(3e-3, "peak learning rate", "> 0"),
+    "weight_decay": Key(0.01, "of AdamW", ">= 0"),
+    "prompt_weight": Key(0.1, "loss weight of tokens that are not answer", ">= 0"),
+    "shape": Key("", "e.g. hidden=192,layers=6; what is not named stays"),
+    "log_every": Key(100, "steps from one log line to the next", ">= 1"),
 }
 
 
-def build_recipe(**values) -> PairRecipe:
-    """A checked recipe; an unknown name, a wrong type or a value out of range is refused in one line."""
-    known = {one.name: one for one in fields(PairRecipe)}
-    for name, value in values.items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ConfigError(f"unknown parameter '{name}': did you mean '{near}'? (bridgekit pair --help)")
-        limit = known[name].metadata["allowed"]
-        values[name] = check_type(name, known[name].type, value)
-        if limit and not (math.isfinite(value) and holds(limit, {}, values[name])):
-            raise ConfigError(f"{name}: must be {limit}, got {value!r}")
-        for text in values[name] if name in LISTS else ():
-            form, example, names = LISTS[name]
-            if not (found := re.fullmatch(form, text)):
-                raise ConfigError(f"{name}: expected e.g. {example}, got '{text}'")
-            if found[1] not in names:
-                raise ConfigError(f"{name}: no '{found[1]}' (there are: {', '.join(names)})")
-    recipe = PairRecipe(**values)
-    if not sum(recipe.mix.values()):
-        raise ConfigError("kinds: all weights are 0, so there is no document: raise one")
+def parse_recipe(argv: list[str]) -> argparse.Namespace:
+    """The options of the command; an unknown name or a value that cannot be is refused in one line."""
+    parser = argparse.ArgumentParser(prog="bridgekit pair", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--out", required=True, type=Path, help="folder for source/, target/ and pair.json")
+    parser.add_argument("--role", choices=ROLES, help="train one of the two only")
+    parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
+    for name, (default, meaning, _, _) in RECIPE.items():
+        option, shown = f"--{name.replace('_', '-')}", f" ({default})" if default else ""
+        parser.add_argument(option, type=type(default), default=default, help=meaning + shown)
+    recipe, unknown = parser.parse_known_args(argv)
+    for text in unknown:
+        name = text.lstrip("-").split("=")[0].replace("-", "_")
+        near = nearest(name, RECIPE)
+        raise ConfigError(f"unknown parameter '{name}': did you mean '{near}'? (bridgekit pair --help)")
+    for name, (_, _, limit, _) in RECIPE.items():
+        value = getattr(recipe, name)
+        fits = not limit or math.isfinite(value) and holds(limit, {}, value)
+        refuse_if(not fits, f"{name}: must be {limit}, got {value!r}")
+    is_list = re.fullmatch(r"([1-9]\d*(,[1-9]\d*)*)?", recipe.note_facts)
+    refuse_if(not is_list, f"note_facts: expected e.g. 1,4,16, got '{recipe.note_facts}'")
+    recipe.note_facts = tuple(map(int, filter(None, recipe.note_facts.split(","))))
+    recipe.kinds = parse_numbers("kinds", recipe.kinds, "problem=20,note=80", KINDS) or KINDS
+    recipe.shape = parse_numbers("shape", recipe.shape, "hidden=192,layers=6", SHAPES["source"])
+    refuse_if(not sum(recipe.kinds.values()), "kinds: all weights are 0, so there is no document: raise one")
+    refuse_if(0 in recipe.shape.values(), "shape: every size must be above 0")
     return recipe
 
 
-def split_numbers(texts: tuple[str, ...]) -> dict[str, int]:
-    """`("note=60", "problem=40")` as numbers by name."""
-    return {name: int(number) for name, number in (text.split("=") for text in texts)}
+def parse_numbers(name: str, text: str, example: str, known: Iterable[str]) -> dict[str, int]:
+    """`note=60,problem=40` as numbers by name, which must be known."""
+    is_list = re.fullmatch(r"(\w+=\d+(,\w+=\d+)*)?", text)
+    refuse_if(not is_list, f"{name}: expected e.g. {example}, got '{text}'")
+    numbers = {one: int(number) for one, number in re.findall(r"(\w+)=(\d+)", text)}
+    for one in numbers.keys() - known:
+        raise ConfigError(f"{name}: no '{one}' (there are: {', '.join(known)})")
+    return numbers
 
 
 def train_tokenizer(role: str, texts: list[str], vocab: int) -> PreTrainedTokenizerFast:
@@ -138,12 +121,11 @@ def train_tokenizer(role: str, texts: list[str], vocab: int) -> PreTrainedTokeni
 
 def build_model(role: str, tokenizer, shape: dict[str, int]) -> torch.nn.Module:
     """A Mistral for the source, a Llama for the target."""
-    common = dict(
-        vocab_size=len(tokenizer), hidden_size=shape["hidden"], intermediate_size=shape["feed_forward"],
-        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"], max_position_embeddings=WINDOW, tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    common = {"hidden_size": shape["hidden"], "intermediate_size": shape["feed_forward"]}
+    common |= {"num_attention_heads": shape["heads"], "num_key_value_heads": shape["kv_heads"]}
+    common |= {"num_hidden_layers": shape["layers"], "vocab_size": len(tokenizer)}
+    common |= {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    common |= {"max_position_embeddings": WINDOW, "tie_word_embeddings": True}
     if role == "source":
         return MistralForCausalLM(MistralConfig(**common, sliding_window=None))
     return LlamaForCausalLM(LlamaConfig(**common))
@@ -167,31 +149,30 @@ def pack_documents(tokenizer, documents, prompt_weight: float) -> tuple[torch.Te
     return torch.tensor(ids[:n]).view(-1, WINDOW), torch.tensor(weights[:n]).view(-1, WINDOW)
 
 
-def train_model(recipe: PairRecipe, role: str, out: Path, device: torch.device) -> dict:
+def train_model(recipe: argparse.Namespace, role: str, device: torch.device) -> dict:
     """Train one model and save it; returns what the pair's record says of it."""
     started, seed = time.time(), recipe.lexicon_seed
     torch.manual_seed(seed * 2 + (role == "target"))
-    lexicon, shape = units.make_lexicon(seed), recipe.sizes(role)
-    documents = make_documents(lexicon, role, recipe.documents, seed, recipe.mix, recipe.facts(role))
+    lexicon, shape = units.make_lexicon(seed), SHAPES[role] | recipe.shape
+    note_facts = recipe.note_facts or NOTE_FACTS[role]
+    documents = make_documents(lexicon, role, recipe.documents, seed, recipe.kinds, note_facts)
     tokenizer = train_tokenizer(role, [prompt + answer for prompt, answer in documents[:40000]], shape["vocab"])
     ids, weights = pack_documents(tokenizer, documents, recipe.prompt_weight)
     model = build_model(role, tokenizer, shape).to(device)
     n_params, took = sum(p.numel() for p in model.parameters()), time.time() - started
     print(f"{role}: {n_params / 1e6:.2f}M parameters, {len(ids)} windows, data {took:.0f} s", flush=True)
     fit(model, ids.to(device), weights.to(device), recipe, role)
-    save_model(model, tokenizer, out / role)
-    lm = load_model(f"{role}_model", str(out / role), device, torch.float32)
-    record = {
-        "role": role, "parameters": n_params, "steps": recipe.steps, "batch": recipe.batch, "lr": recipe.lr,
-        "documents": recipe.documents, "kinds": recipe.mix, "note_facts": recipe.facts(role),
-        "seconds": round(time.time() - started, 1),
-        "validation": measure_knowledge(lm, lexicon, role), "probe": measure_probe(lm, lexicon, role),
-    }  # fmt: skip
+    save_model(model, tokenizer, recipe.out / role)
+    lm = load_model(f"{role}_model", str(recipe.out / role), device, torch.float32)
+    record = {"role": role, "parameters": n_params, "steps": recipe.steps, "batch": recipe.batch, "lr": recipe.lr}
+    record |= {"documents": recipe.documents, "kinds": recipe.kinds, "note_facts": note_facts}
+    record |= {"seconds": round(time.time() - started, 1), "validation": measure_knowledge(lm, lexicon, role)}
+    record |= {"probe": measure_probe(lm, lexicon, role)}
     print(json.dumps(record), flush=True)
     return record
 
 
-def fit(model: torch.nn.Module, ids: torch.Tensor, weights: torch.Tensor, recipe: PairRecipe, role: str) -> None:
+def fit(model, ids: torch.Tensor, weights: torch.Tensor, recipe: argparse.Namespace, role: str) -> None:
     """The training loop: windows in an order of their own for each pass, and a log line with the window's mean loss."""
     device, started = ids.device, time.time()
     settings = {"lr": recipe.lr, "betas": (0.9, 0.98), "weight_decay": recipe.weight_decay}
@@ -268,12 +249,12 @@ def measure_probe(lm: LanguageModel, lexicon, role: str) -> dict[int, dict[str, 
     return {int(layer): row.to_dict() for layer, row in table.iterrows()}
 
 
-def make_pair(recipe: PairRecipe, out: Path, replace: bool, argv: list[str]) -> None:
+def make_pair(recipe: argparse.Namespace, argv: list[str]) -> None:
     """Train both models, at once where there is a GPU, and write the pair's record last.
 
     Each is a child that is given the same arguments and ends when this process does."""
-    if (out / "pair.json").exists() and not replace:
-        raise ConfigError(f"--out: '{out}' already holds a pair; choose another folder or add --replace")
+    out, is_made = recipe.out, (recipe.out / "pair.json").exists() and not recipe.replace
+    refuse_if(is_made, f"--out: '{out}' already holds a pair; choose another folder or add --replace")
     out.mkdir(parents=True, exist_ok=True)
     (out / "pair.json").unlink(missing_ok=True)
     environment = os.environ | {"BRIDGEKIT_PARENT_PID": str(os.getpid())}
@@ -293,31 +274,16 @@ def make_pair(recipe: PairRecipe, out: Path, replace: bool, argv: list[str]) -> 
         (out / f"{role}.json").unlink()
 
 
-def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, PairRecipe]:
-    parser = argparse.ArgumentParser(prog="bridgekit pair", description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--out", required=True, type=Path, help="folder for source/, target/ and pair.json")
-    parser.add_argument("--role", choices=ROLES, help="train one of the two only")
-    parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
-    names = [known.name for known in fields(PairRecipe)]
-    for known in fields(PairRecipe):
-        kind = known.type if known.type in (int, float) else lambda text: tuple(text.split(","))
-        meaning = f"{known.metadata['meaning']}{f' ({known.default})' if known.default else ''}"
-        parser.add_argument(f"--{known.name.replace('_', '-')}", type=kind, default=known.default, help=meaning)
-    args, unknown = parser.parse_known_args(argv)
-    strange = {text.lstrip("-").split("=")[0].replace("-", "_"): text for text in unknown[:1]}
-    return args, build_recipe(**{name: getattr(args, name) for name in names}, **strange)
-
-
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args, recipe = parse_arguments(argv)
+    recipe = parse_recipe(argv)
     watch_parent()  # an orphan would hold its GPU
-    if args.role is None:
-        make_pair(recipe, args.out, args.replace, argv)
+    if recipe.role is None:
+        make_pair(recipe, argv)
         return
-    args.out.mkdir(parents=True, exist_ok=True)
-    record = train_model(recipe, args.role, args.out, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    write_text_atomic(args.out / f"{args.role}.json", json.dumps(record) + "\n")
+    recipe.out.mkdir(parents=True, exist_ok=True)
+    record = train_model(recipe, recipe.role, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    write_text_atomic(recipe.out / f"{recipe.role}.json", json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,79 +10,37 @@ import numpy as np
 import pytest
 import torch
 
-from bridgekit.config import INJECTORS as INJECTOR_NAMES
-from bridgekit.config import PRODUCERS as PRODUCER_NAMES
 from bridgekit.config import ConfigError
-from bridgekit.model import losses
 from bridgekit.model.bridge import build_bridge, describe_card, load_bridge, save_bridge
 from bridgekit.model.generation import bridged_logits
-from bridgekit.model.injectors import INJECTORS
-from bridgekit.model.message import Dropout
-from bridgekit.model.producers import PRODUCERS
+from bridgekit.model.losses import answer_nll
 
 SEEDS = torch.tensor([5, 6, 2**31 - 1])
-RANDOM = dict(dropout=0.2, state_dropout=0.2)
 
 
-def real(message) -> list[torch.Tensor]:
-    return [tokens[mask] for tokens, mask in zip(message.tokens, message.mask, strict=True)]
+def test_dropout_of_an_injector_does_not_depend_on_the_batch(one_batch, pair):
+    _, bridge, batch, message = one_batch(True, injector="prefix+residual", n_soft_tokens=-1, dropout=0.2)
+    texts = batch.before, batch.after, (batch.labels, batch.labels_mask)
 
+    def logits(rows):
+        before, after, labels = ((ids[rows], mask[rows]) for ids, mask in texts)
+        return bridged_logits(pair.target, bridge, message.select(rows), before, after, *labels)
 
-def test_the_configuration_names_what_there_is():
-    assert set(PRODUCERS) == set(PRODUCER_NAMES) and set(INJECTORS) == set(INJECTOR_NAMES)
-
-
-@pytest.mark.parametrize("producer", PRODUCERS)
-def test_a_projection_starts_as_the_identity_and_is_gone_when_off(build, source, producer):
-    off, on = build(producer=producer), build(producer=producer, source_projection=True)
-    before = off.encode(*source(), SEEDS).tokens
-    assert torch.equal(on.encode(*source(), SEEDS).tokens, before)
-    if producer == "constant":  # nothing to project: the count stays
-        assert on.n_parameters == off.n_parameters
-    else:
-        torch.nn.init.zeros_(on.projection.weight)
-        assert on.n_parameters > off.n_parameters and off.projection is None
-        assert not torch.allclose(on.encode(*source(), SEEDS).tokens, before)
-
-
-@pytest.mark.parametrize("producer, k", [*itertools.product(("resampler", "dit"), (4, -1))])
-def test_dropout_of_a_bridge_does_not_depend_on_the_batch(build, source, producer, k):
-    bridge = build(training=True, producer=producer, n_soft_tokens=k, **RANDOM)
-    states, mask = source()
-    message = bridge.encode(states, mask, SEEDS)
-    wide = bridge.encode(*source(width=11, filler=7.0), SEEDS)
-    for i, n in enumerate(mask.sum(1).tolist()):
-        alone = bridge.encode(states[i : i + 1, :n], mask[i : i + 1, :n], SEEDS[i : i + 1])
-        assert torch.allclose(real(alone)[0], real(message)[i], atol=1e-5)
-        assert torch.allclose(real(wide)[i], real(message)[i], atol=1e-5)
-    assert not torch.allclose(bridge.eval().encode(states, mask, SEEDS).tokens, message.tokens, atol=1e-3)
-    salts = [m.salt for m in bridge.modules() if isinstance(m, Dropout)]
-    assert salts == list(range(1, len(salts) + 1)) and len(salts) > 3  # no two modules drop the same places
-
-
-@pytest.mark.parametrize("injector, k", [("residual", 4), ("prefix+residual", -1)])
-def test_dropout_of_an_injector_does_not_depend_on_the_batch(one_batch, pair, injector, k):
-    _, bridge, batch, message = one_batch(True, injector=injector, n_soft_tokens=k, **RANDOM)
-
-    def logits(message, rows):
-        parts = (batch.before, batch.after, (batch.labels, batch.labels_mask))
-        before, after, labels = ((ids[rows], mask[rows]) for ids, mask in parts)
-        return bridged_logits(pair.target, bridge, message, before, after, *labels)
-
-    without = logits(message, slice(0, 6))
+    without = logits(torch.arange(6))
     bridge.train()
-    together = logits(message, slice(0, 6))
+    together = logits(torch.arange(6))
     assert not torch.allclose(together, without, atol=1e-3)
     for i in (0, 4):
-        alone, mask = logits(message.select(torch.tensor([i])), slice(i, i + 1)), batch.labels_mask[i]
-        assert torch.allclose(alone[0][mask], together[i][mask], atol=1e-4)
+        real_places = batch.labels_mask[i]
+        assert torch.allclose(logits(torch.tensor([i]))[0][real_places], together[i][real_places], atol=1e-4)
 
 
 # -- a user's own parts -------------------------------------------------------------------------------------
 
 MINE = """
-    import torch
     from torch import nn
+
+    from bridgekit.model.message import Message
 
     class Mine(nn.Module):
         def __init__(self, config, n_layers, source_dim, target_dim, width=8):
@@ -113,7 +71,7 @@ def write_part(tmp_path, monkeypatch, tiny, pair):
     return make
 
 
-@pytest.mark.parametrize("injector, k", [("prefix", 4), ("residual", 4), ("kv", -1)])
+@pytest.mark.parametrize("injector, k", [("prefix", 4), ("kv", -1)])
 def test_a_users_producer_trains_in_a_bridge(write_part, pair, val, training_set, injector, k):
     changes = dict(injector=injector, n_soft_tokens=k, producer_options=["width=12"])
     config, bridge = write_part(body=MEAN if k == 4 else "return self.net(states)", **changes)
@@ -123,19 +81,18 @@ def test_a_users_producer_trains_in_a_bridge(write_part, pair, val, training_set
     optimizer = torch.optim.AdamW(bridge.parameters(), lr=3e-3)
     for _ in range(12):
         message = bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment)
-        assert message.mask.sum(1).tolist() == ([4] * 6 if k == 4 else batch.mask.sum(1).tolist())
-        total, count = losses.answer_nll(bridged_logits(pair.target, bridge, message, *texts), *texts[2:])
+        loss = answer_nll(bridged_logits(pair.target, bridge, message, *texts), *texts[2:])[0]
         optimizer.zero_grad()
-        (total / count).backward()
+        loss.backward()
         optimizer.step()
-        found.append((total / count).item())
-    assert found[-1] < found[0] - 0.02
+        found.append(loss.item())
+    assert message.mask.sum(1).tolist() == ([4] * 6 if k == 4 else batch.mask.sum(1).tolist())
+    assert found[-1] < found[0] * 0.99
 
 
 @pytest.mark.parametrize(
     "arguments, names, found",
     [
-        (", seeds", "[seeds]", ["Tensor"]),
         (", *, want_attention, teacher", "[want_attention, teacher]", ["bool", "NoneType"]),
         (", **rest", "list(rest.values())", ["Tensor", "NoneType", "bool"]),
     ],
@@ -151,10 +108,12 @@ def test_a_users_forward_is_given_what_it_accepts(write_part, arguments, names, 
     [
         ("tokens * float('nan')", "NaN"),
         ("tokens[:, :2]", r"returned tokens \(2, 2, \d+\) of torch.float32, wanted \(2, 4, \d+\)"),
-        ("tokens[..., :5]", r"returned tokens \(2, 4, 5\)"),
         ("tokens[:, 0]", r"returned \(2, \d+\), wanted a Message or tokens"),
         ("(tokens, mask)", "returned tuple"),
-        ("tokens.long()", "torch.int64"),
+        (
+            "Message(tokens, tokens[..., 0])",
+            r"returned a mask \(2, 4\) of torch.float32, wanted \(2, 4\) of torch.bool",
+        ),
         ("tokens.detach()", "no gradient"),
         ("self.net(states.mean(1))[:, None].repeat(1, self.k, 1)", "leave out padding"),
         ("tokens.view(7, 7)", "RuntimeError: shape"),
@@ -201,6 +160,6 @@ def test_weights_of_another_shape_or_a_broken_file_are_refused(build, tmp_path):
 
 def test_a_card_says_what_was_trained_on_what(build, tiny, pair):
     text = describe_card(build(), tiny(), pair, (2, 4), {"step": "3"})
-    for part in (pair.source.fingerprint, pair.target.fingerprint, "lexicon seed 2", "2, 4", "step 3 of 4", "nothing"):
-        assert part in text
+    parts = pair.source.fingerprint, pair.target.fingerprint, "lexicon seed 2", "2, 4", "step 3 of 4", "nothing"
+    assert all(part in text for part in parts)
     assert "transfers in all seeds" in describe_card(build(), tiny(), pair, (2, 4), {}, "transfers in all seeds")

@@ -6,27 +6,23 @@ python -m pytest tests/model/test_pair.py
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
 from bridgekit.model.generation import generate_batch
-from bridgekit.model.injectors import pick_inject_layers
 from bridgekit.model.pair import (
-    Pieces,
     fingerprint_folder,
     load_pair,
-    pad_ids,
     pick_layers,
-    split_at_soft,
     split_prompts,
     word_tokens,
 )
-from bridgekit.tasks import Prompt, literal_prompt, load_examples, relay_prompt, told_prompt
+from bridgekit.tasks import Prompt, literal_prompt, load_examples, units
 from bridgekit.tasks.answers import extract_answer
 
 ROLES = ("source", "target")
@@ -40,129 +36,60 @@ def copied(tmp_path):
     return folder, load_config(source_model=str(folder / "source"), target_model=str(folder / "target"))
 
 
-def refuse(config, *named: str) -> str:
-    """The one line a pair that cannot be loaded is refused with."""
+def refuse(config, *named: str) -> None:
+    """A pair that cannot be loaded is refused in one line, which names these."""
     with pytest.raises(ConfigError) as caught:
         load_pair(config)
-    message = str(caught.value)
-    assert "\n" not in message
-    for part in named:
-        assert part in message, message
-    return message
+    assert "\n" not in str(caught.value) and all(part in str(caught.value) for part in named), str(caught.value)
 
 
 # -- the embedded pair --------------------------------------------------------------------------------------
 
 
-def test_the_embedded_pair_is_two_small_models_of_different_kinds(pair):
-    files = [path for role in ROLES for path in (EMBEDDED / role).iterdir()]
-    assert sum(path.stat().st_size for path in files) <= 16e6
-    assert [lm.model.config.model_type for lm in (pair.source, pair.target)] == ["mistral", "llama"]
-    text = "Hal has 9 sisak of pins."
-    assert pair.source.tokenizer.tokenize(text) != pair.target.tokenizer.tokenize(text)
-    for lm in (pair.source, pair.target):
-        assert lm.max_positions >= 1024
-        assert lm.dtype == torch.float32 and not lm.model.training
-        assert not any(p.requires_grad for p in lm.model.parameters())
-        assert len(lm.bos) == 1 and lm.eos_ids
-
-
 def test_each_model_knows_its_own_units_and_together_they_know_all(pair):
-    """Right on a share of what it knows, and on one of the default mix; so few problems may fall short by chance."""
-    from scipy.stats import binom
-
-    n, right, known, alone = 160, {}, 0.97, {"source": 0.54, "target": 0.77}
-    examples = load_examples(load_config(n_val=n, val_samples=n), pair.lexicon_seed, "val")
+    examples, right = load_examples(load_config(n_val=160, val_samples=160), pair.lexicon_seed, "val"), {}
     groups = np.array([e.group for e in examples])
-    for role, bar in alone.items():
+    for role in ROLES:
         lm = getattr(pair, role)
         rows = [lm.bos + p.all for p in split_prompts(lm, [literal_prompt(e) for e in examples])]
         texts = [g.text for g in generate_batch(lm, rows, [[] for _ in rows])]
         right[role] = np.array([extract_answer(t) == e.gold for t, e in zip(texts, examples, strict=True)])
-        k, size = (np.array([x[groups == g].sum() for g in np.unique(groups)]) for x in (right[role], groups != ""))
-        # Three standard errors of an accuracy with a fixed mix of groups; one more of each, so that none is sure.
-        spread = 3 * np.sqrt((size * (k + 1) * (size - k + 1) / (size + 2) ** 2).sum()) / n
-        assert bar - 0.03 - spread <= right[role].mean() <= bar + 0.03 + spread
-    either = right["source"] | right["target"]
-    knows = {role: right[role][np.isin(groups, (f"{role}_only", "both"))] for role in alone}
-    for found in (*knows.values(), either):  # refused is what chance does once in a thousand
-        assert binom.cdf(found.sum(), len(found), known) > 0.001, f"{found.mean():.3f} of {len(found)}"
+        assert not any(p.requires_grad for p in lm.model.parameters()) and not lm.model.training
+        knows = np.isin(groups, (f"{role}_only", "both"))
+        assert right[role][knows].mean() > 0.95 and right[role][~knows].mean() < 0.2
+    assert (right["source"] | right["target"]).mean() > 0.95
 
 
-def test_hidden_states_do_not_depend_on_padding_or_neighbours(pair):
-    texts = ["Question: How many?", "Hal has 9 sisak of pins and finds 14 more. How many pins?", "7"]
-    for lm in (pair.source, pair.target):
-        rows = [lm.bos + ids for ids in lm.tokenize(texts)]
-        layers = (0, 1, lm.n_layers)
-        ids, mask = pad_ids(rows, lm.device)
-        together = lm.hidden_states(ids, mask.long(), layers)
-        assert together.shape == (*ids.shape, 3, lm.hidden_size)
-        for i, row in enumerate(rows):
-            alone = lm.hidden_states(*pad_ids([row], lm.device), layers)
-            assert torch.allclose(together[i, : len(row)], alone[0], atol=1e-5)
-        assert torch.equal(together[:, :, 0], lm.embed(ids))
-
-
-def test_a_fingerprint_changes_with_a_byte(copied):
-    folder = copied[0] / "target"
-    before = fingerprint_folder(folder)
-    assert before == fingerprint_folder(EMBEDDED / "target") != fingerprint_folder(EMBEDDED / "source")
-    for name in ("model.safetensors", "tokenizer.json"):
-        data = (folder / name).read_bytes()
-        (folder / name).write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
-        assert fingerprint_folder(folder) != before
-        (folder / name).write_bytes(data)
-    assert fingerprint_folder(folder) == before == "9ab9844ce8054c80"  # as kept runs name it
-
-
-def test_end_tokens_enter_the_key_of_cached_texts_alone(copied):
+def test_a_fingerprint_changes_with_a_byte_and_end_tokens_enter_the_key_of_cached_texts_alone(copied):
     folder, config = copied
-    before = load_pair(config).target
-    path = folder / "target/generation_config.json"
+    before, path = load_pair(config).target, folder / "target/generation_config.json"
+    assert before.fingerprint == "9ab9844ce8054c80"  # as kept runs name it
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [3, *before.eos_ids]}))
     after = load_pair(config).target
     assert after.fingerprint == before.fingerprint and after.decode_key != before.decode_key
     assert after.eos_ids == before.eos_ids | {3} and after.end_id == before.end_id
+    for name in ("model.safetensors", "tokenizer.json"):
+        data = (folder / "target" / name).read_bytes()
+        (folder / "target" / name).write_bytes(data[:-100] + bytes([data[-100] ^ 1]) + data[-99:])
+        assert fingerprint_folder(folder / "target") != before.fingerprint
+        (folder / "target" / name).write_bytes(data)
 
 
 # -- prompts in pieces --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("role", ROLES)
-def test_pieces_together_are_the_tokens_of_the_whole_text(pair, val, role):
-    lm = getattr(pair, role)
-    prompts = [Prompt("", ""), Prompt("Note: é ½ 數\n", "x", ""), Prompt("", "Question: a b", "c")]
-    for e in val[:12]:
-        prompts += [literal_prompt(e), told_prompt(e), relay_prompt(e, "<<9*15=135>>135 pins.\n#### 135")]
-    for prompt, pieces in zip(prompts, split_prompts(lm, prompts), strict=True):
-        assert pieces.all == lm.tokenize([prompt.text])[0]
-    assert split_prompts(lm, []) == []
-
-
-@pytest.mark.parametrize("role", ROLES)
 @given(text=st.text("Hal s9\n.数é", max_size=24), cuts=st.tuples(st.integers(0, 24), st.integers(0, 24)))
 @settings(max_examples=60, deadline=None)
-def test_a_token_on_a_boundary_goes_to_the_earlier_piece(pair, role, text, cuts):
+def test_pieces_are_the_whole_texts_tokens_and_one_on_a_boundary_goes_to_the_earlier(pair, role, text, cuts):
     lm = getattr(pair, role)
     first, second = sorted(cuts)
-    prompt = Prompt(text[:first], text[first:second], text[second:])
-    (pieces,) = split_prompts(lm, [prompt])
+    (pieces,) = split_prompts(lm, [Prompt(text[:first], text[first:second], text[second:])])
     assert pieces.all == lm.tokenize([text])[0]
     # Counted by hand: a piece begins with the first token that starts at or after the cut.
     starts = [a for a, _ in lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]]
     place = [next((i for i, s in enumerate(starts) if s >= cut), len(starts)) for cut in (first, second)]
     assert (len(pieces.prefix), len(pieces.prefix + pieces.question)) == tuple(place)
-
-
-def test_soft_tokens_stand_where_they_are_asked_to(pair):
-    (bos,), pieces = pair.target.bos, Pieces([11, 12], [21, 22], [31])
-    for position, mode, before, after in (
-        ("start", "soft_plus_text", [bos], [11, 12, 21, 22, 31]),
-        ("question", "soft_plus_text", [bos, 11, 12], [21, 22, 31]),
-        ("end", "soft_plus_text", [bos, 11, 12, 21, 22], [31]),
-        ("end", "soft_only", [bos], [31]),
-    ):
-        assert split_at_soft(pair.target, pieces, position, mode) == (before, after)
 
 
 @pytest.mark.parametrize("role", ROLES)
@@ -176,21 +103,23 @@ def test_a_words_tokens_are_those_that_share_its_characters(pair, val, role):
             assert e.unit in lm.tokenizer.decode([ids[i] for i in tokens])
             for fewer in (tokens[1:], tokens[:-1]):  # and none of them is there for nothing
                 assert e.unit not in lm.tokenizer.decode([ids[i] for i in fewer])
-    assert word_tokens(lm, "A sisaken is no sisak.", "sisak") == word_tokens(lm, "A sisaken is no sisak.", "sisak")[:1]
+    assert len(word_tokens(lm, "A sisaken is no sisak.", "sisak")) == 1
 
 
 def test_layers_to_read_and_to_work_on(pair):
-    n = pair.source.n_layers
-    auto = pick_layers(pair.source, "auto")
+    lm, key = pair.source, "bridge.inject_layers"
+    n, auto = lm.n_layers, pick_layers(lm, "auto")
     assert auto[-1] == n and auto == tuple(sorted(set(auto))) and 0 not in auto
-    assert pick_layers(pair.source, f"0, {n}") == (0, n) and pick_inject_layers("0,2", 4) == (0, 2)
-    assert pick_inject_layers("auto", 4) == (0, 1, 2, 3)
-    assert len(pick_inject_layers("auto", 32)) == 8 and pick_inject_layers("auto", 32)[-1] == 31
-    for wrong in ("2;4", "", f"{n + 1}", "-1", "1.5", "1,1", "two"):
-        with pytest.raises(ConfigError, match="bridge.source_layers"):
-            pick_layers(pair.source, wrong)
-        with pytest.raises(ConfigError, match="bridge.inject_layers"):
-            pick_inject_layers(wrong, n)
+    assert pick_layers(lm, f"0, {n}") == (0, n) and pick_layers(lm, "0,2", key) == (0, 2)
+    assert pick_layers(lm, "auto", key) == tuple(range(n))
+    large = pick_layers(SimpleNamespace(n_layers=32), "auto", key)
+    assert len(large) == 8 and large[0] == 0 and large[-1] == 31
+    for wrong in ("2;4", "", "1,,2", f"{n + 1}", "-1", "1.5", "1,1"):
+        for name in ("bridge.source_layers", key):
+            with pytest.raises(ConfigError, match=name):
+                pick_layers(lm, wrong, name)
+    with pytest.raises(ConfigError, match=f"this model has 0 to {n - 1}"):
+        pick_layers(lm, str(n), key)
 
 
 # -- loading ------------------------------------------------------------------------------------------------
@@ -200,15 +129,12 @@ def test_swapped_exchanges_the_two_models(pair):
     swapped = load_pair(load_config(direction="swapped", source_device="cpu", target_device="cpu"))
     fingerprints = swapped.target.fingerprint, swapped.source.fingerprint
     assert fingerprints == (pair.source.fingerprint, pair.target.fingerprint)
-    assert swapped.source.model.config.model_type == "llama" and swapped.lexicon_seed == pair.lexicon_seed
+    assert swapped.lexicon_seed == pair.lexicon_seed
 
 
-@pytest.mark.parametrize("key", ["source_model", "target_model"])
-def test_a_missing_folder_is_refused_before_anything_is_loaded(tmp_path, key):
-    config = load_config(**{key: str(tmp_path / "nothing")})
-    with pytest.raises(ConfigError, match=rf"^pair.{key}: .*nothing.*config.json not found.*"):
-        check_models(config)
-    refuse(config, f"pair.{key}", "nothing")
+def test_a_missing_folder_is_refused_before_anything_is_loaded(tmp_path):
+    with pytest.raises(ConfigError, match=r"^pair.source_model: .*nothing.*config.json not found.*"):
+        check_models(load_config(source_model=str(tmp_path / "nothing")))
 
 
 @pytest.mark.parametrize(
@@ -217,12 +143,9 @@ def test_a_missing_folder_is_refused_before_anything_is_loaded(tmp_path, key):
         ("target/model.safetensors", None, "pair.target_model", "bridgekit pair"),
         ("target/model.safetensors", lambda data: data[: len(data) // 2], "pair.target_model", "target'"),
         ("target/model.safetensors", lambda data: b"\xff" * 16 + data[16:], "pair.target_model", "target'"),
-        ("target/model.safetensors", lambda data: b"", "pair.target_model", "target'"),
         ("source/config.json", lambda data: b'{"model_type": ', "pair.source_model", "source'"),
         ("source/tokenizer.json", lambda data: b'{"model_type": ', "pair.source_model", "source'"),
-        ("pair.json", None, "pair.target_model", "pair.json"),
-        ("pair.json", lambda data: b'{"lexicon', "pair.target_model", "pair.json"),
-        ("pair.json", lambda data: b"{}", "pair.target_model", "does not name its lexicon"),
+        ("pair.json", lambda data: b'{"lexicon', "pair.target_model", "does not name its lexicon"),
     ],
 )
 def test_a_damaged_pair_is_refused(copied, name, change, key, named):
@@ -238,17 +161,14 @@ def test_a_model_with_missing_tensors_is_refused(copied):
     from safetensors.torch import load_file, save_file
 
     folder, config = copied
-    path = folder / "target/model.safetensors"
-    tensors = load_file(path)
+    tensors = load_file(folder / "target/model.safetensors")
     name = next(n for n in tensors if "mlp" in n)
     del tensors[name]
-    save_file(tensors, path, {"format": "pt"})
+    save_file(tensors, folder / "target/model.safetensors", {"format": "pt"})
     refuse(config, "pair.target_model", name, "restore its safetensors")
 
 
 def test_models_that_were_taught_different_lexicons_are_refused(copied):
-    from bridgekit.tasks import units
-
     folder, config = copied
     record = {"lexicon_seed": 9, "lexicon": units.fingerprint_lexicon(units.make_lexicon(9))}
     (folder / "pair.json").write_text(json.dumps(record))

@@ -6,15 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bridgekit.tasks.answers import (
-    INVALID,
-    RULES,
-    answer_is_complete,
-    canonical,
-    extract_answer,
-    read_number,
-    truncate_followups,
-)
+from bridgekit.keys import INVALID
+from bridgekit.tasks.answers import RULES, answer_is_complete, canonical, extract_answer, read_number
 
 AWKWARD = {
     "18": "18", "18.": "18", " 18 .": "18", "18.00": "18", "18.50": "18.5", "007": "7", "-0": "0", ".5": "0.5",
@@ -89,11 +82,6 @@ def test_the_answer_is_read_before_any_question_that_the_model_invents(text, las
     assert (extract_answer(text), extract_answer(text, "marker_first")) == (last, first)
 
 
-def test_text_without_an_invented_question_stays_whole():
-    assert truncate_followups("A quality: Q is a letter") == "A quality: Q is a letter"
-    assert truncate_followups(ASKED) == ASKED and truncate_followups(f"{ASKED}\n\nQ: More?").rstrip() == ASKED
-
-
 @pytest.mark.parametrize("text", ["#### 12\n", "a\n#### 8/3\nQ", "#### ٣\n", "#### 400-x\n#### 40\n"])
 def test_an_answer_is_complete_only_after_its_newline(text):
     assert answer_is_complete(text) and not answer_is_complete(text[: text.rindex("\n")])
@@ -119,16 +107,7 @@ def test_numbers_written_in_many_ways_read_the_same(units, places):
     assert Fraction(plain) == value and extract_answer(f"#### {plain}\n\nQ: next\n#### 1") == plain
     wide = plain.translate({48 + d: 0xFF10 + d for d in range(10)})
     grouped = f"{units / 10**places:,.4f}" if abs(units) < 10**11 else plain
-    for written in (
-        plain,
-        grouped,
-        f"${plain}",
-        plain.replace("-", "−"),
-        f"{plain}%",
-        f"{plain} eggs",
-        f"{plain}.",
-        wide,
-    ):
+    for written in (plain, grouped, f"${plain}", plain.replace("-", "−"), f"{plain}%", f"{plain} eggs", wide):
         assert read_number(written) == plain
 
 

@@ -10,7 +10,6 @@ import pytest
 
 from bridgekit.config import ConfigError
 from bridgekit.tasks import CUE, check_inputs, gsm8k, literal_prompt, load_examples, relay_prompt, source_prompt
-from bridgekit.tasks.answers import extract_answer
 
 CONDITIONS = ("source", "target", "bridged", "shuffled", "relay_full")
 N_TRAIN, N_TEST = 40, 12
@@ -55,7 +54,6 @@ def test_no_question_is_in_two_splits_and_the_order_is_the_seed_s(real):
     assert {e.shots for some in splits.values() for e in some} == {shown} and shown.count(CUE) == 3
     assert [e.id for e in splits["test"]] == [f"gsm8k-test-{i:05d}" for i in range(1, 13)]
     assert [e.id for e in splits["train"]] != [e.id for e in load_examples(real(data_seed=2), None, "train")][:16]
-    assert all(e.gold == extract_answer(e.solution) and e.split == name for name in splits for e in splits[name])
     everything = {e.question for e in load_examples(real(n_train=31, n_shots=0), None, "train")}
     assert question(N_TRAIN - 1)["question"] not in everything  # it is in the test file
 
@@ -69,23 +67,16 @@ def test_prompts_have_the_solved_questions_in_front_and_donors_another_answer(re
         assert examples[e.donor_id].gold != e.gold and e.donor_gold is None
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"data": ""}, ["task.data", "bridgekit fetch gsm8k"]),
-        ({"variant": "context"}, ["task.variant must stay 'weights'"]),
-        ({"source_only_share": 0.5}, ["task.source_only_share"]),
-        ({"train_units_share": 0.5}, ["task.train_units_share"]),
-        ({"conditions": ["source", "target", "bridged", "target_told"]}, ["eval.conditions", "target_told"]),
-        ({"controls": ["constant_natural"]}, ["train.controls", "constant_natural"]),
-        ({"n_shots": -1}, ["task.n_shots"]),
-        ({"task": "units", "n_shots": 2}, ["task.n_shots", "leave it at 0"]),
-    ],
-)
-def test_what_real_questions_cannot_have_is_refused(real, changes, named):
-    with pytest.raises(ConfigError) as caught:
-        real(**changes)
-    assert all(part in str(caught.value) for part in named), str(caught.value)
+def test_what_real_questions_cannot_have_is_refused(real):
+    for changes, named in (
+        ({"source_only_share": 0.5}, "task.source_only_share"),
+        ({"train_units_share": 0.5}, "task.train_units_share"),
+        ({"conditions": ["source", "target", "bridged", "target_told"]}, "eval.conditions: 'target_told'"),
+        ({"controls": ["constant_natural"]}, "train.controls: 'constant_natural'"),
+        ({"task": "units", "n_shots": 2}, "task.n_shots: .*leave it at 0"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            real(**changes)
 
 
 def test_what_is_missing_in_the_folder_is_named(real, data):

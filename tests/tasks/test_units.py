@@ -3,11 +3,8 @@
 python -m pytest tests/tasks/test_units.py
 """
 
-import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -20,7 +17,6 @@ from bridgekit.tasks import literal_prompt, load_examples, source_prompt, told_p
 from bridgekit.tasks.answers import extract_answer
 
 SEED = 3
-N_SMALL = 600  # units of a lexicon small enough for every unit to be drawn several times
 ANSWERS = {  # each family once more, as a formula
     "count": lambda a, b, c, k, v: a * v,
     "find": lambda a, b, c, k, v: a * v + b,
@@ -44,53 +40,27 @@ def lexicon():
 
 @pytest.fixture(scope="module")
 def small():
-    return units.make_lexicon(SEED, N_SMALL)
-
-
-def words_of(lexicon, **wanted) -> set[str]:
-    return {u.word for u in lexicon if all(getattr(u, key) == value for key, value in wanted.items())}
-
-
-# -- lexicon and splits -------------------------------------------------------------------------------------
-
-
-def test_another_process_draws_the_same_problems_and_another_seed_others():
-    """Python shuffles the order of sets anew in every process."""
-    call = f"units.make_examples(units.make_lexicon({SEED}, 200), 'test', 30, 1)"
-    code = ["-c", f"from bridgekit.tasks import units; print({call})"]
-    texts = [subprocess.check_output([sys.executable, *code], env=os.environ | {"PYTHONHASHSEED": s}) for s in "12"]
-    assert texts[0] == texts[1] and texts[0].count(b"Example") == 30
-    made = [
-        units.make_examples(units.make_lexicon(seed, 200), "test", 30, data) for seed, data in ((3, 1), (4, 1), (3, 2))
-    ]
-    assert str(made[0]) == texts[0].decode().strip()
-    assert not {e.unit for e in made[0]} & {e.unit for e in made[1]}
-    assert [e.question for e in made[0]] != [e.question for e in made[2]]
+    """A lexicon so small that every unit is drawn several times."""
+    return units.make_lexicon(SEED, 600)
 
 
 def test_held_out_values_belong_to_no_unit_a_bridge_trains_on(lexicon):
     assert len({u.word for u in lexicon}) == len(lexicon)  # no unit is in two groups or splits
+    assert not {u.word for u in lexicon} & units.ORDINARY_WORDS
     held = {s: {u.value for u in lexicon if u.novelty == "held_value" and u.split == s} for s in ("val", "test")}
     assert {s: len(values) for s, values in held.items()} == units.HELD_VALUES
     assert not held["val"] & held["test"]  # what selection has looked at is not what is reported
-    held_anywhere = held["val"] | held["test"]
-    assert not held_anywhere & {u.value for u in lexicon if u.novelty != "held_value"}
     for group in GROUPS:  # and the other values are all there to be trained on
         trained = {u.value for u in lexicon if u.group == group and u.split == "train"}
-        assert trained == set(units.VALUES) - held_anywhere
-        for split, values in held.items():
-            own = {u.value for u in lexicon if u.group == group and u.novelty == "held_value" and u.split == split}
-            assert own == values
-    assert {u.novelty for u in lexicon if u.split == "train"} == {"seen"}
+        assert trained == set(units.VALUES) - held["val"] - held["test"]
 
 
 def test_no_question_or_unit_of_one_split_appears_in_another(lexicon):
+    known = {u.word: u for u in lexicon}
     splits = {s: units.make_examples(lexicon, s, 3000, SEED) for s in ("train", "val", "test")}
     for one, other in (("train", "test"), ("train", "val"), ("val", "test")):
         for key in ("question", "unit", "id"):
-            shared = {getattr(e, key) for e in splits[one]} & {getattr(e, key) for e in splits[other]}
-            assert not shared, f"{key} in both {one} and {other}: {sorted(shared)[:3]}"
-    known = {u.word: u for u in lexicon}
+            assert not {getattr(e, key) for e in splits[one]} & {getattr(e, key) for e in splits[other]}
     for split, examples in splits.items():
         for e in examples:
             u = known[e.unit]
@@ -98,63 +68,30 @@ def test_no_question_or_unit_of_one_split_appears_in_another(lexicon):
             assert source_prompt(e) == literal_prompt(e) and e.facts == ""  # the fact is in weights alone
 
 
-def test_the_default_test_set_has_enough_source_only_units():
-    config = load_config()
-    examples = load_examples(config, SEED, "test")
+def test_the_default_test_set_has_enough_source_only_units(lexicon):
+    examples = load_examples(load_config(), SEED, "test")
     held = [e for e in examples if e.novelty != "seen"]
-    assert len(held) == config.task.n_test >= 2000
-    assert len({e.unit for e in held if e.group == "source_only"}) >= 300
-    trained = words_of(units.make_lexicon(SEED), group="source_only", split="train")
+    assert len(held) >= 2000 and len({e.unit for e in held if e.group == "source_only"}) >= 300
+    trained = {u.word for u in lexicon if u.group == "source_only" and u.split == "train"}
     assert {e.unit for e in examples if e.novelty == "seen"} <= trained  # memory is measured apart
 
 
 def test_swapped_models_swap_what_only_one_of_them_knows(lexicon):
-    """The groups say who of the two *as configured* knows a unit, and the natural mix follows."""
-    forward, swapped = (load_examples(load_config(direction=d), SEED, "val") for d in ("forward", "swapped"))
     known = {u.word: u.group for u in lexicon}
     other = {"source_only": "target_only", "target_only": "source_only", "both": "both"}
-    assert all(e.group == known[e.unit] for e in forward)
-    assert all(e.group == other[known[e.unit]] for e in swapped)
-    before, after = (Counter(e.group for e in examples) for examples in (forward, swapped))
-    assert before["source_only"] < before["target_only"]
-    assert {other[group]: n for group, n in after.items()} == pytest.approx(before, abs=1)
+    assert all(e.group == known[e.unit] for e in load_examples(load_config(), SEED, "val"))
+    assert all(e.group == other[known[e.unit]] for e in load_examples(load_config(direction="swapped"), SEED, "val"))
     rich = load_examples(load_config(direction="swapped", source_only_share=0.9, n_train=100), SEED, "train")
     assert sum(known[e.unit] == "target_only" for e in rich) == 90
 
 
-# -- problems -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("share, wanted", [(-1, (23, 46, 31)), (0.7, (70, 18, 12)), (0, (0, 60, 40)), (1, (100, 0, 0))])
-def test_the_mix_of_groups_and_problems_spread_evenly_over_units(small, share, wanted):
-    examples = units.make_examples(small, "train", 1000, SEED, share=share)
-    groups = Counter(e.group for e in examples)
-    assert len(examples) == 1000 and [round(groups[g] / 10) for g in GROUPS] == list(wanted)
+def test_problems_of_a_group_are_spread_evenly_over_its_units(small):
+    examples = units.make_examples(small, "train", 1000, SEED, share=0.7)
+    assert Counter(e.group for e in examples) == {"source_only": 700, "target_only": 179, "both": 121}
     for group in GROUPS:
-        count = Counter(dict.fromkeys(words_of(small, group=group, split="train"), 0))
+        count = Counter({u.word: 0 for u in small if u.group == group and u.split == "train"})
         count.update(e.unit for e in examples if e.group == group)
         assert max(count.values()) - min(count.values()) <= 1
-
-
-def test_smaller_shares_of_train_units_and_of_their_values_are_nested(small):
-    def met(units_share, values_share=1.0, group=None):
-        shares = {"train_units_share": units_share, "train_values_share": values_share}
-        examples = units.make_examples(small, "train", 3000, SEED, **shares)
-        return {(e.unit, e.value) for e in examples if group in (None, e.group)}
-
-    for group in GROUPS:
-        quarter, half, whole = (met(share, group=group) for share in (0.25, 0.5, 1))
-        assert quarter < half < whole and {w for w, _ in whole} == words_of(small, group=group, split="train")
-        assert [len(quarter), len(half)] == pytest.approx([len(whole) / 4, len(whole) / 2], abs=1)
-    seen = {(e.unit, e.value) for e in units.make_seen_examples(small, 100, SEED, 0.25)}
-    assert seen <= met(0.25, group="source_only")  # what is called seen was seen
-    whole, half = met(1.0), met(1.0, 0.5)
-    values, left = ({value for _, value in pairs} for pairs in (whole, half))
-    assert met(0.5, 0.5) < half == {(w, v) for w, v in whole if v in left} and len(left) == round(len(values) / 2)
-    tests = units.make_examples(small, "test", 2000, SEED)
-    assert values - left <= {e.value for e in tests if e.novelty == "held_unit"}  # and are still asked about
-    assert {e.value for e in units.make_seen_examples(small, 200, SEED, 1.0, 0.5)} <= left
-    assert met(0.01, 0.01)  # never none at all
 
 
 @given(st.sampled_from(units.FAMILIES), st.sampled_from(units.VALUES), st.integers(0, 10**6))
@@ -170,11 +107,9 @@ def test_a_worked_answer_is_right_whatever_the_value(family, value, seed):
         assert int(said) == {"+": x + y, "-": x - y, "*": x * y, "/": x / y}[op], line
         assert again == said and things == problem.things
     assert int(gold) == ANSWERS[family.name](**problem.numbers, v=value) > 0
-    assert last == f"#### {gold}" and lines[-1].startswith(f"<<{x}{op}{y}={gold}>>")
-    assert extract_answer(solution) == gold
+    assert last == f"#### {gold}" and said == gold == extract_answer(solution)
     asked = set(re.findall(r"\d+", problem.question))  # what the steps need can be read, but for the value
     assert {str(problem.numbers[s]) for s in "abck" if re.search(rf"\b{s}\b", " ".join(family.steps))} == asked
-    assert "sisak" in problem.question
 
 
 def test_the_numbers_of_a_question_say_nothing_about_the_value(small):
@@ -189,18 +124,14 @@ def test_the_numbers_of_a_question_say_nothing_about_the_value(small):
 @pytest.mark.parametrize("variant", ["weights", "context"])
 def test_what_is_known_of_a_problem_and_of_its_donor(lexicon, variant):
     examples = units.make_examples(lexicon, "test", 300, SEED, variant=variant)
-    by_id = {e.id: e for e in examples}
-    donors = Counter()
+    by_id, donors = {e.id: e for e in examples}, Counter(e.donor_id for e in examples)
     for e in examples:
         donor = by_id[e.donor_id]
-        donors[donor.id] += 1
         assert donor.group == e.group and donor.value != e.value
         assert int(e.donor_gold) == ANSWERS[e.family](**e.numbers, v=donor.value) != int(e.gold)
-        assert e.solution[e.value_at - 1 :].startswith(f"*{e.value}=") and units.answer_with(e, e.value) == e.gold
+        assert e.solution[e.value_at - 1 :].startswith(f"*{e.value}=")
         assert e.fact_pairs == tuple((word, int(v)) for word, v in re.findall(r"A (\w+) is (\d+)\.", e.facts))
     assert max(donors.values()) <= 10  # no example stands in for all others
-    families = Counter(e.family for e in examples)
-    assert set(families) == set(ANSWERS) and len(set(families.values())) == 1
 
 
 @pytest.mark.parametrize("variant, key", [("weights", "n_facts"), ("context", "train_units_share")])
@@ -208,9 +139,6 @@ def test_a_key_without_effect_draws_the_same_problems(small, variant, key):
     values = {"n_facts": (4, 8), "train_units_share": (1.0, 0.5)}[key]
     one, other = (units.make_examples(small, "train", 60, SEED, variant=variant, **{key: v}) for v in values)
     assert one == other
-
-
-# -- who is told what ---------------------------------------------------------------------------------------
 
 
 def test_facts_in_context_are_for_the_source_alone(lexicon):
@@ -224,25 +152,6 @@ def test_facts_in_context_are_for_the_source_alone(lexicon):
         assert told_prompt(e).text == e.told + literal_prompt(e).text
         places[e.fact_pairs.index((e.unit, e.value))] += 1
     assert min(places[i] for i in range(4)) > 20  # the needed fact stands anywhere
-    others = units.make_examples(lexicon, "train", 200, SEED, variant="context", n_facts=4)
-    assert not {e.question for e in others} & {e.question for e in examples}
-
-
-@pytest.mark.parametrize("n_facts, sizes", [(1, {1}), (4, {1, 2, 4}), (6, {1, 2, 4, 6})])
-def test_contexts_of_varying_size_are_for_training_alone(lexicon, n_facts, sizes):
-    def counted(split, vary):
-        examples = units.make_examples(lexicon, split, 120, SEED, variant="context", n_facts=n_facts, vary_facts=vary)
-        return {len(e.fact_pairs) for e in examples}
-
-    assert counted("train", True) == sizes
-    assert counted("train", False) == {n_facts}
-
-
-@pytest.mark.parametrize("seed", range(1, 9))
-def test_no_invented_word_is_a_word_of_the_questions(seed):
-    wordings = [wording for family in units.FAMILIES for wording in family.wordings]
-    texts = [*units.NAMES, *units.THINGS, *wordings, "Note Helper Question Answer"]
-    assert not words_of(units.make_lexicon(seed)) & set(re.findall(r"[a-z]+", " ".join(texts).lower()))
 
 
 @pytest.mark.parametrize(

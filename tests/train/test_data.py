@@ -37,9 +37,7 @@ def test_every_epoch_is_a_permutation_of_all_examples(seed, batch_size, n):
 def test_epochs_and_seeds_differ():
     first, second, other = indices_at(1, 0, 40, 40), indices_at(1, 1, 40, 40), indices_at(2, 0, 40, 40)
     assert not np.array_equal(first, second) and not np.array_equal(first, other)
-    seeds = [noise_seeds(1, step, 64) for step in (0, 1, 0)]
-    assert np.array_equal(seeds[0], seeds[2]) and not set(seeds[0]) & set(seeds[1])
-    assert not set(noise_seeds(2, 0, 64)) & set(seeds[0])
+    assert not set(noise_seeds(1, 0, 64)) & {*noise_seeds(1, 1, 64), *noise_seeds(2, 0, 64)}
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -79,12 +77,6 @@ def test_a_training_batch_says_what_the_examples_say(tiny, pair, training_set, v
         marked = [token for token, is_marker in zip(answer, marker, strict=False) if is_marker]
         assert lm.tokenizer.decode(marked).strip() == "####"
     assert not batch.marker[~batch.labels_mask].any()
-
-
-def test_training_may_leave_the_text_out_though_evaluation_has_it(tiny, pair, training_set, val):
-    data = training_set(tiny(train_prompt_mode="soft_only", prompt_mode="soft_plus_text"), val[:2])
-    after = rows_of(data.batch(np.array([0, 1]), np.array([1, 2])).after)
-    assert after == pair.target.tokenize([CUE, CUE])
 
 
 def test_the_marker_is_the_last_one():
