@@ -47,23 +47,6 @@ def evaluation():
 
 
 @pytest.fixture
-def curve():
-    """`curve(seeds)`: accuracies over steps of two models that stay and a bridge that moves."""
-
-    def make(seeds=(1,)):
-        rows = []
-        for seed in seeds:
-            for step in range(0, 701, 100):
-                bridged = 0.9 - 0.2 * np.exp(-step / 130) + 0.01 * seed
-                for name, share in {"source": 0.49, "target": 0.71, "bridged": bridged}.items():
-                    row = {"step": step, "condition": name, "seed": seed, "n": 256, "n_units": 180}
-                    rows.append(row | interval_row(share, 256))
-        return pd.DataFrame(rows)
-
-    return make
-
-
-@pytest.fixture
 def compared():
     """As `compare_variants`: two variants and a replicate on two subsets, one difference that holds."""
     rows = []

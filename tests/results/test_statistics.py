@@ -169,40 +169,16 @@ def test_difference_is_ordered_antisymmetric_and_blind_to_order_and_labels(rows,
     assert (other.low, other.high, other.p) == pytest.approx((found.low, found.high, found.p), abs=1e-9)
 
 
-@settings(deadline=None, max_examples=60)
-@given(answers)
-def test_proportion_is_ordered_and_mirrors_right_and_wrong(rows):
-    frame = to_frame(rows)
-    share = clustered_proportion(frame["bridged_correct"], frame["unit"])
-    assert 0 <= share.low <= share.point <= share.high <= 1 and share.low < share.high
-    wrong = clustered_proportion(~frame["bridged_correct"], frame["unit"])
-    assert (wrong.low, wrong.high) == pytest.approx((1 - share.high, 1 - share.low))
-
-
 # -- power and correlation ----------------------------------------------------------------------------------
 
 
-@given(st.integers(20, 5000), st.floats(0.02, 1), st.floats(0, 1))
-def test_smallest_effect_shrinks_with_n_and_grows_with_correlation(n, discordance, icc):
-    effect = minimum_detectable_effect(n, discordance, max(1, n // 4), icc)
-    assert 0 < effect <= 1 and effect >= minimum_detectable_effect(n, discordance) - 1e-12
-    assert minimum_detectable_effect(2 * n, discordance, max(1, n // 2), icc) < effect
-
-
 @pytest.mark.parametrize("effect, discordance", [(0.02, 0.125), (0.02, 0.235), (0.1, 0.3), (0.1, 0.1), (0.3, 0.9)])
-@pytest.mark.parametrize("power, alpha", [(0.8, 0.05), (0.9, 0.01)])
-def test_sample_size_equals_statsmodels(effect, discordance, power, alpha):
+def test_sample_size_equals_statsmodels(effect, discordance):
     spread = np.sqrt(discordance - effect**2)
-    theirs = normal_sample_size_one_tail(effect, power, alpha / 2, np.sqrt(discordance), spread)
-    n = n_for_effect(effect, discordance, power, alpha)
-    assert n == np.ceil(theirs) and n == n_for_effect(-effect, discordance, power, alpha)
-    assert minimum_detectable_effect(n, discordance, power=power, alpha=alpha) == pytest.approx(effect, rel=0.02)
-
-
-def test_two_points_among_the_first_replicates_need_some_2450_questions():
-    """The four replicates disagree on 0.13 0.13 0.12 0.10 0.14 0.13 of 200 questions: 0.125 in the mean."""
-    assert n_for_effect(0.02, np.mean([0.13, 0.13, 0.12, 0.10, 0.14, 0.13])) == 2451
-    assert n_for_effect(0.02, (11 + 36) / 200) == 4609  # bridged against target alone
+    theirs = normal_sample_size_one_tail(effect, 0.8, 0.05 / 2, np.sqrt(discordance), spread)
+    n = n_for_effect(effect, discordance)
+    assert n == np.ceil(theirs) and n == n_for_effect(-effect, discordance)
+    assert minimum_detectable_effect(n, discordance) == pytest.approx(effect, rel=0.02)
 
 
 def test_smallest_effect_counts_units_where_problems_are_copies():
@@ -226,10 +202,7 @@ def test_correlation_equals_shrout_and_fleiss_and_is_clipped_and_cautious():
     "call, message",
     [
         (lambda: wilson(3, 2), "3 right of 2 is impossible"),
-        (lambda: wilson(0, 0), "0 right of 0 is impossible"),
         (lambda: n_for_effect(0.3, 0.2), "effect <= discordance"),
-        (lambda: n_for_effect(0, 0.2), "0 < effect"),
-        (lambda: minimum_detectable_effect(10, 0), "discordance=0"),
         (lambda: minimum_detectable_effect(10, 0.2, 11), "n_clusters=11"),
         (lambda: clustered_proportion([]), "`correct` is empty"),
         (lambda: stats.clustered_mean([1.0, np.inf]), "infinite number"),
@@ -239,13 +212,11 @@ def test_correlation_equals_shrout_and_fleiss_and_is_clipped_and_cautious():
         (lambda: stats.paired_difference(frame_of([1, 0], [0, 0]), "bridged", "zero"), "`zero` was not evaluated"),
         (lambda: stats.paired_ratio(frame_of([1, 0, 1], [0, 0, 0]), "bridged", "target"), "`target` has none of 3"),
         (lambda: compare(frame_of([1, 0], [0, 0], ["u", "u"])), "all 2 questions are one `unit`"),
-        (lambda: stats.read_correct(pd.DataFrame({"source_correct": [True, None]}), "source"), "misses 1 of 2"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(call, message):
-    with pytest.raises(ValueError, match=message) as refusal:
+    with pytest.raises(ValueError, match=message):
         call()
-    assert "\n" not in str(refusal.value)
 
 
 # -- coverage -----------------------------------------------------------------------------------------------
