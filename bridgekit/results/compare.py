@@ -28,7 +28,7 @@ from bridgekit.tasks import Example
 from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
 
 SUBSETS = ("source_only_held_unit", "all")
-POWER, ALPHA = 0.8, 0.05
+POWER = 0.8
 REPLICATE_SHIFT = 100  # between the seeds of a variant and those of its first replicate; of its second, twice that
 AXES = {  # the figures of studies along an axis: {name: (the key that must vary, column of x, label of x)}
     "capacity": ("task.n_facts", "n_soft_tokens", "soft tokens in a message"),
@@ -42,10 +42,9 @@ def compare_variants(
 ) -> pd.DataFrame:
     """Bridged accuracy of each variant minus that of the reference, paired by problem and seed; a row for each subset.
 
-    variant reference subset point low high n n_units n_seeds p gained lost by_seed replicates adjusted_p holds, with
-    Holm over the whole table, and `smallest_effect`: what would have been found with power 0.8 at the strictest of
-    Holm's levels. `replicates` is {name: the variant it repeats}; their seeds are shifted by whole hundreds. A pair of
-    which one run is missing is left out; without a reference there are no rows.
+    `adjusted_p` and `holds` are Holm's over the whole table, `smallest_effect` is what would have been found with power
+    0.8 at the strictest of Holm's levels. `replicates` is {name: the variant it repeats}; their seeds are shifted by
+    whole hundreds. A pair of which one run is missing is left out.
     """
     repeated = pd.Series(replicates or {}, dtype=object)
     shifts = REPLICATE_SHIFT * (1 + repeated.groupby(repeated).cumcount())
@@ -65,8 +64,8 @@ def compare_variants(
     compared = pd.DataFrame(rows)
     if rows:
         compared["adjusted_p"] = stats.holm(compared["p"].to_dict())
-        compared["holds"] = compared["adjusted_p"] <= ALPHA
-        quantiles = stdtrit(compared["df"], 1 - ALPHA / len(rows) / 2) + stdtrit(compared["df"], POWER)
+        compared["holds"] = compared["adjusted_p"] <= verdict.ALPHA
+        quantiles = stdtrit(compared["df"], 1 - verdict.ALPHA / len(rows) / 2) + stdtrit(compared["df"], POWER)
         compared["smallest_effect"] = (quantiles * compared["deviation"]).clip(upper=1.0)
     return compared
 
@@ -139,8 +138,7 @@ def axis_table(answers: pd.DataFrame, settings: dict[str, dict], tests: dict[str
     """A row for each run: what it was, and the share of what the target gets right when told that it recovers.
 
     Where the settings have n_facts: the bits of its message (all, and per soft token), and how many answers name some
-    value of their message, by the facts of the variant's `tests` (a message may bring the values across and not which
-    word has which: then nearly all do, and bits are few).
+    value of it, by the facts of the variant's `tests` (a message may bring the values and not which word has which).
     """
     rows = []
     for (variant, seed), run in answers.groupby(["variant", "seed"], sort=False):
@@ -177,14 +175,10 @@ def carried_bits(
     `values` must have been drawn uniformly from `alphabet`; an answer that names no value carries none. The estimator
     is a cross-fitted lower bound on the mutual information of true and said value (Barber and Agakov 2003): the mean of
     log2 q(true | said) / p(true), with q fitted on nine tenths of the units and scored on the last, ten times: how much
-    more often than by chance a said value lies d beside the true one. A plug-in estimate would count noise as
-    information: 48 values make 2,304 cells, which 2,000 answers leave mostly empty. Answers that have nothing to do
-    with the truth, and perfect ones (log2 48 = 5.58), at n = 2,000: plug-in 0.91 and 5.57, Miller-Madow 0.47 and 5.59,
-    cross-fitted -0.04 and 5.58. The bound is below what is there where errors depend on more than the distance.
+    more often than by chance a said value lies d beside the true one. A plug-in estimate counts noise as information:
+    of 2,000 answers that have nothing to do with the truth it says 0.91 bits, this one -0.04 (of perfect ones 5.58).
     """
     true, alphabet = np.asarray(values, dtype=int), np.asarray(sorted(alphabet), dtype=int)
-    if len(true) == 0 or len(said) != len(true):
-        raise ValueError(f"bits: {len(true)} values and {len(said)} answers: give one answer for each value")
     if not np.isin(true, alphabet).all():
         raise ValueError(f"bits: value {true[~np.isin(true, alphabet)][0]} is not in the alphabet it was drawn from")
     named, width = pd.Series(list(said), dtype=float), int(alphabet[-1] - alphabet[0])

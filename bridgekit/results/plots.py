@@ -64,13 +64,6 @@ def load_curve(metrics: str | Path) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def plot_losses(steps: pd.DataFrame, title: str = "The losses of training") -> Figure:
-    """A panel for each loss (a column of `steps`), its value over the column `step`."""
-    table = steps.melt("step", var_name="loss", value_name="value").dropna()
-    look = {"xlabel": "training step", "title": title, "width": PAGE, "height": 1.15, "sharey": False}
-    return lines(table, "step", "value", panel="loss", **look)
-
-
 def plot_conditions(
     table: pd.DataFrame, subset: str = "all", panel: str | None = None, title: str = "Who answers right?"
 ) -> Figure:
@@ -130,8 +123,7 @@ def _reach(part: pd.DataFrame) -> float:
 
 def plot_curves(curves: pd.DataFrame, reference: str = "") -> Figure:
     """Validation accuracy over steps, a panel for each variant; the mean of the reference is drawn in all others."""
-    names = curves["label"] if "label" in curves else curves["variant"].map(words)
-    table = curves.assign(line="bridged", panel=names)
+    table = curves.assign(line="bridged", panel=curves["variant"].map(words))
     mean = table[table["variant"] == reference].groupby("step", as_index=False).mean(numeric_only=True)
     mean = mean.assign(low=mean["point"], high=mean["point"], line=f"mean of '{words(reference)}'")
     others = table.loc[table["variant"] != reference, "panel"].unique()

@@ -83,10 +83,9 @@ def wilson(k: float, n: float, effective_n: float | None = None) -> tuple[float,
 
 
 def clustered_proportion(correct: Sequence, clusters: Sequence | None = None) -> Interval:
-    """Share right, with Wilson's interval on the effective n: n over the design effect.
+    """Share right, with Wilson's interval on the effective n; one cluster tells nothing: it gives [0, 1].
 
-    Where clusters are shared, Student's quantile replaces the normal one by a second correction of n (Korn and
-    Graubard), because the design effect is estimated. One cluster tells nothing: it gives [0, 1].
+    That is n over the design effect, an estimate: Student's quantile replaces the normal one (Korn and Graubard).
     """
     values, codes = _check_values(correct, "correct", binary=True), cluster_codes(clusters, len(correct))
     n, n_clusters, effective_n = len(values), int(codes.max()) + 1, None
@@ -99,10 +98,9 @@ def clustered_proportion(correct: Sequence, clusters: Sequence | None = None) ->
 
 
 def clustered_mean(values: Sequence, clusters: Sequence | None = None) -> Interval:
-    """Mean of any number per question, with Student's interval on the clusters' own sums.
+    """Mean of any number per question, with Student's interval on the clusters' own sums (linearised variance).
 
-    The mean is a ratio of two sums over clusters; its linearised variance is that of survey practice. One cluster
-    tells nothing: its interval is infinite.
+    One cluster tells nothing: its interval is infinite.
     """
     numbers, codes = _check_values(values, "values"), cluster_codes(clusters, len(values))
     mean, n_clusters = float(numbers.mean()), int(codes.max()) + 1
@@ -197,10 +195,7 @@ def n_for_effect(effect: float, discordance: float) -> int:
 
 
 def minimum_detectable_effect(n: int, discordance: float, n_clusters: int | None = None, icc: float = 0.0) -> float:
-    """Smallest accuracy difference n pairs in n_clusters can find: `n_for_effect` solved for the effect.
-
-    n is first divided by the design effect. 1.0 means that nothing can be found at this n.
-    """
+    """Smallest accuracy difference n pairs in n_clusters can find: `n_for_effect` solved for it; 1.0 means none."""
     if n < 1 or not 0 < discordance <= 1 or not 1 <= (n_clusters or n) <= n:
         raise ValueError(f"minimum_detectable_effect: impossible n={n}, {discordance=} or {n_clusters=}")
     effective_n = n / (1 + (n / (n_clusters or n) - 1) * icc)
@@ -212,14 +207,13 @@ def minimum_detectable_effect(n: int, discordance: float, n_clusters: int | None
 
 
 def intraclass_correlation(values: Sequence, clusters: Sequence | None) -> float:
-    """One-way ANOVA estimate of the correlation inside clusters, clipped to [0, 1].
+    """One-way ANOVA estimate of the correlation inside clusters, clipped to [0, 1]; 0 where each has one member.
 
-    0 where every cluster has one member (it is then without effect); 1, the cautious answer, where the values never
-    vary or there is one cluster only, because such data say nothing about it.
+    1, the cautious answer, where the values never vary or there is one cluster only: such data say nothing about it.
     """
     values, codes = np.asarray(values, dtype=float), cluster_codes(clusters, len(values))
-    n, sizes, sums = len(values), np.bincount(codes), np.bincount(codes, weights=values)
-    n_clusters = len(sizes)
+    sizes, sums = np.bincount(codes), np.bincount(codes, weights=values)
+    n, n_clusters = len(values), len(sizes)
     if n_clusters == n:
         return 0.0
     between, within = ((sums**2) / sizes).sum(), (values**2).sum()
@@ -261,10 +255,7 @@ def _resample_pairs(frame: pd.DataFrame, a: str, b: str, n_boot: int) -> tuple[n
 
 
 def _percentiles(replicates: np.ndarray, point: float, n_clusters: int) -> tuple[float, float]:
-    """Percentile interval; the data's own value is never left outside.
-
-    A plain one is too short by sqrt((J-1)/J) and takes its tails from the normal, not Student's t (Hesterberg 2015).
-    """
+    """Percentile interval with Student's tails, sqrt(J/(J-1)) wider (Hesterberg 2015); the point is never outside."""
     tail = ndtr(stdtrit(n_clusters - 1, TAIL) * math.sqrt(n_clusters / (n_clusters - 1)))
     low, high = np.quantile(replicates, [tail, 1 - tail], method="inverted_cdf")  # infinite values allowed
     return min(float(low), point), max(float(high), point)
@@ -272,17 +263,12 @@ def _percentiles(replicates: np.ndarray, point: float, n_clusters: int) -> tuple
 
 def _check_values(values: Sequence, name: str, binary: bool = False) -> np.ndarray:
     """The values as numbers; refused where nothing can be counted, or not everything."""
-    series = pd.Series(values)
-    numbers, missing = series.to_numpy(dtype=float), int(series.isna().sum())
-    problems = {
-        "is empty: there is nothing to count": series.empty,
-        f"misses {missing} of {len(series)} values: evaluate it on every question": missing > 0,
-        "must hold only right (True) and wrong (False)": binary and not np.isin(numbers, (0, 1)).all(),
-        "holds an infinite number: it has no mean": np.isinf(numbers).any(),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise ValueError(f"`{name}` {problem}")
+    numbers = pd.Series(values).to_numpy(dtype=float)
+    counted = int(np.isfinite(numbers).sum())
+    if counted < max(1, len(numbers)):
+        raise ValueError(f"`{name}` misses {len(numbers) - counted} of {len(numbers)} values: evaluate every question")
+    if binary and not np.isin(numbers, (0, 1)).all():
+        raise ValueError(f"`{name}` must hold only right (True) and wrong (False)")
     return numbers
 
 

@@ -58,12 +58,6 @@ OTHER = ("#8C2D6B", "#A8B83A", "#6B3A12", "#E58FC4", "#5A6B00", "#B5179E")  # ca
 ORDERED = ("#F2A9D8", "#D65DB1", "#9C2A7F", "#4B1D3F")  # few light, many dark
 _SHAPES = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
-OUTCOMES = {  # of a claim: (face, hatch); no colour, so that none is taken for a condition's
-    "agrees": ("#FFFFFF", ""),
-    "differs": ("#000000", ""),
-    "not supported at this n": ("#FFFFFF", "////"),
-    "cannot be checked": ("#FFFFFF", "...."),
-}
 SUBSET_LABELS = {
     "all": "all held-out problems",
     "source_only": "source-only",
@@ -73,8 +67,8 @@ SUBSET_LABELS = {
     "target_only": "target-only",
     "both": "both know it",
 }
-NOVELTY_LABELS = {"seen": "seen units", "held_unit": "held-out units", "held_value": "held-out values"}
-WORDS = LABELS | SUBSET_LABELS | NOVELTY_LABELS | {"joint": "both digits"}
+WORDS = LABELS | SUBSET_LABELS | {"joint": "both digits"}
+WORDS |= {"seen": "seen units", "held_unit": "held-out units", "held_value": "held-out values"}
 CODES = {"dit": "DiT", "kv": "KV cache", "prefix+residual": "prefix + residual"}  # also within a longer name
 
 

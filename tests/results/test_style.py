@@ -33,12 +33,6 @@ def test_a_condition_s_colour_and_marker_mean_nothing_else():
         style.choose_looks(frame, "names")
 
 
-def test_readers_see_words():
-    assert style.words("dit x prefix+residual, swapped") == "DiT \N{MULTIPLICATION SIGN} prefix + residual, swapped"
-    assert style.words("held_unit") == "held-out units" and style.words("constant") == "constant, bridge's mix"
-    assert style.words("prompt_seeds") == "prompt seeds" and style.words("edit") == "edit"
-
-
 @pytest.mark.parametrize(
     "value, signed, text",
     [

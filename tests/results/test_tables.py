@@ -1,4 +1,4 @@
-"""Tables, single examples and the browser say what the frames say, whatever characters a model has written.
+"""Single examples and the browser say what the frames say, whatever characters a model has written.
 
 python -m pytest tests/results/test_tables.py
 """
@@ -9,21 +9,8 @@ import re
 
 import pytest
 
-from bridgekit.config import CONDITIONS
 from bridgekit.results import tables
-from bridgekit.results.style import LABELS, markdown
 from bridgekit.runs import load_eval
-
-
-def test_conditions_as_a_table_in_the_usual_order(conditions):
-    table = tables.tabulate_conditions(conditions)
-    columns = ["condition", "all held-out problems (n = 2,000)", "source-only,\nheld-out units (n = 300)"]
-    assert list(table.columns) == [*columns, "target-only (n = 920)", "both know it (n = 500)"]
-    assert table["condition"].tolist() == [LABELS[c] for c in CONDITIONS]
-    row = conditions.query("condition == 'bridged' and subset == 'target_only'").iloc[0]
-    assert table.iloc[2, 3][:5] == f"{row['accuracy']:.3f}" and table.iloc[2, 3].count(",") == 1
-    fewer = tables.tabulate_conditions(conditions.query("condition != 'router' or subset == 'all'"))
-    assert markdown(fewer).count("| \N{EN DASH} | \N{EN DASH} |") == 1
 
 
 def example(i, group, novelty, target, bridged):
