@@ -113,7 +113,7 @@ def test_lines_are_drawn_at_their_true_x_with_the_seeds_and_their_mean():
         (lambda f: pd.concat([f, f]), "'one, a': two rows of this name"),
     ],
 )
-def test_what_cannot_be_drawn_truthfully_is_refused_in_one_line(change, message):
+def test_what_cannot_be_drawn_truthfully_is_refused(change, message):
     for draw in (lambda f: rows(f, "name", color="kind"), lambda f: lines(f, "name", color="kind")):
         with pytest.raises(ValueError) as error:
             draw(change(FRAME))

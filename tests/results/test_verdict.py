@@ -278,6 +278,6 @@ def test_conditions_table_is_one_row_for_each_condition_and_subset():
         (lambda f: headroom(without(f, "source")), "`source` was not evaluated"),
     ],
 )
-def test_bad_frames_are_refused_in_one_line(frames, call, message):
+def test_bad_frames_are_refused(frames, call, message):
     with pytest.raises(ValueError, match=message):
         call(frames[0])
