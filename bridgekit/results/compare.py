@@ -8,33 +8,32 @@
 Everything is computed from the table of answers (`table.load_answers`); no number is stored here.
 """
 
-import json
 import math
-import re
 from collections import namedtuple
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import ndtr, stdtrit
 
 from bridgekit.config import Config, to_flat
 from bridgekit.results import statistics as stats
 from bridgekit.results import style, table, verdict
+from bridgekit.results.reports import load_json
 from bridgekit.results.statistics import Interval
 from bridgekit.runs import write_text_atomic
+from bridgekit.tasks import Example
 from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
 
 SUBSETS = ("source_only_held_unit", "all")
-POWER, ALPHA = 0.8, 0.05
+POWER = 0.8
 REPLICATE_SHIFT = 100  # between the seeds of a variant and those of its first replicate; of its second, twice that
-AXES = {  # the figures of studies along an axis: {name: the key that must vary}
-    "capacity": "task.n_facts",
-    "generalisation": "task.train_units_share",
-    "compression": "bridge.n_soft_tokens",
+AXES = {  # the figures of studies along an axis: {name: (the key that must vary, column of x, label of x)}
+    "capacity": ("task.n_facts", "n_soft_tokens", "soft tokens in a message"),
+    "generalisation": ("task.train_units_share", "train_units", "source-only units met in training"),
+    "compression": ("bridge.n_soft_tokens", "n_soft_tokens", "soft tokens in a message"),
 }
 
 
@@ -43,10 +42,9 @@ def compare_variants(
 ) -> pd.DataFrame:
     """Bridged accuracy of each variant minus that of the reference, paired by problem and seed; a row for each subset.
 
-    variant reference subset point low high n n_units n_seeds p gained lost by_seed replicates adjusted_p holds, with
-    Holm over the whole table, and `smallest_effect`: what would have been found with power 0.8 at the strictest of
-    Holm's levels. `replicates` is {name: the variant it repeats}; their seeds are shifted by whole hundreds. A pair of
-    which one run is missing is left out; without a reference there are no rows.
+    `adjusted_p` and `holds` are Holm's over the whole table, `smallest_effect` is what would have been found with power
+    0.8 at the strictest of Holm's levels. `replicates` is {name: the variant it repeats}; their seeds are shifted by
+    whole hundreds. A pair of which one run is missing is left out.
     """
     repeated = pd.Series(replicates or {}, dtype=object)
     shifts = REPLICATE_SHIFT * (1 + repeated.groupby(repeated).cumcount())
@@ -66,8 +64,8 @@ def compare_variants(
     compared = pd.DataFrame(rows)
     if rows:
         compared["adjusted_p"] = stats.holm(compared["p"].to_dict())
-        compared["holds"] = compared["adjusted_p"] <= ALPHA
-        quantiles = stdtrit(compared["df"], 1 - ALPHA / len(rows) / 2) + stdtrit(compared["df"], POWER)
+        compared["holds"] = compared["adjusted_p"] <= verdict.ALPHA
+        quantiles = stdtrit(compared["df"], 1 - verdict.ALPHA / len(rows) / 2) + stdtrit(compared["df"], POWER)
         compared["smallest_effect"] = (quantiles * compared["deviation"]).clip(upper=1.0)
     return compared
 
@@ -78,23 +76,18 @@ def gains_table(answers: pd.DataFrame, compared: pd.DataFrame, costs: pd.DataFra
     `costs` has a row for each variant with `parameters` and `seconds` (`load_costs`).
     """
     bridged = answers[answers["condition"] == "bridged"]
-    cells = {(cell.variant, cell.subset): cell for cell in compared.itertuples()}
-    n_seeds, reference = bridged.groupby("variant", sort=False)["seed"].nunique(), set(compared.get("reference", ()))
-    rows = {variant: {"variant": variant, "seeds": n} for variant, n in n_seeds.items()}
-    for cost in costs.to_dict("records") if costs is not None else ():
-        rows[cost["variant"]] |= {k: f"{cost[k]:,.0f}" if cost[k] == cost[k] else "" for k in ("parameters", "seconds")}
+    gains = bridged.groupby("variant", sort=False)["seed"].nunique().rename("seeds").to_frame()
+    if costs is not None:
+        gains = gains.join(costs.set_index("variant").map(lambda cost: f"{cost:,.0f}" if cost == cost else ""))
     for subset in SUBSETS:
-        shares, name = table.share(table.select(bridged, subset), "variant"), style.words(subset).replace("\n", " ")
-        for found in shares.itertuples():
-            row, cell = rows[found.variant], cells.get((found.variant, subset))
-            row[f"{name} ({style.format_size(shares)})"] = style.format_interval(found.point, found.low, found.high)
-            change, least = "reference" if found.variant in reference else None, None
-            if cell:
-                interval = style.format_interval(cell.point, cell.low, cell.high, signed=True)
-                change, least = f"{interval}, p {cell.adjusted_p:.2g}", style.format_share(cell.smallest_effect)
-                row["variant"] = found.variant + (f" (replicate of {cell.replicates})" if cell.replicates else "")
-            row |= {f"difference, {name}": change, f"could be found from, {name}": least}
-    return pd.DataFrame(rows.values())
+        name, shares = style.words(subset).replace("\n", " "), table.share(table.select(bridged, subset), "variant")
+        cells = compared[compared["subset"] == subset].set_index("variant")
+        gains[f"{name} ({style.format_size(shares)})"] = shares.set_index("variant").apply(style.format_row, axis=1)
+        changes = {c.Index: f"{style.format_row(c, signed=True)}, p {c.adjusted_p:.2g}" for c in cells.itertuples()}
+        gains[f"difference, {name}"] = pd.Series(dict.fromkeys(cells["reference"], "reference") | changes, dtype=object)
+        gains[f"could be found from, {name}"] = cells["smallest_effect"].map(style.format_share)
+        again = {c.Index: f"{c.Index} (replicate of {c.replicates})" for c in cells.itertuples() if c.replicates}
+    return gains.rename(again).rename_axis("variant").reset_index()
 
 
 def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
@@ -102,15 +95,11 @@ def load_costs(runs: dict[str, Sequence[str | Path]]) -> pd.DataFrame:
 
     A module that is switched off is gone from the count. Seconds depend on what else ran on the same device.
     """
-
-    def load(path: Path, key: str) -> float:
-        return json.loads(path.read_text()).get(key, math.nan) if path.is_file() else math.nan
-
     rows = []
     for variant, folders in runs.items():
-        seconds = float(np.mean([load(Path(folder) / "timing.json", "train bridged") for folder in folders]))
-        parameters = load(Path(folders[-1]) / "status.json", "parameters")
-        rows.append({"variant": variant, "parameters": parameters, "seconds": seconds})
+        seconds = [load_json(Path(folder) / "timing.json").get("train bridged", math.nan) for folder in folders]
+        parameters = load_json(Path(folders[-1]) / "status.json").get("parameters", math.nan)
+        rows.append({"variant": variant, "parameters": parameters, "seconds": float(np.mean(seconds))})
     return pd.DataFrame(rows)
 
 
@@ -129,8 +118,9 @@ def swept_axis(configs: Iterable[Config]) -> str:
     """Which figure these configurations make: capacity, generalisation or compression; empty if they lie on no axis."""
     flats = [to_flat(config) for config in configs]
     varied = {key for flat in flats for key in flat if flat[key] != flats[0][key] and not key.startswith("run.")}
-    found = [name for name, key in AXES.items() if key in varied]
-    return found[0] if found and varied <= {*AXES.values(), "bridge.producer"} else ""
+    keys = {key: name for name, (key, *_) in AXES.items()}
+    found = [name for key, name in keys.items() if key in varied]
+    return found[0] if found and varied <= {*keys, "bridge.producer"} else ""
 
 
 def axis_settings(config: Config) -> dict:
@@ -144,14 +134,11 @@ def axis_settings(config: Config) -> dict:
     return settings
 
 
-def axis_table(
-    answers: pd.DataFrame, settings: dict[str, dict], facts: dict[str, dict[str, str]] | None = None
-) -> pd.DataFrame:
+def axis_table(answers: pd.DataFrame, settings: dict[str, dict], tests: dict[str, list[Example]]) -> pd.DataFrame:
     """A row for each run: what it was, and the share of what the target gets right when told that it recovers.
 
-    Where the settings have n_facts: the bits of its message (all, and per soft token), and, with `facts` as
-    {variant: {id: text}}, how many answers name some value of their message (a message may bring the values across
-    and not which word has which: then nearly all do, and bits are few).
+    Where the settings have n_facts: the bits of its message (all, and per soft token), and how many answers name some
+    value of it, by the facts of the variant's `tests` (a message may bring the values and not which word has which).
     """
     rows = []
     for (variant, seed), run in answers.groupby(["variant", "seed"], sort=False):
@@ -163,10 +150,9 @@ def axis_table(
             # a message made from the facts alone, before the question, must hold each of them
             times, k = row["n_facts"] if row["source_view"] == "facts" else 1, row["n_soft_tokens"]
             row |= _prefixed("bits", bits, times) | _prefixed("bits_per_token", bits, times / k)
-            if facts:
-                stated = [map(int, re.findall(r" is (\d+)\.", facts[variant][i])) for i in part["id"]]
-                named = [value in values for value, values in zip(part["said"], stated, strict=True)]
-                row |= _prefixed("in_message", stats.clustered_proportion(named, part["unit"]))
+            stated = {example.id: {value for _, value in example.fact_pairs} for example in tests[variant]}
+            named = [value in stated[i] for i, value in zip(part["id"], part["said"], strict=True)]
+            row |= _prefixed("in_message", stats.clustered_proportion(named, part["unit"]))
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -189,14 +175,10 @@ def carried_bits(
     `values` must have been drawn uniformly from `alphabet`; an answer that names no value carries none. The estimator
     is a cross-fitted lower bound on the mutual information of true and said value (Barber and Agakov 2003): the mean of
     log2 q(true | said) / p(true), with q fitted on nine tenths of the units and scored on the last, ten times: how much
-    more often than by chance a said value lies d beside the true one. A plug-in estimate would count noise as
-    information: 48 values make 2,304 cells, which 2,000 answers leave mostly empty. Answers that have nothing to do
-    with the truth, and perfect ones (log2 48 = 5.58), at n = 2,000: plug-in 0.91 and 5.57, Miller-Madow 0.47 and 5.59,
-    cross-fitted -0.04 and 5.58. The bound is below what is there where errors depend on more than the distance.
+    more often than by chance a said value lies d beside the true one. A plug-in estimate counts noise as information:
+    of 2,000 answers that have nothing to do with the truth it says 0.91 bits, this one -0.04 (of perfect ones 5.58).
     """
     true, alphabet = np.asarray(values, dtype=int), np.asarray(sorted(alphabet), dtype=int)
-    if len(true) == 0 or len(said) != len(true):
-        raise ValueError(f"bits: {len(true)} values and {len(said)} answers: give one answer for each value")
     if not np.isin(true, alphabet).all():
         raise ValueError(f"bits: value {true[~np.isin(true, alphabet)][0]} is not in the alphabet it was drawn from")
     named, width = pd.Series(list(said), dtype=float), int(alphabet[-1] - alphabet[0])
@@ -223,45 +205,29 @@ BRANCHES = {  # branch: (lowest accuracy in percent, the variants that are due)
     "B and C": (65, ("B", "C")),
     "A, B and C": (0, ("A", "B", "C")),
 }
-
-
-Decision = namedtuple("Decision", "right accuracy target branch variants replicate differs judged")
+Decision = namedtuple("Decision", "accuracy target branch variants replicate differs")
 
 
 def decide(frame: pd.DataFrame) -> Decision:
     """Which ablations the plan's rule asks for after one Phase 1 run, from its final evaluation, and how firm that is.
 
-    The rule looks at the final bridged `accuracy` alone (`right` answers): 0.70 and above goes on, from 0.65 the
-    `variants` B and C are due, below it A, B and C. `replicate` is the probability of each branch for a replicate of
-    this run, `differs` that of another one. The claim rule stands beside it (`judged`), because a bridge that does
-    nothing may pass 0.70 where the `target` alone does.
+    The rule looks at the final bridged `accuracy` alone: 0.70 and above goes on, from 0.65 the `variants` B and C are
+    due, below it A, B and C. `replicate` is the probability of each branch for a replicate, whose number of right
+    answers is as uncertain as this one's; `differs` is that of another branch than this one.
     """
-    rows = verdict.select_subset(frame)
+    rows = verdict.held_out(frame)
     correct, units = stats.read_correct(rows, "bridged"), rows.get("unit")
-    accuracy, target = stats.clustered_proportion(correct, units), float(stats.read_correct(rows, "target").mean())
     right, n = int(correct.sum()), len(correct)
-    branch = choose_branch(right, n)
-    chances = branch_probabilities(right, n, stats.pooled_mean(correct[:, None].astype(float), units).error)
-    found = (right, accuracy, target, branch, BRANCHES[branch][1], chances, 1 - chances[branch])
-    return Decision(*found, verdict.judge([frame]))
-
-
-def choose_branch(right: int, n: int) -> str:
-    """The branch of `right` answers out of `n`, in whole numbers: 130 of 200 is 0.65, and no rounding moves an edge."""
-    return next(branch for branch, (percent, _) in BRANCHES.items() if 100 * right >= percent * n)
-
-
-def branch_probabilities(right: int, n: int, error: float) -> dict[str, float]:
-    """Probability of each branch for a replicate, whose number of right answers is as uncertain as this one's.
-
-    Normal, with the variance of both draws of problems; counts are whole, so an edge lies half an answer below it.
-    """
-    both, chances, above = NormalDist(right / n, 2**0.5 * error), {}, 0.0
-    for branch, (percent, _) in BRANCHES.items():
-        lowest = -(-percent * n // 100)  # the smallest count that reaches this branch
-        reached = 1.0 if percent == 0 else 1 - both.cdf((lowest - 0.5) / n)
-        chances[branch], above = reached - above, reached
-    return chances
+    # the smallest count that reaches each branch, in whole numbers: 130 of 200 is 0.65, and no rounding moves an edge
+    lowest = np.array([-(-percent * n // 100) for percent, _ in BRANCHES.values()])
+    branch = list(BRANCHES)[int((right < lowest).sum())]
+    # normal, with the variance of both draws of problems; counts are whole, so an edge lies half an answer below it
+    error = 2**0.5 * stats.pooled_mean(correct[:, None].astype(float), units).error
+    reached = np.where(lowest > 0, ndtr((right - lowest + 0.5) / n / error), 1.0)
+    chances = dict(zip(BRANCHES, np.diff(reached, prepend=0.0).tolist(), strict=True))
+    target = float(stats.read_correct(rows, "target").mean())
+    accuracy = stats.clustered_proportion(correct, units)
+    return Decision(accuracy, target, branch, BRANCHES[branch][1], chances, 1 - chances[branch])
 
 
 def due_variants(names: Sequence[str], decision: Decision | None) -> list[str]:

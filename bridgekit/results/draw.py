@@ -15,12 +15,13 @@ import textwrap
 import typing
 from collections.abc import Callable, Mapping
 
+import pandas as pd
+
 from bridgekit.config import CONDITIONS
 from bridgekit.results import style
-from bridgekit.results.style import COLORS, COLUMN, PAGE, darken, format_share, words
+from bridgekit.results.style import COLORS, COLUMN, PAGE, format_share, words
 
 if typing.TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -142,7 +143,6 @@ def lines(
     panel: str | None = None,
     *,
     bars: bool = False,  # intervals as bars at the points instead of a band
-    ends: bool = False,  # name each line where it ends instead of in a legend
     references: Mapping = NOTHING,  # {name or (panel, name): y or (y, low, high)}: level lines
     log_x: bool = False,
     sharey: bool = True,
@@ -160,12 +160,12 @@ def lines(
     """
     keys = [c for c in (panel, color if color in frame else None) if c]
     frame = check_frame(frame, y, keys, title or "lines", x).sort_values(x, kind="stable")
-    looks, last, panels = style.choose_looks(frame, color), {}, open_panels(frame, panel, sharey=sharey)
+    looks, panels = style.choose_looks(frame, color), open_panels(frame, panel, sharey=sharey)
     for key, (ax, part) in panels.items():
         for value, series in part.groupby(color, sort=False) if color in frame else [(color, part)]:
             named = color in frame and color != panel
-            last[value] = _draw_series(ax, series, x, looks[value] | {"label": words(value) if named else ""}, bars)
-        last |= _draw_levels(ax.axhline, key, references, looks)
+            _draw_series(ax, series, x, looks[value] | {"label": words(value) if named else ""}, bars)
+        _draw_levels(ax.axhline, key, references, looks)
         if log_x:
             ax.set_xscale("log", base=2)
             ax.xaxis.set_major_formatter("{x:,.0f}")
@@ -173,11 +173,7 @@ def lines(
             ax.set_ylim(limits)
         if ax.get_subplotspec().is_first_col():
             ax.set_ylabel(ylabel)
-    fig = finish_figure(panels, title, xlabel, width, height, legend=not ends)
-    if ends:
-        ax.set_xlim(frame[x].min(), max(frame[x].max(), frame[x].min() + 1))
-        _label_ends(ax, last, looks)
-    return fig
+    return finish_figure(panels, title, xlabel, width, height)
 
 
 def open_panels(frame: pd.DataFrame, panel: str | None = None, **share) -> dict:
@@ -194,7 +190,7 @@ def open_panels(frame: pd.DataFrame, panel: str | None = None, **share) -> dict:
     return {key: (ax, part) for ax, (key, part) in zip(grid.axes.flat, parts.items(), strict=True)}
 
 
-def finish_figure(panels: dict, title: str, xlabel: str, width: float, height: float, legend=True) -> Figure:
+def finish_figure(panels: dict, title: str, xlabel: str, width: float, height: float) -> Figure:
     """Title, legend, names of the panels and of x, and n: once if it is the same everywhere, else above the panels.
 
     `height`: inches of one panel.
@@ -206,7 +202,7 @@ def finish_figure(panels: dict, title: str, xlabel: str, width: float, height: f
             found.setdefault(label, handle)
         if key is not None:
             heads.append(ax.set_title(words(key) + ("" if same else "\n" + sizes[key].replace(" on ", "\non "))))
-    fig, down, found = ax.figure, ax.get_gridspec().nrows, found if legend else {}
+    fig, down = ax.figure, ax.get_gridspec().nrows
     title, longest = textwrap.fill(title, int(14 * width)), max(map(len, found), default=1)
     columns = max(1, min(len(found), int(width / (0.36 + 0.057 * longest))))
     above = 0.57 + 0.15 * title.count("\n") + 0.14 * -(-len(found) // columns)
@@ -257,28 +253,22 @@ def _write_number(ax: Axes, row: dict, numbers: str, signed: bool, bold: bool) -
     ax.annotate(text.replace("-", "\N{MINUS SIGN}"), **place, **look)
 
 
-def _draw_levels(line: Callable, panel: object, references: Mapping, looks: Mapping) -> dict:
-    """The lines of this panel, `line` being axhline or axvline of its axes, with their bands; returns {name: value}."""
-    drawn = {}
+def _draw_levels(line: Callable, panel: object, references: Mapping, looks: Mapping) -> None:
+    """The lines of this panel, `line` being axhline or axvline of its axes, with their bands."""
     for key, value in references.items():
         where, name = key if isinstance(key, tuple) else (panel, key)
         point, *band = value if isinstance(value, tuple) else (value,)
         if where == panel:
-            drawn[name] = point
-            number = f" {format_share(point)}" if key in COLORS and not band else ""
-            color, ls = _color_of(name, looks), style.DASHES.get(name, (0, (1, 1.2)))
-            line(point, color=color, ls=ls, lw=1, zorder=1, gid=f"reference:{name}", label=words(name) + number)
+            color = looks[name]["color"] if name in looks else COLORS.get(name, INK)
+            label = words(name) + (f" {format_share(point)}" if key in COLORS else "")
+            look = {"color": color, "ls": style.DASHES.get(name, (0, (1, 1.2))), "lw": 1, "zorder": 1}
+            line(point, gid=f"reference:{name}", label=label, **look)
             if band:
                 line.__self__.axhspan(*band, color=color, alpha=0.14, lw=0, gid=f"band:{name}")
-    return drawn
 
 
-def _color_of(name: object, looks: Mapping) -> str:
-    return looks[name]["color"] if name in looks else COLORS.get(name, INK)
-
-
-def _draw_series(ax: Axes, series: pd.DataFrame, x: str, look: dict, bars: bool) -> float:
-    """One line with the intervals of its seeds; returns where it ends."""
+def _draw_series(ax: Axes, series: pd.DataFrame, x: str, look: dict, bars: bool) -> None:
+    """One line with the intervals of its seeds."""
     seeds = [run for _, run in series.groupby("seed")] if "seed" in series else [series]
     gid, shared = series["gid"].iloc[0], {"color": look["color"]}
     for run in seeds:
@@ -299,23 +289,3 @@ def _draw_series(ax: Axes, series: pd.DataFrame, x: str, look: dict, bars: bool)
     if bars and not whole.all():
         look |= {"ls": "", "mfc": "white", "label": "open: not every seed"}
         ax.plot(mean.index[~whole], mean[~whole], gid=f"fewer:{gid}", **look)
-    return mean.iloc[-1]
-
-
-def _label_ends(ax: Axes, ends: dict, looks: Mapping) -> None:
-    """Name each line where it ends; labels are moved apart as little as their height asks for."""
-    from scipy.optimize import isotonic_regression
-
-    names = sorted(ends, key=ends.get)
-    texts = [textwrap.fill(f"{words(name)} {format_share(ends[name])}", 17) for name in names]
-    ax.figure.draw_without_rendering()  # the axes' height in points is known only after a layout
-    point = (ax.get_ylim()[1] - ax.get_ylim()[0]) * ax.figure.dpi / (ax.get_window_extent().height * 72)
-    room = [9.2 * point * (text.count("\n") + 1) for text in texts]
-    below = [sum(room[:i]) + room[i] / 2 for i in range(len(room))]
-    places = isotonic_regression([ends[name] - b for name, b in zip(names, below, strict=True)]).x + below
-    look = {"xycoords": ("axes fraction", "data"), "textcoords": ("axes fraction", "data"), "va": "center"}
-    for name, text, place in zip(names, texts, places, strict=True):
-        color = _color_of(name, looks)
-        look |= {"arrowprops": {"arrowstyle": "-", "color": color, "lw": 0.7, "shrinkA": 1, "shrinkB": 1}}
-        look |= {"color": darken(color), "weight": "bold" if name == "bridged" else "normal", "fontsize": 7}
-        ax.annotate(text, (1, ends[name]), (1.06, place), annotation_clip=False, gid=f"label:{name}", **look)

@@ -2,7 +2,7 @@
 call in its notebook.
 
     fig = plot_conditions(conditions_table(load_eval("runs/x/eval_samples_step_final.jsonl")))
-    fig = plot_accuracy_curve(load_curve("runs/x/metrics.jsonl"))
+    fig = plot_curves(load_curve("runs/x/metrics.jsonl").assign(variant="x"))
 
 They take frames as `verdict`, `compare` and `load_curve` give them, and never show or save.
 """
@@ -10,16 +10,19 @@ They take frames as `verdict`, `compare` and `load_curve` give them, and never s
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+import pandas as pd
+
 from bridgekit.config import CONDITIONS
-from bridgekit.results.draw import INK, check_frame, finish_figure, lines, list_rows, open_panels, paper_figure, rows
-from bridgekit.results.style import COLORS, COLUMN, DASH, HATCHES, PAGE, words
+from bridgekit.results.compare import AXES
+from bridgekit.results.draw import INK, finish_figure, lines, list_rows, open_panels, paper_figure, rows
+from bridgekit.results.statistics import wilson
+from bridgekit.results.style import COLORS, COLUMN, DASH, PAGE, words
 from bridgekit.runs import load_jsonl
 
 if typing.TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 __all__ = ["lines", "rows"]  # the primitives, for notebooks
@@ -27,15 +30,10 @@ __all__ = ["lines", "rows"]  # the primitives, for notebooks
 GROUP_SUBSETS = ("source_only_seen", "source_only_held_unit", "source_only_held_value", "target_only", "both")
 GROUP_CONDITIONS = ("source", "target", "bridged", "shuffled", "constant", "target_told")
 HEADROOM = {  # column: (label, colour, hatch); the source is right in the first two, the target in the middle two
-    "source_only": ("only source right", COLORS["source"], HATCHES["source"]),
+    "source_only": ("only source right", COLORS["source"], "///"),
     "both": ("both right", "#f4ecd8", ""),
-    "target_only": ("only target right", COLORS["target"], HATCHES["target"]),
+    "target_only": ("only target right", COLORS["target"], "\\\\\\"),
     "neither": ("neither right", "#ffffff", ""),
-}
-AXES = {  # axis of a study: (x, label of x)
-    "generalisation": ("train_units", "source-only units met in training"),
-    "compression": ("n_soft_tokens", "soft tokens in a message"),
-    "capacity": ("n_soft_tokens", "soft tokens in a message"),
 }
 CAPACITY = {  # panel: columns of the value and its interval
     "right value, of told": ("point", "low", "high"),
@@ -45,16 +43,11 @@ CAPACITY = {  # panel: columns of the value and its interval
 
 
 def load_curve(metrics: str | Path) -> pd.DataFrame:
-    """The validation accuracies of metrics.jsonl with Wilson intervals, for `plot_accuracy_curve`.
+    """The validation accuracies of metrics.jsonl with Wilson intervals: step condition point low high n n_units.
 
-    The interval's n is `n_effective` where the line has one, else the number of units: problems of one unit
-    are right or wrong together, so counting them all would promise too much. Of a step evaluated twice the last
-    evaluation counts; the last line may still be being written.
+    The interval's n is `n_effective` where the line has one, else the number of units: problems of one unit are right
+    or wrong together. Of a step evaluated twice the last evaluation counts; the last line may still be being written.
     """
-    import pandas as pd
-
-    from bridgekit.results.statistics import wilson
-
     broken: list[int] = []
     lines_of = list(load_jsonl(metrics, broken)) if Path(metrics).is_file() else []
     if broken and broken[0] <= len(lines_of):
@@ -71,26 +64,6 @@ def load_curve(metrics: str | Path) -> pd.DataFrame:
     return pd.DataFrame(found)
 
 
-def plot_losses(steps: Sequence[Mapping], title: str = "The losses of training") -> Figure:
-    """A panel for each loss, its value over steps: `steps` are dicts {loss: value}, which may name their `step`."""
-    import pandas as pd
-
-    table = pd.DataFrame(steps, dtype=float)
-    table = table if "step" in table else table.assign(step=range(1, len(table) + 1))
-    table = table.melt("step", var_name="loss", value_name="value").dropna()
-    look = {"xlabel": "training step", "title": title, "width": PAGE, "height": 1.15, "sharey": False}
-    return lines(table, "step", "value", panel="loss", **look)
-
-
-def plot_accuracy_curve(curve: pd.DataFrame, title: str = "Accuracy during training") -> Figure:
-    """Accuracy over steps, from `load_curve`; conditions that never change are level lines; optional column seed."""
-    moves = curve.groupby("condition")["point"].transform("nunique").gt(1) | curve["condition"].eq("bridged")
-    level = curve[~moves].groupby("condition", sort=False)[["point", "low", "high"]].first()
-    levels = dict(zip(level.index, level.itertuples(index=False, name=None), strict=True))
-    look = {"xlabel": "training step", "ylabel": "accuracy on validation", "title": title, "height": 2.0}
-    return lines(curve[moves], "step", color="condition", ends=True, references=levels, **look)
-
-
 def plot_conditions(
     table: pd.DataFrame, subset: str = "all", panel: str | None = None, title: str = "Who answers right?"
 ) -> Figure:
@@ -98,8 +71,6 @@ def plot_conditions(
 
     The dashed line is the target alone.
     """
-    if subset not in set(table["subset"]):
-        raise ValueError(f"conditions: no subset '{subset}' (there are: {', '.join(table['subset'].unique())})")
     table = table[table["subset"] == subset]
     target = table[table["condition"] == "target"].to_dict("records")
     levels = {(row[panel], "target") if panel else "target": row["accuracy"] for row in target}
@@ -110,8 +81,6 @@ def plot_conditions(
 def plot_groups(table: pd.DataFrame) -> Figure:
     """The conditions that matter by what the models know, a panel for each group of `conditions_table`."""
     table = table[table["condition"].isin(GROUP_CONDITIONS) & table["subset"].isin(GROUP_SUBSETS)]
-    if table.empty:
-        raise ValueError("groups: no knowledge group in this table; a task without units has none")
     table = table.sort_values("subset", key=lambda names: names.map(GROUP_SUBSETS.index), kind="stable")
     title = "Who answers right, by which model knows the fact?"
     return rows(table, "condition", "accuracy", panel="subset", xlabel="accuracy", title=title)
@@ -131,7 +100,6 @@ def plot_forest(compared: pd.DataFrame, title: str = "What does each change do?"
 
     Full marks differ by Holm's p over the whole table; inside the grey band nothing could have been found.
     """
-    check_frame(compared, "point", ["variant", "subset", "smallest_effect"], "forest")
     names = compared["label"] if "label" in compared else compared["variant"].map(words)
     copies = [f" (again {words(of)})" if isinstance(of, str) and of else "" for of in compared["replicates"]]
     reach = {subset: _reach(part) for subset, part in compared.groupby("subset")}
@@ -155,10 +123,7 @@ def _reach(part: pd.DataFrame) -> float:
 
 def plot_curves(curves: pd.DataFrame, reference: str = "") -> Figure:
     """Validation accuracy over steps, a panel for each variant; the mean of the reference is drawn in all others."""
-    import pandas as pd
-
-    names = curves["label"] if "label" in curves else curves["variant"].map(words)
-    table = curves.assign(line="bridged", panel=names)
+    table = curves.assign(line="bridged", panel=curves["variant"].map(words))
     mean = table[table["variant"] == reference].groupby("step", as_index=False).mean(numeric_only=True)
     mean = mean.assign(low=mean["point"], high=mean["point"], line=f"mean of '{words(reference)}'")
     others = table.loc[table["variant"] != reference, "panel"].unique()
@@ -169,20 +134,13 @@ def plot_curves(curves: pd.DataFrame, reference: str = "") -> Figure:
 
 def plot_axis(frame: pd.DataFrame, axis: str) -> Figure:
     """What each run of a study brings across along the axis the study lies on; of several facts, guessing is dotted."""
-    import pandas as pd
-
-    if axis not in AXES:
-        raise ValueError(f"axis: '{axis}' has no figure (there are: {', '.join(AXES)})")
-    x, label = AXES[axis]
+    _, x, label = AXES[axis]
     look = {"bars": True, "log_x": True, "xlabel": label}
     if axis != "capacity":
         look |= {"color": "producer", "panel": "producer", "ylabel": "recovered, of told"}
         return lines(frame, x, references={"target_told": 1.0}, title=f"What the bridge recovers, by {label}", **look)
-    parts = []
-    for panel, (point, low, high) in CAPACITY.items():
-        if point in frame:
-            parts.append(frame.assign(panel=panel, point=frame[point], low=frame[low], high=frame[high]))
     told, named, _ = CAPACITY
+    parts = [frame.assign(panel=p, point=frame[c], low=frame[a], high=frame[b]) for p, (c, a, b) in CAPACITY.items()]
     look |= {"references": {(told, n): 1 / n for n in sorted(frame["n_facts"].unique()) if n > 1}, "width": PAGE}
     look |= {"sharey": False, "ylim": dict.fromkeys([told, named], (-0.02, 1.04))}
     title = "How many facts does a message hold? (colour: facts in it; dotted: guessing among them)"
@@ -192,33 +150,26 @@ def plot_axis(frame: pd.DataFrame, axis: str) -> Figure:
 @paper_figure
 def plot_shares(frame: pd.DataFrame, y: str, looks: Mapping, xlabel: str, title: str, whole: bool = True) -> Figure:
     """A bar for each row, divided into counts or shares of the whole; `looks`: {column: (label, colour, hatch)}."""
-    if missing := [column for column in (y, *looks) if column not in frame]:
-        raise ValueError(f"{title} no column '{missing[0]}' (there are: {', '.join(frame.columns)})")
-    counts, sizes = frame[list(looks)].reset_index(drop=True), frame[list(looks)].sum(axis=1).to_numpy()
-    if counts.empty or not (counts >= 0).all(axis=None) or (sizes <= 0).any():
-        raise ValueError(f"{title} a count is negative or missing, or a bar has no problem at all")
-    panels = open_panels(frame)
+    sizes, panels = frame[list(looks)].sum(axis=1), open_panels(frame)
     ax, _ = panels[None]
     list_rows(ax, [f"{label}\nn = {n:,}".strip() for label, n in zip(frame[y], sizes, strict=True)])
-    for at, row in counts.iterrows():
-        scale, left = sizes[at] if whole else 1, 0.0
-        for name, (label, color, hatch) in looks.items():
-            share, text = row[name] / scale, f"{row[name]:,}" if row[name] else ""
-            face = {"fc": color, "hatch": hatch, "ec": INK, "lw": 0.5, "label": label}
-            ax.barh(at, share, 0.5, left, gid=f"bar:{name}:{at}", **face)
-            narrow = row[name] / (scale if whole else sizes.max()) < 0.026 * len(text)  # the number stands above it
-            box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0 if narrow or not text else 0.85}
-            ax.text(left + share / 2, at - 0.39 * narrow, text, ha="center", va="center", bbox=box)
-            left += share
+    left = 0 * sizes
+    for name, (label, color, hatch) in looks.items():
+        width = frame[name] / (sizes if whole else 1)
+        face = {"fc": color, "hatch": hatch, "ec": INK, "lw": 0.5, "label": label, "gid": f"bar:{name}"}
+        bars = ax.barh(range(len(frame)), width, 0.5, left, **face)
+        numbers = ax.bar_label(bars, [f"{count:,}" if count else "" for count in frame[name]], label_type="center")
+        for number, share in zip(numbers, width / (1 if whole else sizes.max()), strict=True):
+            number.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.8, "alpha": 0.85})
+            if share < 0.026 * len(number.get_text()):  # too narrow: the number stands above it
+                number.set(position=(0, 11), bbox=None)
+        left = left + width
     ax.set(xlim=(0, 1) if whole else None, xlabel=xlabel)
-    return finish_figure(panels, title, "", COLUMN, 0.4 * len(counts))
+    return finish_figure(panels, title, "", COLUMN, 0.4 * len(frame))
 
 
-def plot_headroom(headroom: dict | pd.DataFrame) -> Figure:
+def plot_headroom(headroom: pd.DataFrame) -> Figure:
     """Counts of problems source_only, both, target_only, neither; a bar for each row (optional column label)."""
-    import pandas as pd
-
-    table = pd.DataFrame([headroom]) if isinstance(headroom, dict) else headroom
-    table = table if "label" in table else table.assign(label="")
+    table = headroom if "label" in headroom else headroom.assign(label="")
     xlabel = "share of problems (in the bar: their number)"
     return plot_shares(table, "label", HEADROOM, xlabel, "Which model knows the answer?")

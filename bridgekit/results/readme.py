@@ -161,7 +161,7 @@ class Numbers:
     def example(self, name: str, conditions: list[str], skip: int = 0) -> dict:
         """A source-only problem about a unit the bridge never met that it has right, with each condition's answer."""
         frame = load_eval(find_eval(self.folders(name)[0]))
-        rows = verdict.select_subset(frame, "source_only_held_unit")
+        rows = table.select(frame, "source_only_held_unit")
         row = rows[rows["bridged_correct"] & ~rows["target_correct"]].iloc[skip]
         answers = {condition: row[f"{condition}_full"].replace("\n", " ") for condition in conditions}
         return {"question": row["question"], "unit": row["unit"], "value": row["value"], "answers": answers}

@@ -23,8 +23,9 @@ from pathlib import Path
 
 from bridgekit.config import load_config, to_flat
 from bridgekit.results import verdict
-from bridgekit.results.statistics import paired_difference
+from bridgekit.results.statistics import paired_difference, paired_ratio
 from bridgekit.results.style import format_interval, format_share
+from bridgekit.results.table import select
 from bridgekit.runs import (
     find_eval,
     load_eval,
@@ -103,7 +104,7 @@ def load_control_steps(folder: Path) -> dict[str, dict[str, int]]:
 
 def describe_answers(frame: pd.DataFrame, where: str = "final evaluation") -> str:
     """A table of an evaluation, the source-only problems below; intervals over units where there are units."""
-    table, rows = verdict.conditions_table(frame), verdict.select_subset(frame)
+    table, rows = verdict.conditions_table(frame), verdict.held_out(frame)
     over = "questions" if table["n"].eq(table["n_units"]).all() else "units"
     shown = table[table["subset"].isin(["all", "source_only"])].to_dict("records")
     test = paired_difference(rows, "bridged", "target") if {"bridged_correct", "target_correct"} <= set(rows) else None
@@ -158,10 +159,10 @@ def build_record(folder: str | Path) -> dict:
 
 
 def _describe_recovery(frame: pd.DataFrame, subset: str = "source_only_held_unit") -> str:
-    held = verdict.select_subset(frame, subset, allow_empty=True)
+    held = select(frame, subset)
     if held.empty or "target_told_correct" not in held or not held["target_told_correct"].any():
         return "not measured"
-    share = verdict.recovery(frame, subset=subset)
+    share = paired_ratio(held, "bridged", "target_told")
     if math.isinf(share.high):
         return f"{format_share(share.point)} (too little for an interval)"
     return format_interval(share.point, share.low, share.high)

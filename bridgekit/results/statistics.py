@@ -20,6 +20,7 @@ A cell is 1,000 draws (40 or 300 units, six sets of rates, correlation 0, 0.3 or
 """
 
 import math
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -31,6 +32,7 @@ from scipy.special import bdtr, ndtr, ndtri, stdtr, stdtrit
 from bridgekit.results.style import format_interval
 
 TAIL = (1 - 0.95) / 2  # what every interval leaves out on each side
+Z_TAIL, Z_POWER = NormalDist().inv_cdf(1 - TAIL), NormalDist().inv_cdf(0.8)  # of a test at 0.05 with power 0.8
 ROUNDING = 1e-12  # what differs by less is equal
 
 
@@ -46,14 +48,8 @@ class Interval:
         return format_interval(self.point, self.low, self.high)
 
 
-@dataclass(frozen=True)
-class Pooled(Interval):
-    """A mean over problems and training seeds, with its standard error and the degrees of freedom."""
-
-    n_seeds: int
-    error: float
-    df: float
-    p: float  # two-sided, of a true mean of 0
+# A mean over problems and training seeds, with its standard error, degrees of freedom and p, of a true mean of 0.
+Pooled = namedtuple("Pooled", "point low high n n_clusters n_seeds error df p")
 
 
 @dataclass(frozen=True)
@@ -80,33 +76,31 @@ def wilson(k: float, n: float, effective_n: float | None = None) -> tuple[float,
     """Score interval of k right out of n answers (Wilson 1927), of which only `effective_n` may be independent."""
     if not 0 <= k <= n or not n > 0:
         raise ValueError(f"wilson: {k} right of {n} is impossible; need 0 <= k <= n and n > 0")
-    share, n, z = k / n, effective_n or n, NormalDist().inv_cdf(1 - TAIL)
+    share, n, z = k / n, effective_n or n, Z_TAIL
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     return float(max(0.0, min(share, centre - half))), float(min(1.0, max(share, centre + half)))
 
 
 def clustered_proportion(correct: Sequence, clusters: Sequence | None = None) -> Interval:
-    """Share right, with Wilson's interval on the effective n: n over the design effect.
+    """Share right, with Wilson's interval on the effective n; one cluster tells nothing: it gives [0, 1].
 
-    Where clusters are shared, Student's quantile replaces the normal one by a second correction of n (Korn and
-    Graubard), because the design effect is estimated. One cluster tells nothing: it gives [0, 1].
+    That is n over the design effect, an estimate: Student's quantile replaces the normal one (Korn and Graubard).
     """
     values, codes = _check_values(correct, "correct", binary=True), cluster_codes(clusters, len(correct))
     n, n_clusters, effective_n = len(values), int(codes.max()) + 1, None
     if n_clusters == 1:
         return Interval(float(values.mean()), 0.0, 1.0, n, 1)
     if n_clusters < n:
-        wider = stdtrit(n_clusters - 1, TAIL) / NormalDist().inv_cdf(1 - TAIL)
+        wider = stdtrit(n_clusters - 1, TAIL) / Z_TAIL
         effective_n = float(n / (_design_effect(values, codes) * wider**2))
     return Interval(float(values.mean()), *wilson(float(values.sum()), n, effective_n), n, n_clusters)
 
 
 def clustered_mean(values: Sequence, clusters: Sequence | None = None) -> Interval:
-    """Mean of any number per question, with Student's interval on the clusters' own sums.
+    """Mean of any number per question, with Student's interval on the clusters' own sums (linearised variance).
 
-    The mean is a ratio of two sums over clusters; its linearised variance is that of survey practice. One cluster
-    tells nothing: its interval is infinite.
+    One cluster tells nothing: its interval is infinite.
     """
     numbers, codes = _check_values(values, "values"), cluster_codes(clusters, len(values))
     mean, n_clusters = float(numbers.mean()), int(codes.max()) + 1
@@ -122,10 +116,9 @@ def pooled_mean(values: np.ndarray, clusters: Sequence | None = None, lowest: fl
     """Mean of (problems, seeds) answers, or differences (lowest -1), uncertain for other problems *and* other seeds.
 
     Its variance is the sum of two: over units, of the values averaged over seeds, and over seeds, of each seed's mean;
-    the degrees of freedom are Satterthwaite's. Answer noise enters both terms, so the interval is conservative: with
-    435 problems about 290 units and a seed's difference deviating by 0, 0.02 and 0.1 it covered 0.98, 0.97 and 0.93
-    with three seeds, 0.99, 0.98 and 0.94 with five. Two answers are added, one gained and one lost: without them equal
-    answers would have no uncertainty at all. One seed says nothing of others.
+    the degrees of freedom are Satterthwaite's. Answer noise enters both, so the interval is conservative: with 435
+    problems about 290 units and three seeds that deviate by 0, 0.02 and 0.1 it covered 0.98, 0.97 and 0.93. Two answers
+    are added, one gained and one lost: without them equal answers would have no uncertainty at all.
     """
     codes, mean = cluster_codes(clusters, len(values)), float(values.mean())
     (n, n_seeds), n_clusters = values.shape, int(codes.max()) + 1
@@ -185,53 +178,42 @@ def paired_ratio(frame: pd.DataFrame, a: str, b: str, n_boot: int = 10_000) -> I
 
 def holm(pvalues: dict) -> dict:
     """Holm's step-down adjusted p values, in the order given."""
-    adjusted, largest = dict(pvalues), 0.0
-    for rank, name in enumerate(sorted(pvalues, key=pvalues.get)):
-        largest = max(largest, (len(pvalues) - rank) * pvalues[name])
-        adjusted[name] = min(1.0, largest)
-    return adjusted
+    ordered = pd.Series(pvalues, dtype=float).sort_values(kind="stable")
+    adjusted = (ordered * np.arange(len(ordered), 0, -1)).cummax().clip(upper=1.0)
+    return {name: float(adjusted[name]) for name in pvalues}
 
 
-def n_for_effect(effect: float, discordance: float, power: float = 0.8, alpha: float = 0.05) -> int:
-    """Number of independent pairs at which a two-sided McNemar test finds `effect` (Connor 1987).
+def n_for_effect(effect: float, discordance: float) -> int:
+    """Number of independent pairs at which a two-sided McNemar test at 0.05 finds `effect` with power 0.8.
 
-    n = (z_a sqrt(D) + z_b sqrt(D - effect^2))^2 / effect^2, with D the share of pairs that differ. Two points need
-    2,451 at D = 0.125 and 4,609 at D = 0.235.
+    n = (z_a sqrt(D) + z_b sqrt(D - effect^2))^2 / effect^2, with D the share of pairs that differ (Connor 1987).
     """
     if not 0 < abs(effect) <= discordance + ROUNDING <= 1 + 2 * ROUNDING:
         raise ValueError(f"n_for_effect: need 0 < effect <= discordance <= 1, got {effect} and {discordance}")
-    z_alpha, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
-    spread = z_alpha * math.sqrt(discordance) + z_power * math.sqrt(max(0.0, discordance - effect**2))
+    spread = Z_TAIL * math.sqrt(discordance) + Z_POWER * math.sqrt(max(0.0, discordance - effect**2))
     return math.ceil((spread / effect) ** 2)
 
 
-def minimum_detectable_effect(
-    n: int, discordance: float, n_clusters: int | None = None, icc: float = 0.0, power: float = 0.8, alpha: float = 0.05
-) -> float:
-    """Smallest accuracy difference n pairs in n_clusters can find: `n_for_effect` solved for the effect.
-
-    n is first divided by the design effect. 1.0 means that nothing can be found at this n.
-    """
+def minimum_detectable_effect(n: int, discordance: float, n_clusters: int | None = None, icc: float = 0.0) -> float:
+    """Smallest accuracy difference n pairs in n_clusters can find: `n_for_effect` solved for it; 1.0 means none."""
     if n < 1 or not 0 < discordance <= 1 or not 1 <= (n_clusters or n) <= n:
         raise ValueError(f"minimum_detectable_effect: impossible n={n}, {discordance=} or {n_clusters=}")
     effective_n = n / (1 + (n / (n_clusters or n) - 1) * icc)
-    z_alpha, z_power = NormalDist().inv_cdf(1 - alpha / 2), NormalDist().inv_cdf(power)
     # with u = sqrt(D - effect^2) it is (n + z_b^2) u^2 + 2 z_a z_b sqrt(D) u + (z_a^2 - n) D = 0
-    half_b, lead = z_alpha * z_power * math.sqrt(discordance), effective_n + z_power**2
-    root = math.sqrt(max(0.0, half_b**2 - lead * (z_alpha**2 - effective_n) * discordance))
+    half_b, lead = Z_TAIL * Z_POWER * math.sqrt(discordance), effective_n + Z_POWER**2
+    root = math.sqrt(max(0.0, half_b**2 - lead * (Z_TAIL**2 - effective_n) * discordance))
     u = (root - half_b) / lead
     return 1.0 if u < 0 else math.sqrt(discordance - u**2)
 
 
 def intraclass_correlation(values: Sequence, clusters: Sequence | None) -> float:
-    """One-way ANOVA estimate of the correlation inside clusters, clipped to [0, 1].
+    """One-way ANOVA estimate of the correlation inside clusters, clipped to [0, 1]; 0 where each has one member.
 
-    0 where every cluster has one member (it is then without effect); 1, the cautious answer, where the values never
-    vary or there is one cluster only, because such data say nothing about it.
+    1, the cautious answer, where the values never vary or there is one cluster only: such data say nothing about it.
     """
     values, codes = np.asarray(values, dtype=float), cluster_codes(clusters, len(values))
-    n, sizes, sums = len(values), np.bincount(codes), np.bincount(codes, weights=values)
-    n_clusters = len(sizes)
+    sizes, sums = np.bincount(codes), np.bincount(codes, weights=values)
+    n, n_clusters = len(values), len(sizes)
     if n_clusters == n:
         return 0.0
     between, within = ((sums**2) / sizes).sum(), (values**2).sum()
@@ -254,9 +236,9 @@ def _resample_pairs(frame: pd.DataFrame, a: str, b: str, n_boot: int) -> tuple[n
     """Right of (a, b), the number of clusters, and sums of (a, b, size) over n_boot draws of as many clusters.
 
     Two pseudo-clusters join the draw, one gained and one lost, as Bonett and Price (2012) add one to each discordant
-    count: without them, data in which nothing (or everything) differs would claim [0, 0] (or [1, 1]) with certainty.
-    Each stands for one independent answer, so it weighs as much as a design effect of correlated ones. With no
-    discordant pair in n independent questions the interval is about +-3/n, the rule of three.
+    count: without them, data in which nothing differs would claim [0, 0] with certainty. Each stands for one
+    independent answer, so it weighs as much as a design effect of correlated ones. With no discordant pair in n
+    independent questions the interval is about +-3/n, the rule of three.
     """
     right = np.stack([read_correct(frame, a), read_correct(frame, b)]).astype(float)  # (2, questions)
     codes = cluster_codes(frame.get("unit"), len(frame))
@@ -273,10 +255,7 @@ def _resample_pairs(frame: pd.DataFrame, a: str, b: str, n_boot: int) -> tuple[n
 
 
 def _percentiles(replicates: np.ndarray, point: float, n_clusters: int) -> tuple[float, float]:
-    """Percentile interval; the data's own value is never left outside.
-
-    A plain one is too short by sqrt((J-1)/J) and takes its tails from the normal, not Student's t (Hesterberg 2015).
-    """
+    """Percentile interval with Student's tails, sqrt(J/(J-1)) wider (Hesterberg 2015); the point is never outside."""
     tail = ndtr(stdtrit(n_clusters - 1, TAIL) * math.sqrt(n_clusters / (n_clusters - 1)))
     low, high = np.quantile(replicates, [tail, 1 - tail], method="inverted_cdf")  # infinite values allowed
     return min(float(low), point), max(float(high), point)
@@ -284,17 +263,12 @@ def _percentiles(replicates: np.ndarray, point: float, n_clusters: int) -> tuple
 
 def _check_values(values: Sequence, name: str, binary: bool = False) -> np.ndarray:
     """The values as numbers; refused where nothing can be counted, or not everything."""
-    series = pd.Series(values)
-    numbers, missing = series.to_numpy(dtype=float), int(series.isna().sum())
-    problems = {
-        "is empty: there is nothing to count": series.empty,
-        f"misses {missing} of {len(series)} values: evaluate it on every question": missing > 0,
-        "must hold only right (True) and wrong (False)": binary and not np.isin(numbers, (0, 1)).all(),
-        "holds an infinite number: it has no mean": np.isinf(numbers).any(),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise ValueError(f"`{name}` {problem}")
+    numbers = pd.Series(values).to_numpy(dtype=float)
+    counted = int(np.isfinite(numbers).sum())
+    if counted < max(1, len(numbers)):
+        raise ValueError(f"`{name}` misses {len(numbers) - counted} of {len(numbers)} values: evaluate every question")
+    if binary and not np.isin(numbers, (0, 1)).all():
+        raise ValueError(f"`{name}` must hold only right (True) and wrong (False)")
     return numbers
 
 

@@ -20,11 +20,12 @@ from contextlib import AbstractContextManager
 from decimal import ROUND_HALF_EVEN, Decimal
 from pathlib import Path
 
+import pandas as pd
+
 from bridgekit.config import CONDITIONS
 from bridgekit.runs import hash_file
 
 if typing.TYPE_CHECKING:
-    import pandas as pd
     from matplotlib.figure import Figure
 
 STYLE_FILE = Path(__file__).with_name("paper.mplstyle")
@@ -33,36 +34,30 @@ DASH = "\N{EN DASH}"
 
 # The two models in ochre and blue, blues for what else the target reads as text, the bridge in the one strong
 # red, controls in greys, text relays in greens, what is computed from other columns in violets.
-_LOOK = {  # condition: (label, colour, marker, hatch, dashes)
-    "source": ("source alone", "#D9A420", "s", "///", (0, (5, 1.5))),
-    "target": ("target alone", "#4C86BF", "D", "\\\\\\", (0, (3, 1.2))),
-    "bridged": ("bridged", "#B3190F", "o", "", "-"),
-    "target_suffix": ("target, same text", "#9CC3E6", "d", "...", (0, (1, 1))),
-    "target_told": ("target, told the fact", "#173F6B", "^", "xxx", (0, (7, 1.5, 1, 1.5))),
-    "zero": ("zero states", "#C6C6C6", "v", "", (0, (1, 2))),
-    "noise": ("noise states", "#A8A8A8", "<", "....", (0, (1, 3))),
-    "shuffled": ("shuffled source", "#8A8A8A", ">", "---", (0, (4, 2))),
-    "constant": ("constant, bridge's mix", "#5C5C5C", "X", "|||", (0, (2, 2))),
-    "constant_natural": ("constant, natural mix", "#938672", "P", "+++", (0, (2, 1, 1, 1))),
-    "self_bridge": ("self-bridge", "#2B2B2B", "p", "\\\\", (0, (6, 3))),
-    "relay_full": ("text relay, whole", "#00705A", "h", "oo", (0, (8, 2))),
-    "relay_cut": ("text relay, cut", "#2FA084", "8", "OO", (0, (5, 2, 1, 2))),
-    "relay_answer": ("text relay, answer", "#7CCBB4", "*", "**", (0, (3, 3))),
-    "router": ("router", "#7D6BA8", "H", "//", (0, (2, 1))),
-    "union": ("union of both", "#B9A9D6", (4, 1, 0), "xx", (0, (1, 1.5))),
+_LOOK = {  # condition: (label, colour, marker, dashes)
+    "source": ("source alone", "#D9A420", "s", (0, (5, 1.5))),
+    "target": ("target alone", "#4C86BF", "D", (0, (3, 1.2))),
+    "bridged": ("bridged", "#B3190F", "o", "-"),
+    "target_suffix": ("target, same text", "#9CC3E6", "d", (0, (1, 1))),
+    "target_told": ("target, told the fact", "#173F6B", "^", (0, (7, 1.5, 1, 1.5))),
+    "zero": ("zero states", "#C6C6C6", "v", (0, (1, 2))),
+    "noise": ("noise states", "#A8A8A8", "<", (0, (1, 3))),
+    "shuffled": ("shuffled source", "#8A8A8A", ">", (0, (4, 2))),
+    "constant": ("constant, bridge's mix", "#5C5C5C", "X", (0, (2, 2))),
+    "constant_natural": ("constant, natural mix", "#938672", "P", (0, (2, 1, 1, 1))),
+    "self_bridge": ("self-bridge", "#2B2B2B", "p", (0, (6, 3))),
+    "relay_full": ("text relay, whole", "#00705A", "h", (0, (8, 2))),
+    "relay_cut": ("text relay, cut", "#2FA084", "8", (0, (5, 2, 1, 2))),
+    "relay_answer": ("text relay, answer", "#7CCBB4", "*", (0, (3, 3))),
+    "router": ("router", "#7D6BA8", "H", (0, (2, 1))),
+    "union": ("union of both", "#B9A9D6", (4, 1, 0), (0, (1, 1.5))),
 }
-LABELS, COLORS, MARKERS, HATCHES, DASHES = ({c: _LOOK[c][i] for c in CONDITIONS} for i in range(5))
+LABELS, COLORS, MARKERS, DASHES = ({c: _LOOK[c][i] for c in CONDITIONS} for i in range(4))
 FAMILY_STARTS = ("bridged", "target_suffix", "zero", "relay_full")  # a thin rule goes above these rows
 OTHER = ("#8C2D6B", "#A8B83A", "#6B3A12", "#E58FC4", "#5A6B00", "#B5179E")  # categories that are no condition
 ORDERED = ("#F2A9D8", "#D65DB1", "#9C2A7F", "#4B1D3F")  # few light, many dark
 _SHAPES = ("o", "s", "^", "D", "v", "P")
 _DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)), (0, (5, 1, 1, 1)), (0, (2, 2)), (0, (8, 2)))
-OUTCOMES = {  # of a claim: (face, hatch); no colour, so that none is taken for a condition's
-    "agrees": ("#FFFFFF", ""),
-    "differs": ("#000000", ""),
-    "not supported at this n": ("#FFFFFF", "////"),
-    "cannot be checked": ("#FFFFFF", "...."),
-}
 SUBSET_LABELS = {
     "all": "all held-out problems",
     "source_only": "source-only",
@@ -72,8 +67,8 @@ SUBSET_LABELS = {
     "target_only": "target-only",
     "both": "both know it",
 }
-NOVELTY_LABELS = {"seen": "seen units", "held_unit": "held-out units", "held_value": "held-out values"}
-WORDS = LABELS | SUBSET_LABELS | NOVELTY_LABELS | {"joint": "both digits"}
+WORDS = LABELS | SUBSET_LABELS | {"joint": "both digits"}
+WORDS |= {"seen": "seen units", "held_unit": "held-out units", "held_value": "held-out values"}
 CODES = {"dit": "DiT", "kv": "KV cache", "prefix+residual": "prefix + residual"}  # also within a longer name
 
 
@@ -91,6 +86,8 @@ def choose_looks(frame: pd.DataFrame, color: str | None) -> dict[typing.Any, dic
     A condition has its own, numbers stand on a scale, other values in `OTHER`; marks have a dark edge, so that pale
     ones show in grey print.
     """
+    from matplotlib.colors import to_rgb
+
     if color is not None and color not in frame and color not in COLORS:
         raise ValueError(f"color: '{color}' is neither a column nor a condition")
     values = list(dict.fromkeys(frame[color])) if color in frame else [color]
@@ -101,14 +98,8 @@ def choose_looks(frame: pd.DataFrame, color: str | None) -> dict[typing.Any, dic
         raise ValueError(f"colour: {len(others)} values, but at most {len(palette)} can be told apart: use panels")
     looks = {value: (COLORS[value], MARKERS[value], DASHES[value]) for value in values if value in COLORS}
     looks |= {value: look for value, *look in zip(others, palette, _SHAPES, _DASHES, strict=False)}
-    return {v: {"color": c, "mec": darken(c), "mew": 0.6, "marker": m, "ls": d} for v, (c, m, d) in looks.items()}
-
-
-def darken(colour: str) -> tuple[float, ...]:
-    """The colour, dark enough for text on white and for the edge of a pale mark."""
-    from matplotlib.colors import to_rgb
-
-    return tuple(0.62 * part for part in to_rgb(colour))
+    dark = {color: [0.62 * part for part in to_rgb(color)] for color, _, _ in looks.values()}
+    return {v: {"color": c, "mec": dark[c], "mew": 0.6, "marker": m, "ls": d} for v, (c, m, d) in looks.items()}
 
 
 def use_style() -> AbstractContextManager:
@@ -140,14 +131,18 @@ def format_interval(point: float, *ends: float, digits: int = 3, signed: bool = 
     return f"{point} [{', '.join(ends)}]" if ends else point
 
 
+def format_row(row: typing.Any, signed: bool = False) -> str:
+    """The `point [low, high]` of a row of numbers."""
+    return format_interval(row.point, row.low, row.high, signed=signed)
+
+
 def format_size(rows: pd.DataFrame) -> str:
     """`n = 2,000 on 760 units`; a range where rows differ, no units where questions are independent."""
-    if "n" not in rows:
-        return ""
-    columns = ["n", "n_units"] if "n_units" in rows else ["n"]
-    texts = [DASH.join(f"{n:,.0f}" for n in sorted({rows[c].min(), rows[c].max()})) for c in columns]
-    clustered = "n_units" in rows and rows["n_units"].notna().all() and (rows["n_units"] != rows["n"]).any()
-    return f"n = {texts[0]}" + (f" on {texts[1]} units" if clustered else "")
+    sizes = rows.filter(["n", "n_units"])
+    texts = [DASH.join(f"{n:,.0f}" for n in sorted({sizes[c].min(), sizes[c].max()})) for c in sizes]
+    if sizes.notna().all(axis=None) and sizes.nunique(axis=1).eq(2).any():
+        return f"n = {texts[0]} on {texts[1]} units"
+    return f"n = {texts[0]}" if texts else ""
 
 
 def markdown(frame: pd.DataFrame, strong: str | None = None) -> str:
@@ -158,12 +153,10 @@ def markdown(frame: pd.DataFrame, strong: str | None = None) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def latex(frame: pd.DataFrame, strong: str | None = None) -> str:
+def latex(frame: pd.DataFrame) -> str:
     """The same table for the paper (booktabs)."""
     marks = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "<": "$<$", DASH: "--"})
     table = frame.map(_cell, marks=marks).rename(columns=lambda name: _cell(name, marks))
-    bold = (frame.iloc[:, 0] == strong).to_numpy()
-    table[bold] = r"\textbf{" + table[bold] + "}"
     return table.to_latex(index=False, column_format="l" + "r" * (table.shape[1] - 1))
 
 
@@ -180,17 +173,14 @@ def _cell(value: object, marks: dict | None = None) -> str:
 def save_figure(fig: Figure, path_without_suffix: str | Path, data: pd.DataFrame, inputs: Sequence = ()) -> list[Path]:
     """Write PDF, PNG, the data drawn (CSV) and a sidecar (JSON) with sha256 of the data and of every input.
 
-    The bytes depend on the figure and the data alone. Input names are relative to the sidecar, so that a run
-    folder can be moved. All four files are complete before the first of them replaces an old one.
+    The bytes depend on the figure and the data alone. Input names are relative to the sidecar, so that a run folder
+    can be moved. All four files are complete before the first of them replaces an old one.
     """
     base, suffixes = Path(path_without_suffix), (".pdf", ".png", ".csv", ".json")
     if base.suffix in suffixes:
         raise ValueError(f"{base}: leave '{base.suffix}' off; {', '.join(suffixes)} are all written")
     if data.empty:
         raise ValueError(f"{base}: the data of this figure has no rows; pass the frame that was drawn")
-    for file in inputs:
-        if not Path(file).is_file():
-            raise ValueError(f"{base}: input {file} does not exist, so the figure cannot be traced to it")
     base.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{base.name}.", dir=base.parent) as folder, use_style():
         parts = pdf, png, csv, sidecar = [Path(folder, base.name + suffix) for suffix in suffixes]

@@ -77,6 +77,7 @@ def _find_files(path: Path) -> list[Path]:
 
 def tidy(frame: pd.DataFrame) -> pd.DataFrame:
     """One evaluation (a row per example, columns `<condition>_correct`) as a row per condition and example."""
+    frame = with_union(frame)
     example = frame.rename(columns={"gold_extracted": "gold"} | ({} if "id" in frame else {"index": "id"}))
     example, parts = example[[c for c in EXAMPLE if c in example]], []
     for name in [c.removesuffix("_correct") for c in frame if c.endswith("_correct")]:
@@ -86,6 +87,13 @@ def tidy(frame: pd.DataFrame) -> pd.DataFrame:
             part["said"] = pd.Series(map(said_value, part["text"], part["family"]), index=part.index, dtype=float)
         parts.append(part)
     return pd.concat(parts, ignore_index=True)
+
+
+def with_union(frame: pd.DataFrame) -> pd.DataFrame:
+    """The evaluation with `union_correct`, right where source or target is, if both answered."""
+    if "union_correct" in frame or not {"source_correct", "target_correct"} <= set(frame):
+        return frame
+    return frame.assign(union_correct=stats.read_correct(frame, "source") | stats.read_correct(frame, "target"))
 
 
 PLACES = {f.name: next(i for i, step in enumerate(f.steps) if step.endswith("*v")) for f in FAMILIES}
@@ -125,7 +133,7 @@ def share(frame: pd.DataFrame, by: By = (), value: str = "correct") -> pd.DataFr
         if not binary:
             raise ValueError(f"share: `{value}` is no yes or no, which are not pooled over seeds: put seed into by")
         values, units = _spread(cell, ["seed"], value)
-        return vars(stats.pooled_mean(values.to_numpy(), units))
+        return stats.pooled_mean(values.to_numpy(), units)._asdict()
 
     return _by_cell(frame, by, measure, {"condition", "variant"})
 
@@ -141,7 +149,7 @@ def difference(frame: pd.DataFrame, a: str, b: str, by: By = (), on: str = "cond
         if one.shape[1] == 1:
             return vars(stats.paired_difference(_side_by_side(one, other, units, a, b), a, b))
         counts = {"gained": int((one > other).sum()), "lost": int((one < other).sum())}
-        return vars(stats.pooled_mean(one - other, units, lowest=-1.0)) | counts
+        return stats.pooled_mean(one - other, units, lowest=-1.0)._asdict() | counts
 
     return _by_cell(frame, by, measure, {"condition", "variant"} - {on}, ("p", "gained", "lost"))
 

@@ -103,12 +103,12 @@ def headroom(frame: pd.DataFrame) -> Headroom:
     `counts` are the problems right for source_only, both, target_only, neither; `gain_possible` is union minus target;
     `smallest_effect` is found with power 0.8, at the two models' own discordance and correlation.
     """
-    rows = select_subset(frame)
+    rows = held_out(frame)
     source, target = read_correct(rows, "source"), read_correct(rows, "target")
     shares = {name: _accuracy(rows, name) for name in ("source", "target", "union")}
     n, n_units = len(rows), shares["target"].n_clusters
-    kinds = {"source_only": source & ~target, "both": source & target, "target_only": target & ~source}
-    counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~source & ~target}).items()}
+    kinds = {"source_only": source > target, "both": source & target, "target_only": target > source}
+    counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~(source | target)}).items()}
     # with no discordant pair the rule of three says how many there may still be
     discordance = max(counts["source_only"] + counts["target_only"], min(3, n)) / n
     icc = stats.intraclass_correlation(source.astype(float) - target, rows.get("unit"))
@@ -123,58 +123,35 @@ def headroom(frame: pd.DataFrame) -> Headroom:
     return Headroom(n, n_units, *shares.values(), counts, gain, effect, text)
 
 
-def recovery(
-    frame: pd.DataFrame, condition: str = "bridged", subset: str = "source_only", ceiling: str = "target_told"
-) -> Interval:
-    """What `condition` has right as a share of what the ceiling has right on the same held-out problems."""
-    return stats.paired_ratio(select_subset(frame, subset), condition, ceiling)
-
-
-def donor_follow(frame: pd.DataFrame, subset: str = "all") -> Interval:
-    """How often the `shuffled` answer is the one that would be right if the donor's fact were true."""
-    rows = select_subset(frame, subset)
-    for column in ("shuffled_extracted", "donor_gold"):
-        if column not in rows or rows[column].isna().all():
-            raise ValueError(f"no `{column}` in the evaluation: the condition `shuffled` was not run")
-    rows = rows[rows["donor_gold"].notna()]
-    # 135 and 135.0 are one answer: a column with nulls turns its integers into floats
-    answers, golds = (rows[c].astype(str).str.removesuffix(".0") for c in ("shuffled_extracted", "donor_gold"))
-    return stats.clustered_proportion(answers == golds, rows.get("unit"))
-
-
 def conditions_table(frame: pd.DataFrame) -> pd.DataFrame:
     """Accuracy, interval, invalid share, n and n_units of every condition on every subset that is there."""
-    rows = []
+    answers, parts = table.tidy(frame), []
+    answers = answers[answers["condition"].isin(CONDITIONS)].assign(answer=answers.get("answer"))
+    answers = answers.sort_values("condition", key=lambda names: names.map(CONDITIONS.index), kind="stable")
     for subset in SUBSETS:
-        part = select_subset(frame, subset, allow_empty=True)
-        for condition in [c for c in CONDITIONS if len(part) and f"{c}_correct" in part]:
-            share = _accuracy(part, condition)
-            row = {"condition": condition, "subset": subset, "n": share.n, "n_units": share.n_clusters}
-            row |= {"accuracy": share.point, "low": share.low, "high": share.high}
-            answers = part.get(f"{condition}_extracted")  # computed conditions have none
-            rows.append(row | {"invalid": float("nan") if answers is None else float((answers == INVALID).mean())})
-    if not rows:
-        raise ValueError("nothing to tabulate: no `<condition>_correct` column, or only seen units")
-    return pd.DataFrame(rows)
+        if len(part := table.select(answers, subset)):
+            answered = part[part["answer"].notna()]  # a computed condition has no answers
+            invalid = (answered["answer"] == INVALID).groupby(answered["condition"]).mean()
+            shares = table.share(part, "condition").assign(subset=subset)
+            parts.append(shares.assign(invalid=shares["condition"].map(invalid)))
+    found = pd.concat(parts, ignore_index=True).rename(columns={"point": "accuracy"})
+    return found[["condition", "subset", "n", "n_units", "accuracy", "low", "high", "invalid"]]
 
 
-def judge(
-    frames: Sequence[pd.DataFrame | str | Path], *, seeds: list[int] | None = None, steps: int | None = None
-) -> Verdict:
+def judge(frames: Sequence[pd.DataFrame | str | Path], *, seeds: list[int] | None = None) -> Verdict:
     """The claim rule on one final evaluation, as a frame or a run folder, for each training seed.
 
-    Without `seeds`, those that folders or frames name (`attrs["seed"]`), else 1, 2, ... `steps` is how long a bridge
-    was to be trained, where they do not say it (`attrs["steps"]`).
+    Without `seeds`, those that folders or frames name (`attrs["seed"]`), else 1, 2, ...
     """
     frames = [table.load_frame(frame) if isinstance(frame, (str, Path)) else frame for frame in frames]
     if seeds is None:
         seeds = [frame.attrs.get("seed", i) for i, frame in enumerate(frames, start=1)]
     if not seeds or len(seeds) != len(frames) or len(set(seeds)) != len(seeds):
         raise ValueError(f"judge: {len(frames)} frames, seeds {list(seeds)}: give one frame for each distinct seed")
-    parts = {seed: select_subset(frame) for seed, frame in zip(seeds, frames, strict=True)}
+    parts = {seed: held_out(frame) for seed, frame in zip(seeds, frames, strict=True)}
     shares = [_accuracy(rows, "bridged") for rows in parts.values()]
     _check_distinct(parts.values())
-    comparisons, not_run, not_applicable = _apply_rule(parts, steps)
+    comparisons, not_run, not_applicable = _apply_rule(parts)
     failed = [c for c in comparisons if not c.holds]
     harms = any(c.control == "target" and c.difference.high < 0 for c in comparisons)
     outcomes = {"harms": harms, "fails": failed, "unproven": not_run, "transfers": True}
@@ -184,7 +161,7 @@ def judge(
     neither = [rows[~read_correct(rows, "union")] if "union_correct" in rows else rows[:0] for rows in parts.values()]
     exact = [_accuracy(rows, "bridged") if len(rows) else None for rows in neither]
     found = (outcome == "transfers", not not_run, outcome, comparisons, not_run, not_applicable, failed, rivals, exact)
-    verdict = Verdict(*found, seeds=list(seeds))
+    verdict = Verdict(*found, list(seeds))
     verdict.text = _describe(verdict, shares)
     return verdict
 
@@ -193,39 +170,33 @@ def _check_distinct(parts: Iterable[pd.DataFrame]) -> None:
     """Refuse a run that is given twice: equal log-probabilities, or without them equal answers, some of them wrong."""
     fingerprints = []
     for rows in parts:
-        rows = rows.set_index("id").sort_index() if "id" in rows else rows
-        if "bridged_logprob" in rows:
-            fingerprints.append(rows["bridged_logprob"].to_csv())
-        elif len(rows) - read_correct(rows, "bridged").sum() >= TELLING:
-            fingerprints.append(rows.filter(regex="_(extracted|correct|said)$").to_csv())
+        if "bridged_logprob" in rows or (~read_correct(rows, "bridged")).sum() >= TELLING:
+            rows = rows.set_index("id").sort_index() if "id" in rows else rows
+            fingerprints.append(rows.filter(regex="^bridged_logprob$|_(extracted|correct|said)$").to_csv())
     if len(set(fingerprints)) < len(fingerprints):
         raise ValueError("judge: two frames are the same run (equal answers or log-probabilities); give one per seed")
 
 
-def select_subset(frame: pd.DataFrame, subset: str = "all", allow_empty: bool = False) -> pd.DataFrame:
-    """The rows of one of SUBSETS, `union_correct` added; held-out problems unless it names the seen ones."""
-    if frame.empty:
-        raise ValueError("the evaluation has no rows: nothing to judge")
+def held_out(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows that count: all but those about seen units; refused where a problem stands twice, or none is left."""
     key = "id" if "id" in frame else "index"
     if key in frame and len(twice := frame[key][frame[key].duplicated()]):
         raise ValueError(f"{key} {twice.iloc[0]} occurs twice: give one evaluation step of one run")
-    rows = table.select(frame, subset)
-    if rows.empty and not allow_empty:
-        raise ValueError(f"no held-out problem in subset `{subset}`: all rows are seen units or other groups")
-    if "union_correct" not in rows and len(rows) and {"source_correct", "target_correct"} <= set(rows):
-        rows = rows.assign(union_correct=read_correct(rows, "source") | read_correct(rows, "target"))
-    return rows
+    rows = table.select(frame)
+    if rows.empty:
+        raise ValueError("no held-out problem in this evaluation: it has no rows, or all are about seen units")
+    return table.with_union(rows)
 
 
-def _apply_rule(parts: dict[int, pd.DataFrame], steps: int | None) -> tuple[list[Comparison], list[str], list[str]]:
+def _apply_rule(parts: dict[int, pd.DataFrame]) -> tuple[list[Comparison], list[str], list[str]]:
     """All comparisons of the rule with whether they hold, what was not run, and what does not apply."""
-    comparisons, not_run = _compare(parts, "all", steps)
+    comparisons, not_run = _compare(parts, "all")
     grouped = {s: rows for s, rows in parts.items() if "group" in rows and rows["group"].notna().any()}
     only = {s: table.select(rows, "source_only") for s, rows in grouped.items()}
     few = [s for s in parts if s not in only or only[s].empty or _accuracy(only[s], "bridged").n_clusters < 2]
     not_run += [f"the source-only part (fewer than two held-out units in seed {s})" for s in few if only]
     # its controls are those of the whole set: one that was not run is named there already
-    comparisons += _compare({s: rows for s, rows in only.items() if s not in few}, "source_only", steps)[0]
+    comparisons += _compare({s: rows for s, rows in only.items() if s not in few}, "source_only")[0]
     # a comparison holds if its interval lies above zero and its control's largest p of all seeds survives Holm; where
     # it does not survive, only the seed with that largest p fails
     largest = {c.label: max(o.difference.p for o in comparisons if o.label == c.label) for c in comparisons}
@@ -236,7 +207,7 @@ def _apply_rule(parts: dict[int, pd.DataFrame], steps: int | None) -> tuple[list
     return comparisons, not_run, [] if only else ["the source-only part (this task has no knowledge groups)"]
 
 
-def _compare(parts: dict[int, pd.DataFrame], subset: str, steps: int | None) -> tuple[list[Comparison], list[str]]:
+def _compare(parts: dict[int, pd.DataFrame], subset: str) -> tuple[list[Comparison], list[str]]:
     """Bridged minus each control in each seed, and the controls that were not run, or not trained, in every seed."""
     comparisons, not_run = [], []
     # a bridge trained on the natural mix has one constant, not two: the second is never missed
@@ -246,7 +217,7 @@ def _compare(parts: dict[int, pd.DataFrame], subset: str, steps: int | None) -> 
         for name, seed in ran:
             rows = parts[seed]
             step = rows.attrs.get("controls", {}).get(control, {}).get(names[name])
-            if step == 0 or step is not None and 2 * step < (rows.attrs.get("steps") or steps or 0):
+            if step == 0 or step is not None and 2 * step < (rows.attrs.get("steps") or 0):
                 where = f", seed {seed}" if len(parts) > 1 else ""
                 not_run.append(f"{describe_control(name)} (not trained: weights of step {step:,}{where})")
             else:

@@ -28,42 +28,6 @@ def conditions():
 
 
 @pytest.fixture
-def evaluation():
-    """600 problems on 200 units, each of one group and novelty; the answers are right at random."""
-    rates = {"source": (0.9, 0.9, 0.05, 0.9), "target": (0.05, 0.05, 0.9, 0.9), "bridged": (0.9, 0.8, 0.9, 0.9)}
-    rates |= {"shuffled": (0.05, 0.05, 0.85, 0.85), "constant": (0.15, 0.06, 0.9, 0.9)}
-    rates |= {"self_bridge": (0.1, 0.1, 0.9, 0.9), "target_told": (0.95, 0.95, 0.95, 0.95)}
-    groups, novelties = ["source_only", "source_only", "target_only", "both"], ["seen"] + ["held_unit"] * 3
-
-    def make(seed=5):
-        generator, rows = np.random.default_rng(seed), []
-        for i, place in enumerate(np.repeat(generator.choice(4, 200, p=[0.1, 0.2, 0.4, 0.3]), 3)):
-            row = {"index": i, "id": f"p{i}", "unit": f"unit{i // 3}"}
-            row |= {"group": groups[place], "novelty": novelties[place]}
-            rows.append(row | {f"{c}_correct": bool(generator.random() < rates[c][place]) for c in rates})
-        return pd.DataFrame(rows)
-
-    return make
-
-
-@pytest.fixture
-def curve():
-    """`curve(seeds)`: accuracies over steps of two models that stay and a bridge that moves."""
-
-    def make(seeds=(1,)):
-        rows = []
-        for seed in seeds:
-            for step in range(0, 701, 100):
-                bridged = 0.9 - 0.2 * np.exp(-step / 130) + 0.01 * seed
-                for name, share in {"source": 0.49, "target": 0.71, "bridged": bridged}.items():
-                    row = {"step": step, "condition": name, "seed": seed, "n": 256, "n_units": 180}
-                    rows.append(row | interval_row(share, 256))
-        return pd.DataFrame(rows)
-
-    return make
-
-
-@pytest.fixture
 def compared():
     """As `compare_variants`: two variants and a replicate on two subsets, one difference that holds."""
     rows = []

