@@ -107,18 +107,6 @@ def test_text_around_the_blocks_stays_and_notes_of_a_run_come_along(add_run):
     assert "| a | c |" in report and "| a | b |" not in report and "### [`no run`](x)" in report
 
 
-def test_reports_of_an_earlier_form_are_taken_over(add_run):
-    folder = add_run("old")
-    log, report = folder.parent / LOG, folder.parent / REPORT
-    log.write_text("# Log\n\n<!-- generated: log old -->\n### stale\n<!-- end: log old -->\n\nA remark.\n")
-    block = "<!-- generated: {0} -->\nstale\n<!-- end: {0} -->\n"
-    report.write_text("# Report\n\n## Latest runs\n\n" + block.format("latest") + "\nMine.\n" + block.format("winners"))
-    report_end(folder)
-    assert "stale" not in log.read_text() + report.read_text()
-    assert "A remark." in log.read_text() and "Mine." in report.read_text()
-    assert report.read_text().count("## Latest runs") == 1
-
-
 def test_a_run_that_beats_the_target_gets_its_subsection_and_keeps_its_prose(add_run):
     runs = add_run("wins").parent
     add_run("loses", LOSES)
@@ -179,15 +167,6 @@ def test_a_damaged_run_is_named_and_blocks_nothing(add_run, capsys):
     for folder, words in ((runs / "none", "no such folder"), (runs / "whole", "no run in it")):
         with pytest.raises(ValueError, match=words):
             reports.main([str(folder)])
-
-
-def test_a_stamp_in_local_time_is_shown_in_utc(tmp_path, monkeypatch):
-    monkeypatch.setenv("TZ", "XXX-3")  # three hours ahead of UTC
-    time.tzset()
-    date = reports.build_record(create_run(load_config(), tmp_path / "x_20261120_020000"))["date"]
-    monkeypatch.undo()
-    time.tzset()
-    assert date == "2026-11-19 23:00"
 
 
 # A process of its own: once all are ready each makes its runs and reports each of them a single time.
