@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jinja2
 import pandas as pd
 
 from bridgekit.config import load_config, to_flat
@@ -208,28 +209,23 @@ def locked(runs_dir: Path) -> Iterator[None]:
 
 def write_blocks(path: Path, template: str, blocks: dict[str, str], **values: object) -> Path:
     """Put generated blocks between their markers, a new one at the end; other text stays. A new file: its template."""
-    old = path.read_text(encoding="utf-8") if path.is_file() else None
-    text = render(template, **values) if old is None else old
+    text = path.read_text(encoding="utf-8") if path.is_file() else render(template, **values)
     for name, body in blocks.items():
         start, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         if start not in text or end not in text.split(start, 1)[1]:
             text = f"{text.rstrip()}\n\n{start}\n{end}\n"
         before, rest = text.split(start, 1)
         text = f"{before}{start}\n{body.strip()}\n{end}{rest.split(end, 1)[1]}"
-    if text != old:
-        write_text_atomic(path, text)
+    write_text_atomic(path, text)
     return path
 
 
 def render(template: str, finalize: Callable | None = None, **values: object) -> str:
     """A template of `templates/`, filled in; `finalize` turns each value into what is printed."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    loader = FileSystemLoader(Path(__file__).with_name("templates"))
-    options = {"undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(loader=loader, finalize=finalize, **options)
+    options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "finalize": finalize}
+    loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     environment.filters |= {"share": format_share, "line": _one_line}
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|").replace("\n", " ")
     return environment.get_template(template).render(**values)
 
 

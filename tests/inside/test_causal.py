@@ -57,14 +57,6 @@ def test_a_constant_follows_nobody(experiment):
     assert len(table) == 2 * 4 * 2 and table["point"].between(table["low"], table["high"]).all()
 
 
-@pytest.mark.parametrize("injector", ["residual", "kv"])
-def test_what_is_put_into_the_source_reaches_no_answer_through_closed_gates(open_fresh, injector):
-    experiment = open_fresh(injector=injector, **(dict(n_soft_tokens=-1) if injector == "kv" else {}))
-    answers = causal.swap_states(experiment, experiment.pick("source_only", 4))
-    bridged = answers[answers["condition"] == "bridged"]
-    assert (bridged.groupby("id")["answer"].nunique() == 1).all()
-
-
 def test_facts_in_the_context_have_their_donors_in_the_same_note(open_fresh):
     experiment = open_fresh(variant="context")
     pairs = causal.pair_with_donors(experiment, experiment.test[:40])
