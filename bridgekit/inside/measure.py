@@ -138,13 +138,13 @@ def soft_token_sizes(experiment: Experiment, examples: list[Example], bridge: st
     return soft.assign(table_rms=experiment.pair.target.embedding_rms, n=len(examples), n_units=n_units)
 
 
-def varying_share(tokens: np.ndarray, n_boot: int = 400) -> pd.DataFrame:
+def varying_share(tokens: np.ndarray) -> pd.DataFrame:
     """How much of each soft token differs between questions: 1 - |mean|^2 / mean |token|^2, with its interval.
 
     tokens (N, K, D), one question per unit -> K rows. 0: the same for every question; 1: nothing shared.
     """
     n, k, _ = tokens.shape
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=n_boot)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=400)
     weights = np.vstack([np.ones(n), draws]) / n
     means = (weights @ tokens.reshape(n, -1)).reshape(len(weights), k, -1)
     # a draw repeats questions, which makes its mean longer than it would be: n/(n-1) takes that out
