@@ -87,7 +87,7 @@ def write_own(folder: Path, rows=None, config=None, metrics="") -> Path:
     """A run folder of this package."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(config or "run: {seed: 3}\nbridge: {producer: dit}\n")
-    (folder / "provenance.json").write_text('{"command": ["bridgekit", "run"]}')
+    (folder / "provenance.json").write_text('{"command": "bridgekit run"}')
     lines = '{"step": 10, "loss": 2.5, "losses": {"nll": 2.0}}\n{"step": 10, "eval": {"bridged": 0.4, "n": 8}}\n'
     (folder / "metrics.jsonl").write_text(lines + metrics)
     write_jsonl(folder / "eval_samples_step_final.jsonl", rows or evaluation([0, 1]))

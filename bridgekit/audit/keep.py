@@ -32,7 +32,7 @@ def keep_run(
 ) -> Path:
     """Keep one run; returns its folder. Texts of a larger JSONL, and larger checkpoint files, stay out."""
     if Path(run).is_dir() and generation_of(Path(run)) == "bridgekit":
-        return preserve.preserve(run, root, name, max_jsonl_mb, max_checkpoint_mb)
+        return preserve.preserve(Path(run), Path(root), name, max_jsonl_mb, max_checkpoint_mb)
     record = load_run(run, name)
 
     def fill(folder: Path) -> str:

@@ -13,9 +13,10 @@ the donor's value gives here. Variants, by where the donor's states stand:
 - `all but the word`: everywhere else. Is it read anywhere else?
 
 A donor is of the same group and split, has another value, and a word of as many tokens for both models.
-Shapes: B batch, S source tokens, L captured layers, D_s source hidden size.
 """
 
+import copy
+import math
 import random
 import re
 from dataclasses import replace
@@ -32,76 +33,55 @@ from bridgekit.tasks import Example, source_prompt, units
 from bridgekit.train.experiment import Experiment
 
 VARIANTS = ("nowhere", "whole prompt", "unit word", "all but the word")
-OUTCOMES = ("follows", "stays")  # the donor's answer; its own
 
 
-def pair_with_donors(experiment: Experiment, examples: list[Example], seed: int = 0) -> list[tuple[Example, Example]]:
+def pair_with_donors(experiment: Experiment, examples: list[Example]) -> list[tuple[Example, Example]]:
     """Each example with itself as the donor's word would have it; left out where no donor has as many tokens."""
     if experiment.config.task.task != "units" or experiment.config.bridge.source_view == "facts":
         raise ConfigError(
             "bridge.source_view: the causal check replaces the unit's word in the question, which this bridge does not "
             "read: name a run of task `units` with source_view `prompt`"
         )
-    lexicon = [u for u in experiment.lexicon if u.split == "test"]
-    lengths = count_word_tokens(experiment, [u.word for u in lexicon])
-    pairs = []
+    lexicon, pairs = [u for u in experiment.lexicon if u.split == "test"], []
+    words = sorted({u.word for u in lexicon} | {word for e in examples for word, _ in e.fact_pairs})
+    counts = [
+        map(len, lm.tokenize([f" {w}" for w in words])) for lm in (experiment.pair.source, experiment.pair.target)
+    ]
+    lengths = dict(zip(words, zip(*counts, strict=True), strict=True))  # tokens of each word, for both models
     for example in examples:
-        rng = random.Random(f"donor {seed} {example.id}")
-        donors = example.fact_pairs  # other facts of the note that the source reads
-        if donors:
-            lengths |= count_word_tokens(experiment, [word for word, _ in donors])
-        else:
-            donors = [(u.word, u.value) for u in lexicon if u.group == example.group]
+        # other facts of the note that the source reads, or else other units
+        donors = example.fact_pairs or [(u.word, u.value) for u in lexicon if u.group == example.group]
         gold = {value: units.answer_with(example, value) for value in {value for _, value in donors}}
         fitting = [(w, v) for w, v in donors if lengths[w] == lengths[example.unit] and gold[v] != example.gold]
         if fitting:
-            word, value = rng.choice(fitting)
+            word, value = random.Random(f"donor 0 {example.id}").choice(fitting)
             question = re.sub(rf"\b{example.unit}\b", word, example.question)
             pairs.append((example, replace(example, question=question, unit=word, value=value, gold=gold[value])))
     own, donor = (experiment.source_states([pair[i] for pair in pairs]).lengths for i in (0, 1))
     return [pair for pair, a, b in zip(pairs, own, donor, strict=True) if a == b]  # worked answers may differ in length
 
 
-def count_word_tokens(experiment: Experiment, words: list[str]) -> dict[str, tuple[int, int]]:
-    """Tokens of ` word` for the source and the target."""
-    models = experiment.pair.source, experiment.pair.target
-    counts = [[len(ids) for ids in lm.tokenize([f" {word}" for word in words])] for lm in models]
-    return dict(zip(words, zip(*counts, strict=True), strict=True))
-
-
-class PatchedStates(SourceStates):
+def patch_states(own: SourceStates, donor: SourceStates, places: list[np.ndarray]) -> SourceStates:
     """One prompt's states with another's at chosen tokens; both have the same number of tokens."""
-
-    def __init__(self, own: SourceStates, donor: SourceStates, places: list[np.ndarray]):
-        if len(own.lengths) != len(donor.lengths) or (own.lengths != donor.lengths).any():
-            raise ValueError("patched states: a prompt and its donor's must have the same number of tokens")
-        self.__dict__ |= vars(own)
-        self.own, self.donor, self.places = own, donor, places
-
-    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S, L, D_s), (B, S)"""
-        states, mask = self.own.batch(indices, device)
-        others, _ = self.donor.batch(indices, device)
-        taken = torch.zeros_like(mask)
-        for row, i in enumerate(indices):
-            taken[row, : len(self.places[i])] = torch.from_numpy(self.places[i]).to(device)
-        return torch.where(taken[..., None, None], others, states), mask
+    patched, taken = copy.copy(own), torch.from_numpy(np.concatenate(places)).to(own.flat.device)
+    patched.flat = torch.where(taken[:, None, None], donor.flat, own.flat)
+    return patched
 
 
 def place_variants(experiment: Experiment, pairs: list[tuple[Example, Example]]) -> dict[str, SourceStates]:
     """The source states of each variant."""
-    own, donor = (experiment.source_states([pair[i] for pair in pairs]) for i in (0, 1))
+    own, donor = (experiment.source_states([pair[i] for pair in pairs], cache_gb=math.inf) for i in (0, 1))
     places = [np.zeros(length, dtype=bool) for length in own.lengths]
     for at, (example, _) in zip(places, pairs, strict=True):
         for word in question_words(experiment.pair.source, source_prompt(example).text, example.unit):
             at[word.start : word.stop] = True
-    rest = PatchedStates(own, donor, [~at for at in places])
-    return dict(zip(VARIANTS, (own, donor, PatchedStates(own, donor, places), rest), strict=True))
+    word, rest = patch_states(own, donor, places), patch_states(own, donor, [~at for at in places])
+    return dict(zip(VARIANTS, (own, donor, word, rest), strict=True))
 
 
-def swap_states(experiment: Experiment, examples: list[Example], variants=VARIANTS, seed: int = 0) -> pd.DataFrame:
+def swap_states(experiment: Experiment, examples: list[Example]) -> pd.DataFrame:
     """One row per example, bridge and variant: is its answer the donor's (`follows`), is it its own (`stays`)?"""
-    pairs = pair_with_donors(experiment, examples, seed)
+    pairs = pair_with_donors(experiment, examples)
     if not pairs:
         raise ConfigError(
             f"{experiment.run}: none of {len(examples)} problems has a donor of as many tokens: take more"
@@ -109,8 +89,8 @@ def swap_states(experiment: Experiment, examples: list[Example], variants=VARIAN
     states, asked = place_variants(experiment, pairs), [example for example, _ in pairs]
     rows = []
     for name, bridge in experiment.bridges.items():
-        for variant in variants:
-            texts = experiment.decode_messages(name, bridge, asked, states[variant])
+        for variant, patched in states.items():
+            texts = experiment.decode_messages(name, bridge, asked, patched)
             for (e, donor), generated in zip(pairs, texts, strict=True):
                 answer = experiment.task.extract(generated.text)
                 facts = {"id": e.id, "unit": e.unit, "value": e.value, "novelty": e.novelty, "group": e.group}
@@ -121,5 +101,5 @@ def swap_states(experiment: Experiment, examples: list[Example], variants=VARIAN
 
 def causal_table(answers: pd.DataFrame) -> pd.DataFrame:
     """Share that follows the donor and share that stays, for each bridge and variant."""
-    long = answers.melt(["unit", "condition", "variant"], list(OUTCOMES), "outcome", "correct")
+    long = answers.melt(["unit", "condition", "variant"], ["follows", "stays"], "outcome", "correct")
     return share(long.astype({"correct": bool}), ["condition", "variant", "outcome"])

@@ -11,6 +11,7 @@ Shapes: N examples, K soft tokens, S source tokens, D hidden size, A answer toke
 
 import math
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import answer_logits, bridged_logits, evaluating
 from bridgekit.results.table import share
 from bridgekit.results.tables import escape
-from bridgekit.runs import load_jsonl
 from bridgekit.tasks import Example, source_prompt
 from bridgekit.train.conditions import keep_attention, save_attention
 from bridgekit.train.experiment import Experiment, chunks, encode_chunk
@@ -49,33 +49,31 @@ def attend(experiment: Experiment, examples: list[Example], bridge: str | Bridge
     return store
 
 
-def load_attention(experiment: Experiment, examples: list[Example], folder: str | Path) -> tuple[dict, Path]:
+def load_attention(experiment: Experiment, examples: list[Example], folder: Path) -> tuple[dict, Path]:
     """The run's attention and the file it is in; made from the checkpoint, into `folder`, where the run has none."""
-    path = (experiment.run or Path(folder)) / "attention.npz"
+    path = (experiment.run or folder) / "attention.npz"
     if not path.is_file():
-        store, path = attend(experiment, examples), Path(folder) / "attention.npz"
+        store, path = attend(experiment, examples), folder / "attention.npz"
         if not store:
             return {}, path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         save_attention(store, path)
-    with np.load(path, allow_pickle=False) as loaded:
-        return {key: loaded[key] for key in loaded.files}, path
+    return dict(np.load(path)), path
 
 
 def attention_by_class(arrays: dict[str, np.ndarray], frame: pd.DataFrame) -> pd.DataFrame:
     """Share of the attention on each class of source token, and the share an even spread would give it (`uniform`).
 
     `frame` has the examples' id and unit."""
-    unit_of = dict(zip(frame["id"], frame["unit"], strict=True))
-    known = [i for i, name in enumerate(arrays["ids"]) if str(name) in unit_of]
-    if not known:
+    units = pd.Series(arrays["ids"]).map(dict(zip(frame["id"], frame["unit"], strict=True)))
+    known = np.isin(arrays["ids"], frame["id"].to_numpy(str))
+    if not known.any():
         raise ValueError("attention.npz: none of its examples is in the evaluation file: they are of different runs")
-    mean, classes = arrays["mean"][known].astype(float), arrays["token_class"][known]
-    units, parts = [unit_of[str(arrays["ids"][i])] for i in known], []
+    mean, classes, parts = arrays["mean"][known].astype(float), arrays["token_class"][known], []
     for number, label in TOKEN_CLASSES.items():
-        of_class, real = classes == number, classes >= 0
-        part = {"value": (mean * of_class).sum(1) / mean.sum(1), "uniform": of_class.sum(1) / real.sum(1)}
-        parts.append(pd.DataFrame({"unit": units, "token_class": label} | part))
+        here = classes == number
+        values = {"value": (mean * here).sum(1) / mean.sum(1), "uniform": here.sum(1) / (classes >= 0).sum(1)}
+        parts.append(pd.DataFrame({"unit": units[known].to_numpy(), "token_class": label} | values))
     long = pd.concat(parts, ignore_index=True)
     even = long.groupby("token_class", sort=False)["uniform"].mean()
     return share(long, "token_class", "value").assign(uniform=even.to_numpy())
@@ -89,20 +87,10 @@ def map_ids(arrays: dict[str, np.ndarray], frame: pd.DataFrame, n: int) -> dict[
 
 
 def map_frame(arrays: dict[str, np.ndarray], example_id: str) -> pd.DataFrame:
-    """One example's map as rows: soft_token, place, token, weight."""
-    weights = pd.DataFrame(arrays[f"map/{example_id}"].astype(float)).rename_axis("soft_token")
-    long = (
-        weights.reset_index()
-        .melt("soft_token", var_name="place", value_name="weight")
-        .sort_values("soft_token", kind="stable")
-    )
-    return long.assign(id=example_id, token=arrays[f"tokens/{example_id}"][long["place"].astype(int)])
-
-
-def gates_from_metrics(path: str | Path) -> pd.DataFrame:
-    """Columns step, gate, value from the rows of a metrics.jsonl that have `gates`; empty where none has."""
-    rows = [(row["step"], gate, value) for row in load_jsonl(path) for gate, value in row.get("gates", {}).items()]
-    return pd.DataFrame(rows, columns=["step", "gate", "value"])
+    """One example's map as rows: soft_token, place, weight, id, token."""
+    weights = pd.DataFrame(arrays[f"map/{example_id}"].astype(float))
+    long = weights.stack().rename_axis(["soft_token", "place"]).rename("weight").reset_index()
+    return long.assign(id=example_id, token=arrays[f"tokens/{example_id}"][long["place"]])
 
 
 @torch.no_grad()
@@ -130,9 +118,7 @@ def tabulate_words(words: pd.DataFrame, most: int = 16) -> pd.DataFrame:
     names = {row.id: f"{row.unit} = {row.value:.0f}" if row.unit else row.id for row in words.itertuples()}
     cells = [f"{show_token(row.token)} {row.cosine:.2f}" for row in shown.itertuples()]
     table = shown.assign(cell=cells).groupby(["soft_token", "id"], sort=False)["cell"].agg("<br>".join).unstack()
-    return (
-        table[list(names)].fillna("").rename(columns=names).reset_index().rename(columns={"soft_token": "soft token"})
-    )
+    return table[list(names)].fillna("").rename(columns=names).rename_axis("soft token").reset_index()
 
 
 def show_token(token: str) -> str:
@@ -147,31 +133,25 @@ def soft_token_sizes(experiment: Experiment, examples: list[Example], bridge: st
     """
     tokens, mask = experiment.encode(examples, bridge)
     tokens = tokens[:, : int(mask.sum(1).min())].cpu().numpy().astype(float)
-    point, low, high = varying_share(tokens)
-    sizes = {"rms": np.sqrt((tokens**2).mean((0, 2))), "table_rms": experiment.pair.target.embedding_rms}
+    soft = varying_share(tokens).assign(rms=np.sqrt((tokens**2).mean((0, 2))))
     n_units = len({e.unit or e.id for e in examples})
-    soft = {"soft_token": np.arange(1, len(point) + 1), "point": point, "low": low, "high": high}
-    return pd.DataFrame(soft | sizes | {"n": len(examples), "n_units": n_units})
+    return soft.assign(table_rms=experiment.pair.target.embedding_rms, n=len(examples), n_units=n_units)
 
 
-def varying_share(tokens: np.ndarray, n_boot: int = 400, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def varying_share(tokens: np.ndarray) -> pd.DataFrame:
     """How much of each soft token differs between questions: 1 - |mean|^2 / mean |token|^2, with its interval.
 
-    tokens (N, K, D), one question per unit -> (K,), (K,), (K,). 0: the same for every question; 1: nothing shared.
+    tokens (N, K, D), one question per unit -> K rows. 0: the same for every question; 1: nothing shared.
     """
     n, k, _ = tokens.shape
-    flat, sizes = tokens.reshape(n, -1), (tokens**2).sum(2)
-    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_boot) / n
-
-    def vary(weights: np.ndarray) -> np.ndarray:
-        means = (weights @ flat).reshape(len(weights), k, -1)
-        # a draw repeats questions, which makes its mean longer than it would be: n/(n-1) takes that out
-        return (1 - (means**2).sum(2) / (weights @ sizes)) * n / (n - 1)
-
-    point = vary(np.full((1, n), 1 / n))[0]
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(vary(draws) * n / (n - 1), [tail, 1 - tail], axis=0)
-    return point, np.minimum(low, point), np.maximum(high, point)
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=400)
+    weights = np.vstack([np.ones(n), draws]) / n
+    means = (weights @ tokens.reshape(n, -1)).reshape(len(weights), k, -1)
+    # a draw repeats questions, which makes its mean longer than it would be: n/(n-1) takes that out
+    point, *drawn = (1 - (means**2).sum(2) / (weights @ (tokens**2).sum(2))) * n / (n - 1)
+    low, high = np.quantile(np.array(drawn) * n / (n - 1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    ends = {"low": np.minimum(low, point), "high": np.maximum(high, point)}
+    return pd.DataFrame({"soft_token": np.arange(1, k + 1), "point": point} | ends)
 
 
 def describe_message(experiment: Experiment, bridge: str | Bridge = "bridged") -> Callable[[str], str]:
@@ -197,14 +177,14 @@ def describe_message(experiment: Experiment, bridge: str | Bridge = "bridged") -
 def answer_entropy(experiment: Experiment, examples: list[Example], names: tuple[str, ...] = ("bridged",)):
     """Entropy in bits and the right digit's probability where the gold answer first writes the unit's value.
 
-    What stands before in the answer is the gold text, the same for every condition. A row per example, condition and
-    measure (`value`); condition `target` is the target alone on its literal prompt.
+    What stands before in the answer is the gold text, the same for every condition. A row per example and condition
+    (`entropy`, `right`); condition `target` is the target alone on its literal prompt.
     """
     target, data, seeds = experiment.pair.target, experiment.training_set(examples), experiment.seeds(examples)
-    spans, rows = target.offsets([e.solution for e in examples]), []
-    places = [
-        next(i for i, (a, b) in enumerate(s) if a <= e.value_at < b) for e, s in zip(examples, spans, strict=True)
-    ]
+    facts, places = [{"id": e.id, "unit": e.unit, "group": e.group or "all"} for e in examples], []
+    for e, offsets in zip(examples, target.offsets([e.solution for e in examples]), strict=True):
+        places.append(next(i for i, (start, end) in enumerate(offsets) if start <= e.value_at < end))
+    facts, places, parts = pd.DataFrame(facts), torch.tensor(places, device=target.device), []
     for chunk in chunks(len(examples)):
         batch = data.batch(chunk, seeds[chunk])
         nothing = (batch.literal[0][:, :0], batch.literal[1][:, :0])
@@ -213,21 +193,19 @@ def answer_entropy(experiment: Experiment, examples: list[Example], names: tuple
             message = encode_chunk(experiment.bridges[name], data.states, chunk, seeds, experiment.device)
             given = (message, batch.before, batch.after, batch.labels, batch.labels_mask)
             logits[name] = bridged_logits(target, experiment.bridges[name], *given)
-        at, here = torch.tensor([places[i] for i in chunk], device=target.device), torch.arange(len(chunk))
+        at, here = places[torch.from_numpy(chunk)], torch.arange(len(chunk))
         for condition, scores in logits.items():
             logprobs = scores[here, at].float().log_softmax(-1)  # (B, V)
             bits = -(logprobs.exp() * logprobs).sum(-1) / math.log(2)
-            right = logprobs[here, batch.labels[here, at]].exp()
-            for i, *found in zip(chunk, bits.tolist(), right.tolist(), strict=True):
-                e = examples[i]
-                facts = {"id": e.id, "unit": e.unit, "group": e.group or "all", "condition": condition}
-                rows += [facts | {"measure": m, "value": v} for m, v in zip(("entropy", "right"), found, strict=True)]
-    return pd.DataFrame(rows)
+            found = {"entropy": bits.tolist(), "right": logprobs[here, batch.labels[here, at]].exp().tolist()}
+            parts.append(facts.iloc[chunk].assign(condition=condition, **found))
+    return pd.concat(parts, ignore_index=True)
 
 
 def entropy_table(answers: pd.DataFrame) -> pd.DataFrame:
     """Mean entropy (`entropy`) and mean probability of the right digit (`right`) by group and condition."""
-    table = share(answers, ["measure", "group", "condition"], "value")
+    long = answers.melt(["unit", "group", "condition"], ["entropy", "right"], "measure", ignore_index=False)
+    table = share(long.sort_index(kind="stable"), ["measure", "group", "condition"], "value")
     table["low"] = table["low"].clip(lower=0)  # no entropy is below zero, no probability outside [0, 1]
     return table.assign(high=table["high"].clip(upper=table["measure"].map({"entropy": math.inf, "right": 1})))
 
@@ -235,21 +213,18 @@ def entropy_table(answers: pd.DataFrame) -> pd.DataFrame:
 @torch.no_grad()
 def compare_representations(experiment: Experiment, examples: list[Example], bridge: str | Bridge = "bridged"):
     """CKA of every pair of: source states, soft tokens, the target's embeddings, and the digits of the value."""
-    target, states = experiment.pair.target, experiment.source_states(examples)
-    prompts, found = [source_prompt(e) for e in examples], {}
-    texts = [p.prefix if experiment.config.bridge.source_view == "facts" else p.text for p in prompts]
-    ends = [
-        probe.question_words(states.lm, t, e.unit)[0].stop - 1 for t, e in zip(texts, examples, strict=True) if e.unit
-    ]
-    for chunk in chunks(len(examples)):
-        hidden, mask = states.batch(chunk, target.device)  # (B, S, L, D)
-        means = hidden.float().sum(1) / mask.sum(1)[:, None, None]
-        for i, layer in enumerate(experiment.layers):
-            if len(ends) == len(examples):
-                word = hidden[torch.arange(len(chunk)), torch.tensor([ends[j] for j in chunk]), i].float()
-                found.setdefault(f"source layer {layer}, word end", []).append(word)
-            found.setdefault(f"source layer {layer}, mean", []).append(means[:, i])
-    tables = {k: torch.cat(found[k]).cpu().numpy() for k in sorted(found, key=lambda k: k.endswith("mean"))}
+    target, states = experiment.pair.target, experiment.source_states(examples, cache_gb=math.inf)
+    parts = states.flat.float().split(states.lengths.tolist())  # (S, L, D) of each example
+    sources = {"mean": torch.stack([part.mean(0) for part in parts])}  # (N, L, D)
+    if all(e.unit for e in examples):
+        prompts = [source_prompt(e) for e in examples]
+        texts = [p.prefix if experiment.config.bridge.source_view == "facts" else p.text for p in prompts]
+        words = [probe.question_words(states.lm, t, e.unit)[0] for t, e in zip(texts, examples, strict=True)]
+        ends = torch.stack([part[word.stop - 1] for part, word in zip(parts, words, strict=True)])
+        sources = {"word end": ends} | sources
+    layers, tables = list(enumerate(experiment.layers)), {}
+    for place, found in sources.items():
+        tables |= {f"source layer {layer}, {place}": found[:, i].cpu().numpy() for i, layer in layers}
     tokens, mask = experiment.encode(examples, bridge)
     tables["soft tokens"] = tokens[:, : int(mask.sum(1).min())].flatten(1).cpu().numpy()
     for label, texts in (("question", [e.question for e in examples]), ("answer", [e.solution for e in examples])):
@@ -262,8 +237,6 @@ def compare_representations(experiment: Experiment, examples: list[Example], bri
 
 def _centred_gram(x: np.ndarray) -> np.ndarray:
     """U-centred inner products of the questions: zero diagonal, rows that sum to zero. (N, D) -> (N, N)"""
-    if x.ndim != 2 or len(x) < 4:
-        raise ValueError(f"CKA: needs (questions, width) with at least 4 questions, got {x.shape}")
     x = x - x.mean(0)
     gram, n = x @ x.T, len(x)
     np.fill_diagonal(gram, 0.0)
@@ -274,31 +247,26 @@ def _centred_gram(x: np.ndarray) -> np.ndarray:
     return gram
 
 
-def _cka_of(gram_x: np.ndarray, gram_y: np.ndarray) -> float:
-    size = math.sqrt((gram_x**2).sum() * (gram_y**2).sum())
-    return float((gram_x * gram_y).sum() / size) if size > 0 else 0.0
-
-
 def cka_table(representations: dict[str, np.ndarray], units: list) -> pd.DataFrame:
     """Linear CKA of every pair of (questions, width), 1 alike, about 0 unrelated: a, b, point low high n n_units.
 
     On the unbiased HSIC (Song 2012): the plain estimate is far above 0 for unrelated representations that are wider
     than there are questions. May come out slightly negative. The interval leaves out folds of units.
     """
-    codes = pd.factorize(np.asarray(units))[0]
-    n_units = int(codes.max()) + 1
-    folds = min(N_FOLDS, n_units // 2)
+    codes, names = pd.factorize(np.asarray(units))
+    folds = min(N_FOLDS, len(names) // 2)
     if folds < 2:
-        raise ValueError(f"CKA: {n_units} units are too few for an interval: take more examples")
+        raise ValueError(f"CKA: {len(names)} units are too few for an interval: take more examples")
     keeps = [np.ones(len(codes), bool)] + [codes % folds != i for i in range(folds)]
     grams = {name: [_centred_gram(np.asarray(x, float)[keep]) for keep in keeps] for name, x in representations.items()}
     rows = []
-    for i, a in enumerate(grams):
-        for b in list(grams)[i + 1 :]:
-            point, *left_out = (_cka_of(x, y) for x, y in zip(grams[a], grams[b], strict=True))
-            spread = np.array(left_out) - np.mean(left_out)
-            half = float(stdtrit(folds - 1, (1 + LEVEL) / 2)) * math.sqrt((folds - 1) / folds * (spread**2).sum())
-            rows.append([a, b, point, point - half, point + half, len(codes), n_units])
+    for a, b in combinations(grams, 2):
+        products = [(x * y).sum() for x, y in zip(grams[a], grams[b], strict=True)]
+        sizes = [math.sqrt((x**2).sum() * (y**2).sum()) for x, y in zip(grams[a], grams[b], strict=True)]
+        point, *left_out = (float(p / size) if size > 0 else 0.0 for p, size in zip(products, sizes, strict=True))
+        spread = np.array(left_out) - np.mean(left_out)
+        half = float(stdtrit(folds - 1, (1 + LEVEL) / 2)) * math.sqrt((folds - 1) / folds * (spread**2).sum())
+        rows.append([a, b, point, point - half, point + half, len(codes), len(names)])
     return pd.DataFrame(rows, columns=["a", "b", "point", "low", "high", "n", "n_units"])
 
 
@@ -311,7 +279,7 @@ def probe_source(experiment: Experiment, every: int = 1) -> pd.DataFrame:
         return probe.probe_pair(experiment.pair.source, experiment.lexicon[::every])
     config, seed = experiment.config.with_(n_train=4000), experiment.pair.lexicon_seed
     splits = {probe.FIT: "train", probe.CHOOSE: "val", "held_unit": "test"}
-    parts = {k: probe.ask_examples(experiment.task.examples(config, seed, s)[::every]) for k, s in splits.items()}
+    parts = {name: experiment.task.examples(config, seed, split)[::every] for name, split in splits.items()}
     return probe.probe_prompts(experiment.pair.source, parts)
 
 

@@ -37,47 +37,40 @@ def plot_attention(
     `names` are the nearest words of the soft tokens; `most` is the top of the colour scale, to compare questions.
     """
     labels = [f"{_show_token(names[i])}  {i + 1}" if len(names) else str(i + 1) for i in range(len(weights))]
-    look = {"ylabel": "soft token" + (", nearest word" if len(names) else ""), "most": most}
-    return plot_tokens(weights, tokens, labels, "attention", title=title or "What each soft token looks at", **look)
+    title, ylabel = title or "What each soft token looks at", "soft token" + (", nearest word" if len(names) else "")
+    return plot_tokens(weights, tokens, labels, "attention", ylabel, title, most)
 
 
-def plot_states(norms: np.ndarray, tokens: Sequence[str], layers: Sequence[int], title: str = "") -> Figure:
+def plot_states(norms: np.ndarray, tokens: Sequence[str], layers: Sequence[int]) -> Figure:
     """How long the source's states are: layers (rows) by source tokens (columns), (L, S)."""
-    title = title or "The source's states: what the bridge is given"
+    title = "The source's states: what the bridge is given"
     return plot_tokens(norms, tokens, list(map(str, layers)), "length of state", "source layer", title)
 
 
 @paper_figure
 def plot_tokens(
-    values: np.ndarray,
-    tokens: Sequence[str],
-    labels: Sequence[str],
-    what: str,
-    ylabel: str = "",
-    title: str = "",
-    most: float | None = None,
+    values: np.ndarray, tokens: Sequence[str], labels: list[str], what: str, ylabel: str, title: str, most=None
 ) -> Figure:
     """A map of a value that is never negative, by row and source token; of a longer prompt its busiest stretch."""
-    import matplotlib.pyplot as plt
     import numpy as np
 
     values = np.asarray(values, dtype=float)
-    if values.ndim != 2 or values.shape != (len(labels), len(tokens)) or not values.size:
+    if values.shape != (len(labels), len(tokens)):
         raise ValueError(f"{what}: values must be ({len(labels)} rows, {len(tokens)} tokens), got {values.shape}")
-    if not np.isfinite(values).all() or (values < 0).any() or not values.sum():
+    if not (values >= 0).all() or not 0 < values.sum() < np.inf:
         raise ValueError(f"{what}: values are NaN, negative or all zero; give attention after the softmax")
-    width, running = min(WIDEST, len(tokens)), np.concatenate([[0], np.cumsum(values.sum(axis=0))])
-    start = int(np.argmax(running[width:] - running[:-width]))
-    part, where = values[:, start : start + width], ""
+    width, xlabel = min(WIDEST, len(tokens)), "source token"
+    start = int(np.convolve(values.sum(axis=0), np.ones(width), "valid").argmax())
+    part = values[:, start : start + width]
     if width < len(tokens):
         stretch = f"{start + 1}\N{EN DASH}{start + width} of {len(tokens)}"
-        where = f" ({stretch}, {part.sum() / values.sum():.0%} of the {what})"
+        xlabel += f" ({stretch}, {part.sum() / values.sum():.0%} of the {what})"
     shown = [_show_token(token) for token in tokens[start : start + width]]
     ticks = {"xticklabels": shown, "yticklabels": labels, "vmax": most}
-    fig = _draw_map(part, what, title, f"source token{where}", 0.9 + 0.11 * min(max(len(labels), 8), 24), **ticks)
+    fig = _draw_map(part, what, title, xlabel, 0.9 + 0.11 * min(max(len(labels), 8), 24), **ticks)
     fig.axes[0].set_ylabel(ylabel)
-    plt.setp(fig.axes[0].get_xticklabels(), family="DejaVu Sans Mono", rotation=90)
-    plt.setp(fig.axes[0].get_yticklabels(), rotation=0)
+    fig.axes[0].tick_params("x", rotation=90, labelfontfamily="DejaVu Sans Mono")
+    fig.axes[0].tick_params("y", rotation=0)
     return fig
 
 

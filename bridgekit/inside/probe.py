@@ -12,62 +12,52 @@ Shapes: N prompts, P places, L hidden states (0 is the embeddings), D hidden siz
 
 import random
 import re
-from dataclasses import dataclass
 
 import pandas as pd
 import torch
+from torch.nn.functional import one_hot
 
 from bridgekit.model.pair import LanguageModel, pad_ids, word_tokens
 from bridgekit.model.states import in_batches
 from bridgekit.results.table import share
-from bridgekit.tasks import CUE, Example, source_prompt, units
+from bridgekit.tasks import Example, source_prompt, units
 
 PLACES = ("word end", "next token", "last token")
 DIGITS = ("tens", "ones", "joint")
 NOVELTIES = ("held_unit", "held_value", "not taught")  # the last is the control: units the model knows nothing of
 FIT, CHOOSE = "fit", "choose"
+PROMPTS_PER_UNIT = 2  # that the probe is fitted on
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the ridge, as a share of the features' mean variance
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A prompt, the unit's word in its question, and the unit's value."""
-
-    text: str
-    word: str
-    value: int
-
-
 def probe_pair(
-    lm: LanguageModel, lexicon, role: str = "source", *, report: str = "test", prompts_per_unit: int = 2,
-    layers: tuple[int, ...] | None = None, seed: int = 0,
-) -> pd.DataFrame:  # fmt: skip
+    lm: LanguageModel, lexicon, role: str = "source", report: str = "test", layers: tuple[int, ...] | None = None
+) -> pd.DataFrame:
     """Share of the units of split `report` whose digits are read, by layer, place, novelty and digit."""
-    fit, choose, report_on = pick_probe_units(lexicon, role, report, seed)
-    rng = random.Random(f"probe {seed}")
-    parts = {FIT: fit * prompts_per_unit, CHOOSE: choose, **report_on}
+    fit, choose, report_on = pick_probe_units(lexicon, role, report)
+    rng, parts = random.Random("probe 0"), {FIT: fit * PROMPTS_PER_UNIT, CHOOSE: choose, **report_on}
     return probe_prompts(lm, {name: ask_units(asked, rng) for name, asked in parts.items()}, layers)
 
 
 def probe_prompts(
-    lm: LanguageModel, parts: dict[str, list[Asked]], layers: tuple[int, ...] | None = None
+    lm: LanguageModel, parts: dict[str, list[Example]], layers: tuple[int, ...] | None = None
 ) -> pd.DataFrame:
     """Fit on part FIT, choose the strength on part CHOOSE, report on every other, by layer, place and digit."""
     layers = tuple(range(lm.n_layers + 1)) if layers is None else layers
     states = {name: place_states(lm, asked, layers) for name, asked in parts.items()}  # (N, P, L, D) each
-    values = {name: torch.tensor([a.value for a in asked]) for name, asked in parts.items()}
+    values = {name: torch.tensor([e.value for e in asked]) for name, asked in parts.items()}
     answers = []
     for j, layer in enumerate(layers):
         for p, place in enumerate(PLACES):
             x = {name: part[:, p, j] for name, part in states.items()}
             probe = DigitProbe(x[FIT], values[FIT], x[CHOOSE], values[CHOOSE])
             for name in [name for name in parts if name not in (FIT, CHOOSE)]:
-                read = probe.read(x[name], values[name], [a.word for a in parts[name]])
+                read = probe.read(x[name], values[name], [e.unit for e in parts[name]])
                 answers.append(read.assign(layer=layer, place=place, novelty=name))
     return share(pd.concat(answers, ignore_index=True), ["layer", "place", "novelty", "digit"])
 
 
-def pick_probe_units(lexicon, role: str, report: str, seed: int) -> tuple[list, list, dict[str, list]]:
+def pick_probe_units(lexicon, role: str, report: str) -> tuple[list, list, dict[str, list]]:
     """Units to fit on, to choose the strength on, and to report on by novelty; no unit is in two of them."""
     if report not in ("val", "test"):
         raise ValueError(f"probe: units are reported on `val` or `test`, not on '{report}'")
@@ -81,15 +71,9 @@ def pick_probe_units(lexicon, role: str, report: str, seed: int) -> tuple[list, 
     return fit, choose, {name: found for name, found in report_on.items() if found}
 
 
-def ask_units(asked: list[units.Unit], rng: random.Random) -> list[Asked]:
-    """One prompt for each unit, with its word."""
-    questions = [units.make_problem(rng, rng.choice(units.FAMILIES), u.word).question for u in asked]
-    return [Asked(f"Question: {q}{CUE}", u.word, u.value) for q, u in zip(questions, asked, strict=True)]
-
-
-def ask_examples(examples: list[Example]) -> list[Asked]:
-    """The source's own prompts of examples, with whatever facts they give it."""
-    return [Asked(source_prompt(e).text, e.unit, e.value) for e in examples]
+def ask_units(asked: list[units.Unit], rng: random.Random) -> list[Example]:
+    """A problem about each unit, of a family that is drawn."""
+    return [units.make_example(rng, u, u.split, rng.randrange(len(units.FAMILIES)), "probe") for u in asked]
 
 
 def question_words(lm: LanguageModel, text: str, word: str) -> list[range]:
@@ -99,18 +83,19 @@ def question_words(lm: LanguageModel, text: str, word: str) -> list[range]:
     return [range(first + r.start, first + r.stop) for r in word_tokens(lm, text, word)[before:]]
 
 
-def find_places(lm: LanguageModel, asked: list[Asked]) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
+def find_places(lm: LanguageModel, asked: list[Example]) -> tuple[list[list[int]], list[tuple[int, int, int]]]:
     """Token ids of each prompt with BOS, and its PLACES: the word's last token, the next one, the prompt's last."""
-    rows = [lm.bos + ids for ids in lm.tokenize([a.text for a in asked])]
-    ends = [question_words(lm, a.text, a.word)[0].stop - 1 for a in asked]
+    texts = [source_prompt(e).text for e in asked]
+    rows = [lm.bos + ids for ids in lm.tokenize(texts)]
+    ends = [question_words(lm, text, e.unit)[0].stop - 1 for text, e in zip(texts, asked, strict=True)]
     return rows, [(end, end + 1, len(row) - 1) for end, row in zip(ends, rows, strict=True)]
 
 
-def place_states(lm: LanguageModel, asked: list[Asked], layers: tuple[int, ...], batch_size: int = 256) -> torch.Tensor:
+def place_states(lm: LanguageModel, asked: list[Example], layers: tuple[int, ...]) -> torch.Tensor:
     """States at the three places of each prompt. (N, P, L, D)"""
     out = torch.empty(len(asked), len(PLACES), len(layers), lm.hidden_size, device=lm.device)
     rows, places = find_places(lm, asked)
-    for chunk in in_batches([len(row) for row in rows], batch_size):
+    for chunk in in_batches([len(row) for row in rows], 256):
         ids, mask = pad_ids([rows[i] for i in chunk], lm.device)
         states = lm.hidden_states(ids, mask.long(), layers).float()  # (B, S, L, D)
         at = torch.tensor([places[i] for i in chunk], device=lm.device)  # (B, P)
@@ -123,22 +108,20 @@ class DigitProbe:
 
     def __init__(self, x: torch.Tensor, values: torch.Tensor, choose_x: torch.Tensor, choose_values: torch.Tensor):
         """x (N, D), values (N,)"""
-        self.mean = x.double().mean(0)
-        self.scale = x.double().std(0).clamp(min=1e-9)
+        self.mean, self.scale = x.double().mean(0), x.double().std(0).clamp(min=1e-9)
         fits = []
         for strength in STRENGTHS:
             self.weights = fit_ridge(self._normalise(x), one_hot_digits(values).to(x.device), strength)
             tens, ones, joint = (right.double().mean().item() for right in self.right(choose_x, choose_values))
             fits.append((joint, tens + ones, strength, self.weights))
-        *_, self.strength, self.weights = max(fits, key=lambda fit: fit[:3])
+        *_, self.weights = max(fits, key=lambda fit: fit[:3])
 
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         return (x.double() - self.mean) / self.scale
 
     def right(self, x: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Is the tens digit read right, the ones digit, both? (N, D), (N,) -> (N,) each, in the order of DIGITS"""
-        x = self._normalise(x)
-        scores = torch.cat([x, x.new_ones(len(x), 1)], 1) @ self.weights  # (N, 20)
+        scores = self._normalise(x) @ self.weights[:-1] + self.weights[-1]  # (N, 20)
         tens = scores[:, :10].argmax(1).cpu() == values // 10
         ones = scores[:, 10:].argmax(1).cpu() == values % 10
         return tens, ones, tens & ones
@@ -151,8 +134,7 @@ class DigitProbe:
 
 def one_hot_digits(values: torch.Tensor) -> torch.Tensor:
     """Both digits of each value, one-hot. (N,) -> (N, 20)"""
-    hot = torch.nn.functional.one_hot
-    return torch.cat([hot(values // 10, 10), hot(values % 10, 10)], 1).double()
+    return torch.cat([one_hot(values // 10, 10), one_hot(values % 10, 10)], 1).double()
 
 
 def fit_ridge(x: torch.Tensor, y: torch.Tensor, strength: float) -> torch.Tensor:

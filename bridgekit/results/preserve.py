@@ -1,14 +1,13 @@
 """Kept runs: what is kept of a run of this package or of all runs of a study, and the manifest of everything kept.
 
-    folder = preserve("runs/phase1_20261120_132037")     # -> preserved_data/phase1_20261120_132037
-    keep_study("runs", "ablation_losses")                # -> preserved_data/studies/ablation_losses.tar.xz
-    write_manifest("preserved_data")                     # its README.md, again from the runs' entries
+    keep_study("runs", "ablation_losses")  # -> preserved_data/studies/ablation_losses.tar.xz
+    write_manifest("preserved_data")       # its README.md, again from the runs' entries
+
+`audit.keep.keep_run` keeps a single run of either kind.
 
 Nothing kept is overwritten, and a folder appears whole, by one rename. An entry is `manifest.md` in the run's folder:
 only what stands between its markers is written again.
 """
-
-from __future__ import annotations
 
 import glob
 import gzip
@@ -20,25 +19,15 @@ import re
 import shutil
 import tarfile
 import tempfile
-import typing
+from collections.abc import Callable
 from pathlib import Path
 
-from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, load_json, render, replace_block, write_entry
+from bridgekit import runs
+from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, load_json, render, write_blocks, write_entry
 from bridgekit.results.table import said_value
-from bridgekit.runs import (
-    FINAL,
-    find_eval,
-    hash_file,
-    load_jsonl,
-    load_status,
-    project_root,
-    write_bytes_atomic,
-    write_jsonl,
-    write_text_atomic,
-)
+from bridgekit.runs import FINAL, find_eval, hash_file, load_jsonl
 
 ROOT, FIRST = Path("preserved_data"), "first_experiments"
-README = "README.md"
 EVAL_FILE = re.compile(r"eval_samples_step_(\d+|final)\.jsonl(?:\.gz)?")
 FILES = (  # all that the numbers of a run are recomputed from, and how it went
     "config.yaml provenance.json status.json metrics*.jsonl summary.log verdict.json controls.json timing.json "
@@ -55,16 +44,15 @@ CHECKPOINTS = ("bridged", "constant")  # the diagnostics set the one against the
 
 
 def find_runs(root: str | Path) -> list[Path]:
-    """Run folders at or below `root`, in order of name; links that lead out of `root` are not followed."""
-    root = Path(root)
-    if not root.is_dir():
+    """Run folders at or below `root`, in order of name; links are not followed, nor hidden folders entered."""
+    if not Path(root).is_dir():
         raise ValueError(f"{root}: no such folder; name a run folder or a folder of run folders")
-    inside, found = root.resolve(), []
-    for path in [root, *sorted(root.rglob("*"))]:
-        hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-        whole = not hidden and path.is_dir() and path.resolve().is_relative_to(inside)
-        if whole and not set(path.parents) & set(found) and generation_of(path):
-            found.append(path)
+    found = []
+    for path, below, _ in os.walk(root):
+        if generation_of(Path(path)):
+            found.append(Path(path))
+            below.clear()
+        below[:] = sorted(name for name in below if not name.startswith("."))
     return found
 
 
@@ -78,36 +66,27 @@ def generation_of(folder: Path) -> str | None:
     return "first" if "train.log" in names or any(map(EVAL_FILE.fullmatch, names)) else None
 
 
-# -- keeping one run ----------------------------------------------------------------------------------------
-
-
-def preserve(
-    run: str | Path,
-    root: str | Path = ROOT,
-    name: str | None = None,
-    max_jsonl_mb: float = 1.5,
-    max_checkpoint_mb: float = 2.0,
-) -> Path:
+def preserve(run: Path, root: Path, name: str | None, max_jsonl_mb: float, max_checkpoint_mb: float) -> Path:
     """Keep a run of this package; texts of a larger JSONL, and larger checkpoint files, stay out."""
 
     def fill(folder: Path) -> str:
-        for path in sorted(found for pattern in FILES for found in Path(run).glob(pattern)):
+        for path in sorted(found for pattern in FILES for found in run.glob(pattern)):
             if path.is_file() and not path.is_symlink():
                 place = folder / path.relative_to(run)
                 place.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, place)
-        if not compress_evaluation(Path(run), folder, max_jsonl_mb) and not (folder / "metrics.jsonl").is_file():
+        if not compress_evaluation(run, folder, max_jsonl_mb) and not (folder / "metrics.jsonl").is_file():
             raise ValueError(f"{run}: neither evaluations nor losses could be read, so there is nothing to keep")
-        for bridge in (Path(run) / "checkpoint" / f"{name}.safetensors" for name in CHECKPOINTS):
-            if bridge.is_file() and len(data := halve_checkpoint(bridge.read_bytes())) <= max_checkpoint_mb * 1e6:
+        for bridge in (run / "checkpoint" / f"{name}.safetensors" for name in CHECKPOINTS):
+            if bridge.is_file() and len(data := halve_checkpoint(bridge)) <= max_checkpoint_mb * 1e6:
                 (folder / "checkpoint").mkdir(exist_ok=True)
                 (folder / "checkpoint" / bridge.name).write_bytes(data)
         return describe_run(folder)
 
-    return keep_folder(Path(run), Path(root), name or Path(run).resolve().name, fill)
+    return keep_folder(run, root, name or run.resolve().name, fill)
 
 
-def keep_folder(run: Path, home: Path, name: str, fill: typing.Callable[[Path], str]) -> Path:
+def keep_folder(run: Path, home: Path, name: str, fill: Callable[[Path], str]) -> Path:
     """A new folder below `home`, filled with what is kept of a run, its checksums and the entry that `fill` returns."""
     folder = home / name.replace('"', "").replace("'", "")
     if folder.exists():
@@ -119,48 +98,45 @@ def keep_folder(run: Path, home: Path, name: str, fill: typing.Callable[[Path], 
         part = Path(partial) / folder.name
         part.mkdir()
         entry = fill(part)
-        originals = [path for path in _files(run) if path.resolve().is_relative_to(run.resolve())]
-        sums = {
-            "original": {path.relative_to(run).as_posix(): hash_file(path) for path in originals},
-            "kept": {path.relative_to(part).as_posix(): hash_file(path) for path in _files(part)},
-        }
+        sums = {"original": _hash_files(run), "kept": _hash_files(part)}
         (part / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
         write_entry(part, entry)
         os.rename(part, folder)
     return folder
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+def _hash_files(folder: Path) -> dict[str, str]:
+    """{name: sha256} of every file that really lies in a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    inside = [path for path in files if path.resolve().is_relative_to(folder.resolve())]
+    return {path.relative_to(folder).as_posix(): hash_file(path) for path in inside}
 
 
 def compress_evaluation(run: Path, folder: Path, max_mb: float, without_texts: bool = True) -> bool:
     """Keep the final evaluation as `.jsonl.gz`. Above the limit: without texts but the bridged answer's, or not."""
-    finals = [path for path in sorted(run.glob("eval_samples_step_final.jsonl*")) if EVAL_FILE.fullmatch(path.name)]
-    if not finals or finals[0].is_symlink():
+    finals = [path for path in (run / FINAL, run / f"{FINAL}.gz") if path.is_file() and not path.is_symlink()]
+    if not finals:
         return False
-    data = finals[0].read_bytes()
-    kept = folder / "eval_samples_step_final.jsonl.gz"
-    kept.write_bytes(gzip.compress(gzip.decompress(data) if finals[0].suffix == ".gz" else data, mtime=0))
-    if kept.stat().st_size <= max_mb * 1e6:
-        return True
-    kept.unlink()
-    if without_texts:
+    data, kept = finals[0].read_bytes(), folder / f"{FINAL}.gz"
+    data = gzip.compress(gzip.decompress(data) if finals[0].suffix == ".gz" else data, mtime=0)
+    if len(data) <= max_mb * 1e6:
+        kept.write_bytes(data)
+    elif without_texts:
         stays = ("bridged_full",)  # the value that an answer names is read from it
         rows = load_jsonl(finals[0])
-        write_jsonl(kept, ({k: v for k, v in r.items() if k in stays or not k.endswith("_full")} for r in rows))
-    return without_texts
+        runs.write_jsonl(kept, ({k: v for k, v in r.items() if k in stays or not k.endswith("_full")} for r in rows))
+    return kept.is_file()
 
 
-def halve_checkpoint(data: bytes) -> bytes:
+def halve_checkpoint(path: Path) -> bytes:
     """A safetensors file with its float32 tensors in half precision: enough to look inside a bridge."""
     import numpy as np
-    import safetensors.numpy
+    from safetensors.numpy import safe_open, save
 
-    size = int.from_bytes(data[:8], "little")
-    metadata = json.loads(data[8 : 8 + size]).get("__metadata__", {}) | {"precision": "float16"}
-    tensors = {k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in safetensors.numpy.load(data).items()}
-    return safetensors.numpy.save(tensors, metadata)
+    with safe_open(path, "np") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        metadata = (file.metadata() or {}) | {"precision": "float16"}
+    return save({k: v.astype(np.float16) if v.dtype == np.float32 else v for k, v in tensors.items()}, metadata)
 
 
 def changed_files(folder: Path) -> list[str]:
@@ -169,30 +145,22 @@ def changed_files(folder: Path) -> list[str]:
     return [n for n, digest in kept.items() if not (folder / n).is_file() or hash_file(folder / n) != digest]
 
 
-# -- keeping the runs of a study -----------------------------------------------------------------------------
-
-
 def keep_study(runs_dir: str | Path, name: str, root: str | Path = STUDIES, add: bool = False) -> Path:
     """Pack the finished runs `<name>_*` of a runs folder; returns the file. The same runs give the same bytes.
 
     Of an answer the extracted label is kept, and the unit's value that the bridged one names: 15 kB a run. `add` puts
     new runs to those already kept, of which none is replaced.
     """
-    folders = [p for p in sorted(Path(runs_dir).glob(f"{name}_*")) if load_status(p).get("state") == "finished"]
-    path, files, packed = project_root() / root / f"{name}.tar.xz", {}, io.BytesIO()
-    if path.exists():
-        if not add:
-            raise ValueError(
-                f"{path}: already kept; what is preserved is never overwritten (--add puts new runs to it)"
-            )
-        with tarfile.open(path, "r:xz") as archive:
-            files = {entry.name: archive.extractfile(entry).read() for entry in archive if entry.isfile()}
-    kept = {member.split("/")[0] for member in files}
-    new = [folder for folder in folders if folder.name not in kept]
+    path, files, packed = runs.project_root() / root / f"{name}.tar.xz", {}, io.BytesIO()
+    if path.exists() and not add:
+        raise ValueError(f"{path}: already kept; what is preserved is never overwritten (--add puts new runs to it)")
+    kept = sorted(runs.open_study(name, root).iterdir()) if path.exists() else []
+    folders = [p for p in sorted(Path(runs_dir).glob(f"{name}_*")) if runs.load_status(p).get("state") == "finished"]
+    new = [folder for folder in folders if folder.name not in {old.name for old in kept}]
     if not new:
         what = "that is not kept already" if folders else f"(folders {name}_*)"
         raise ValueError(f"{runs_dir}: no finished run of a study '{name}' {what}")
-    for folder in new:
+    for folder in [*kept, *new]:
         files |= {f"{folder.name}/{f}": (folder / f).read_bytes() for f in STUDY_FILES if (folder / f).is_file()}
         files[f"{folder.name}/{FINAL}"] = "".join(map(_lean_line, load_jsonl(find_eval(folder)))).encode()
     with tarfile.open(fileobj=packed, mode="w") as archive:
@@ -201,7 +169,7 @@ def keep_study(runs_dir: str | Path, name: str, root: str | Path = STUDIES, add:
             entry.size = len(data)
             archive.addfile(entry, io.BytesIO(data))
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes_atomic(path, lzma.compress(packed.getvalue(), filters=FILTERS))
+    runs.write_bytes_atomic(path, lzma.compress(packed.getvalue(), filters=FILTERS))
     return path
 
 
@@ -212,13 +180,9 @@ def _lean_line(row: dict) -> str:
     return json.dumps(kept, ensure_ascii=False) + "\n"
 
 
-# -- the manifest -------------------------------------------------------------------------------------------
-
-
 def write_manifest(root: str | Path, blocks: dict[str, str] | None = None) -> Path:
     """Bring this package's entries and the README of `root` up to date; `blocks` are further generated blocks."""
     root, groups = Path(root), {}
-    root.mkdir(parents=True, exist_ok=True)
     for folder in find_runs(root):
         if generation_of(folder) == "bridgekit":
             write_entry(folder, describe_run(folder))
@@ -231,14 +195,10 @@ def write_manifest(root: str | Path, blocks: dict[str, str] | None = None) -> Pa
                 group["prose"][part, " ".join(text.split())] = None  # once, where all runs of a group say the same
         shares = dict(re.findall(r"^\| ([\w ,-]+) \| \d+/\d+ \| ([\d.]+) ", entry, re.MULTILINE))
         group["runs"].append({"name": folder.name, "place": place, "shares": shares})
-    path, listed = root / README, sorted(groups.values(), key=lambda group: group["first"])
-    text = path.read_text(encoding="utf-8") if path.is_file() else render("preserved.md.j2")
-    for name, body in {"runs": render("preserved_runs.md.j2", groups=listed), **(blocks or {})}.items():
-        text = replace_block(text, name, body)
-    if "<!-- generated: contents -->" in text:
-        headings = re.findall(r"^##(#*) (.+)$", text, re.MULTILINE)
-        anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings]
-        lines = [f"{'  ' * len(level)}- [{title}](#{a})" for (level, title), a in zip(headings, anchors, strict=True)]
-        text = replace_block(text, "contents", "\n".join(lines))
-    write_text_atomic(path, text)
-    return path
+    listed = sorted(groups.values(), key=lambda group: group["first"])
+    blocks = {"runs": render("preserved_runs.md.j2", groups=listed)} | (blocks or {})
+    path = write_blocks(root / "README.md", "preserved.md.j2", blocks)
+    headings = re.findall(r"^##(#*) (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for _, title in headings]
+    lines = [f"{'  ' * len(level)}- [{title}](#{a})" for (level, title), a in zip(headings, anchors, strict=True)]
+    return write_blocks(path, "preserved.md.j2", {"contents": "\n".join(lines)})

@@ -7,31 +7,21 @@ What a template may call is `Numbers`: `{{ share("phase1_cpu_seed1", "bridged", 
 that no run gives (a threshold, a setting) is written as `{{ fixed("0.001", "weight in the plan") }}`.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
+import itertools
 import json
 import re
 import sys
-import typing
 from pathlib import Path
 
+import pandas as pd
+
+from bridgekit import runs
 from bridgekit.results import compare, table, verdict
 from bridgekit.results.reports import load_control_steps, render
 from bridgekit.results.style import format_interval, format_share
-from bridgekit.runs import (
-    find_eval,
-    hash_file,
-    lexicon_seed_of,
-    load_eval,
-    load_run_config,
-    open_study,
-    write_text_atomic,
-)
-
-if typing.TYPE_CHECKING:
-    import pandas as pd
+from bridgekit.tasks.units import make_lexicon, pick_train_units
 
 DOCUMENTS = ("README.md", "RESULTS.md")
 TEMPLATES = Path(__file__).with_name("templates")
@@ -73,10 +63,9 @@ class Numbers:
     def folders(self, name: str) -> list[Path]:
         """The folders of a run, or of all its seeds: its own, or those in the study that its name begins with."""
         pattern = name if re.search(r"_seed\d+$", name) else f"{name}_seed*"
-        found = sorted(self.root.glob(pattern))
-        for path in () if found else sorted(self.root.glob("studies/*.tar.xz")):
-            study = path.name.removesuffix(".tar.xz")
-            found += sorted(open_study(study, path.parent).glob(pattern)) if name.startswith(f"{study}_") else []
+        studies = [path.name.removesuffix(".tar.xz") for path in sorted(self.root.glob("studies/*.tar.xz"))]
+        places = [runs.open_study(study, self.root / "studies") for study in studies if name.startswith(f"{study}_")]
+        found = sorted(self.root.glob(pattern)) or [path for place in places for path in sorted(place.glob(pattern))]
         if not found:
             raise ValueError(f"{self.root}: no run '{name}' is kept there, nor in one of its studies")
         return found
@@ -85,17 +74,14 @@ class Numbers:
     def answers(self, name: str) -> pd.DataFrame:
         return table.load_answers(self.folders(name))
 
-    def rows(self, name: str, condition: str, subset: str) -> pd.DataFrame:
-        rows = table.select(self.answers(name), subset)
-        return rows[rows["condition"] == condition]
-
     def share(self, name: str, condition: str = "bridged", subset: str = "all") -> Number:
         """Share right, over all seeds."""
-        return Number(table.share(self.rows(name, condition, subset)))
+        return Number(table.share(table.select(self.answers(name), subset).query("condition == @condition")))
 
     def shares(self, name: str, condition: str = "bridged", subset: str = "all") -> list[float]:
         """Share right of each seed."""
-        return table.share(self.rows(name, condition, subset), "seed")["point"].tolist()
+        rows = table.select(self.answers(name), subset).query("condition == @condition")
+        return table.share(rows, "seed")["point"].tolist()
 
     def recovery(self, name: str, subset: str = "source_only_held_unit") -> Number:
         """What the bridge has right as a share of what the target has right when told: mean and range of the seeds."""
@@ -111,13 +97,11 @@ class Numbers:
     @functools.cache  # noqa: B019
     def verdict(self, name: str) -> verdict.Verdict:
         """The claim rule on all seeds of a run."""
-        folders = self.folders(name)
-        frames = [load_eval(find_eval(folder), texts=False) for folder in folders]
-        return verdict.judge(frames, seeds=[int(folder.name.rsplit("_seed", 1)[1]) for folder in folders])
+        return verdict.judge(self.folders(name))
 
     @functools.cache  # noqa: B019
     def _compared(self, study: str, reference: str) -> pd.DataFrame:
-        answers = table.load_answers(open_study(study, self.root / "studies"))
+        answers = table.load_answers(runs.open_study(study, self.root / "studies"))
         return compare.compare_variants(answers, f"{study}_{reference}")
 
     def change(self, study: str, variant: str, reference: str, subset: str = "source_only_held_unit") -> Number:
@@ -127,12 +111,10 @@ class Numbers:
 
     def intervention(self, name: str, taken_out: bool) -> dict[str, Number]:
         """Held-out units after half of the values left the training: those values, or the others; before and after."""
-        from bridgekit.tasks.units import make_lexicon, pick_train_units
-
         arms = {"before": self.folders(f"{name}_units"), "after": self.folders(f"{name}_values")}
         folder = arms["after"][0]
-        trained = [unit for unit in make_lexicon(lexicon_seed_of(folder)) if unit.split == "train"]
-        taught = {u.value for u in pick_train_units(trained, 1.0, load_run_config(folder).task.train_values_share)}
+        trained = [unit for unit in make_lexicon(runs.lexicon_seed_of(folder)) if unit.split == "train"]
+        taught = {u.value for u in pick_train_units(trained, 1.0, runs.load_run_config(folder).task.train_values_share)}
         rows = table.select(table.load_answers(arms), "source_only_held_unit")
         rows = rows[(rows["condition"] == "bridged") & (rows["value"].isin(taught) != taken_out)]
         found = {arm: Number(table.share(rows[rows["variant"] == arm])) for arm in arms}
@@ -140,29 +122,23 @@ class Numbers:
 
     def figure_data(self, name: str, column: str, **where) -> Number:
         """A value of the data of a figure, for what needs a model; refused where an input of the figure has changed."""
-        import pandas as pd
-
         base = self.root.parent / "figures" / name
-        facts = json.loads(base.with_name(f"{base.name}.json").read_text())
+        facts = json.loads(base.with_suffix(".json").read_text())
         for part in (facts["data"], *facts["inputs"]):
-            if hash_file(base.parent / part["name"]) != part["sha256"]:
+            if runs.hash_file(base.parent / part["name"]) != part["sha256"]:
                 raise ValueError(f"figures/{name}: {part['name']} is not what it was drawn from; draw it again")
-        rows = pd.read_csv(base.with_name(f"{base.name}.csv"))
-        for key, value in where.items():
-            rows = rows[rows[key] == value]
-        if len(rows) != 1:
-            raise ValueError(f"figures/{name}: {len(rows)} rows where {where}; name one")
+        rows = pd.read_csv(base.with_suffix(".csv"))
+        rows = rows[(rows[[*where]] == [*where.values()]).all(axis=1)]
         return Number(rows.rename(columns={column: "point"}))
 
     def status(self, name: str) -> dict:
         """What a run recorded of its end: `elapsed` seconds, trained `parameters`."""
-        return json.loads((self.folders(name)[0] / "status.json").read_text())
+        return runs.load_status(self.folders(name)[0])
 
-    def example(self, name: str, conditions: list[str], skip: int = 0) -> dict:
+    def example(self, name: str, conditions: list[str]) -> dict:
         """A source-only problem about a unit the bridge never met that it has right, with each condition's answer."""
-        frame = load_eval(find_eval(self.folders(name)[0]))
-        rows = table.select(frame, "source_only_held_unit")
-        row = rows[rows["bridged_correct"] & ~rows["target_correct"]].iloc[skip]
+        rows = table.select(table.load_frame(self.folders(name)[0]), "source_only_held_unit")
+        row = rows[rows["bridged_correct"] & ~rows["target_correct"]].iloc[0]
         answers = {condition: row[f"{condition}_full"].replace("\n", " ") for condition in conditions}
         return {"question": row["question"], "unit": row["unit"], "value": row["value"], "answers": answers}
 
@@ -206,9 +182,9 @@ def main(argv: list[str] | None = None) -> int:
         path, text = args.root.parent / name, render_document(name, args.root)
         old = path.read_text(encoding="utf-8") if path.is_file() else ""
         if not args.check:
-            write_text_atomic(path, text)
+            runs.write_text_atomic(path, text)
         elif old != text:
-            pairs = zip([*old.splitlines(), "(end)"], [*text.splitlines(), "(end)"], strict=False)
+            pairs = itertools.zip_longest(old.splitlines(), text.splitlines(), fillvalue="(end)")
             number, (was, new) = next((i, pair) for i, pair in enumerate(pairs, 1) if pair[0] != pair[1])
             print(f"{path}, line {number}: '{was}' should be '{new}' (bridgekit readme)", file=sys.stderr)
             stale = 1

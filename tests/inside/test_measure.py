@@ -3,7 +3,6 @@
 python -m pytest tests/inside/test_measure.py
 """
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -60,8 +59,7 @@ def test_what_the_browser_shows_of_a_message_is_escaped(experiment, monkeypatch)
 
 def test_soft_tokens_have_the_tables_size_and_only_a_constant_never_varies(experiment):
     table = measure.soft_token_sizes(experiment, experiment.test[:40])
-    assert np.allclose(table["rms"], table["table_rms"], rtol=1e-3)
-    assert (table["point"] > 0.001).all() and (table["low"] <= table["point"]).all()
+    assert np.allclose(table["rms"], table["table_rms"], rtol=1e-3) and (table["point"] > 0.001).all()
     constant = measure.soft_token_sizes(experiment, experiment.test[:40], "constant")
     assert constant["point"].abs().max() < 1e-9
 
@@ -69,10 +67,12 @@ def test_soft_tokens_have_the_tables_size_and_only_a_constant_never_varies(exper
 def test_the_share_of_a_soft_token_that_varies_is_the_planted_one():
     fixed, own = RNG(1).normal(size=(1, 3, 200)), RNG(2).normal(size=(150, 3, 200))
     fixed *= np.sqrt(200 / (fixed**2).sum(2, keepdims=True))
-    share, low, high = measure.varying_share(fixed + own * np.array([0, 1, 3])[None, :, None])
-    assert share[0] == pytest.approx(0, abs=1e-12)
-    assert share[1:] == pytest.approx([0.5, 0.9], abs=0.04)
-    assert (low <= share).all() and (share <= high).all() and (high - low)[1:].max() < 0.1
+    table = measure.varying_share(fixed + own * np.array([0, 1, 3])[None, :, None])
+    assert table["point"].tolist() == pytest.approx([0, 0.5, 0.9], abs=0.04)
+    assert (
+        table["point"][0] == pytest.approx(0, abs=1e-12) and table["point"].between(table["low"], table["high"]).all()
+    )
+    assert (table["high"] - table["low"])[1:].max() < 0.1
 
 
 def test_entropy_is_that_of_the_targets_own_distribution(experiment):
@@ -82,12 +82,12 @@ def test_entropy_is_that_of_the_targets_own_distribution(experiment):
     place = e.solution.index(f"*{e.value}=") + 1
     ids = target.bos + target.tokenize([f"Question: {e.question}\nAnswer:\n{e.solution[:place]}"])[0]
     logprobs = target.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-    found = frame[(frame["id"] == e.id) & (frame["condition"] == "target")].set_index("measure")["value"]
+    found = frame[(frame["id"] == e.id) & (frame["condition"] == "target")].iloc[0]
     assert found["entropy"] == pytest.approx(-(logprobs.exp() * logprobs).sum().item() / np.log(2), abs=1e-4)
     digit = target.tokenizer.convert_tokens_to_ids(str(e.value)[0])
     assert found["right"] == pytest.approx(logprobs[digit].exp().item(), abs=1e-4)
     table = measure.entropy_table(frame)
-    assert len(frame) == 6 * 2 * 2 and (table["low"] >= 0).all()
+    assert len(frame) == 6 * 2 and (table["low"] >= 0).all()
     assert table[table["measure"] == "right"]["high"].max() <= 1
 
 
@@ -131,16 +131,6 @@ def test_attention_is_made_where_the_run_has_none_and_stays_small(experiment, tm
     assert measure.load_attention(experiment, examples[:2], tmp_path / "none")[0] == {}
 
 
-def test_gates_are_read_from_the_rows_that_have_them(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    rows = [{"step": 0, "eval": {"n": 1}}, {"step": 10, "gates": {"layer1": 0.0, "layer3": 0.1}}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    gates = measure.gates_from_metrics(path)
-    assert gates.to_records(index=False).tolist() == [(10, "layer1", 0.0), (10, "layer3", 0.1)]
-    path.write_text(json.dumps(rows[0]) + "\n")
-    assert measure.gates_from_metrics(path).empty
-
-
 # ---- CKA ------------------------------------------------------------------------------------------------------------
 
 
@@ -177,8 +167,6 @@ def test_cka_intervals_leave_out_units_and_cover_the_value_of_many():
         row = measure.cka_table({"a": x, "b": x @ mixing}, range(80)).iloc[0]
         covered += row["low"] <= truth <= row["high"]
     assert covered >= 34
-    twice = measure.cka_table({"a": np.repeat(x, 2, 0), "b": np.repeat(x @ mixing, 2, 0)}, np.repeat(range(80), 2))
-    assert (twice["n"].item(), twice["n_units"].item()) == (160, 80)
     with pytest.raises(ValueError, match="too few"):
         measure.cka_table({"a": x, "b": x}, [0] * 80)
 
@@ -211,10 +199,10 @@ KINDS = (
 def test_every_bridge_can_be_looked_into(open_fresh, changes):
     experiment = open_fresh(**changes)
     examples = experiment.test[:8]
-    entropy = measure.answer_entropy(experiment, examples).pivot(index=["id", "measure"], columns="condition")["value"]
+    entropy = measure.answer_entropy(experiment, examples).set_index(["condition", "id"])[["entropy", "right"]]
     assert entropy.notna().all(axis=None)
     if changes.get("injector") in ("residual", "kv"):  # closed gates
-        assert np.allclose(entropy["bridged"], entropy["target"], atol=1e-4)
+        assert np.allclose(entropy.loc["bridged"], entropy.loc["target"], atol=1e-4)
     assert len(measure.soft_token_sizes(experiment, examples)) and len(measure.probe_message(experiment, n=60))
     names = set(measure.compare_representations(experiment, experiment.pick(None, 24))["a"])
     assert f"source layer {experiment.layers[0]}, word end" in names

@@ -35,12 +35,6 @@ def test_attention_shows_the_stretch_of_a_long_prompt_that_is_read_most():
     assert fig.axes[0].get_xlabel() == f"source token (41\N{EN DASH}88 of 100, {480 / 490.4:.0%} of the attention)"
 
 
-def test_states_are_the_same_map_by_layer():
-    fig = plots.plot_states(np.ones((2, len(TOKENS))), TOKENS, layers=[3, 5])
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["3", "5"]
-    assert fig.axes[0].get_ylabel() == "source layer"
-
-
 @pytest.mark.parametrize("weights, message", [(np.ones((3, 7)), "3 rows, 8 tokens"), (np.ones((3, 8)) * np.nan, "NaN")])
 def test_attention_that_cannot_be_true_is_refused(weights, message):
     with pytest.raises(ValueError, match=message):

@@ -37,15 +37,6 @@ def numbers(tmp_path):
     return Numbers(tmp_path / "preserved_data")
 
 
-@pytest.mark.parametrize(("template", "typed"), [
-    ("It has 0.894 there.", ["0.894"]), ("Right in 96%.", ["96%"]), ("+0.21 more", ["+0.21"]),
-    ("{{ share('x') }} and {{ fixed('0.001', 'a weight') }}", []), ("{# was 0.894 #}{% set x = 0.05 %}", []),
-    ("8 soft tokens, 2,000 problems, 7B, about 5 minutes", []), ("eval_0.123.jsonl", []),
-])  # fmt: skip
-def test_a_typed_number_is_found(template, typed):
-    assert find_typed(template) == typed
-
-
 def test_numbers_of_one_run_and_of_all_its_seeds(numbers):
     assert str(numbers.share("small_seed1")) == "0.875" and str(numbers.share("small")) == "0.750"
     assert numbers.shares("small") == [0.875, 0.625] and numbers.share("small").n == 8
@@ -101,8 +92,11 @@ def test_check_names_the_first_line_that_differs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_template_with_a_typed_number_is_refused(tmp_path, monkeypatch):
-    assert all(find_typed((readme.TEMPLATES / f"{name}.j2").read_text()) == [] for name in readme.DOCUMENTS)
-    (tmp_path / "README.md.j2").write_text("Right in 0.894.\n")
+    typed = "It has 0.894 there, right in 96%, +0.21 more."
+    called = "{{ share('x') }} {{ fixed('0.001', 'a weight') }} {# was 0.894 #} {% set x = 0.05 %}"
+    assert find_typed(typed) == ["0.894", "96%", "+0.21"]
+    assert find_typed(called + " 8 soft tokens, 2,000 problems, 7B, eval_0.123.jsonl") == []
+    (tmp_path / "README.md.j2").write_text(typed)
     monkeypatch.setattr(readme, "TEMPLATES", tmp_path)
     with pytest.raises(ValueError, match=r"README.md.j2: '0.894' is typed; call what recomputes it"):
         render_document("README.md", tmp_path)

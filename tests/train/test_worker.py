@@ -57,7 +57,7 @@ def test_a_run_folder_is_whole(past_the_best):
     assert {path.name for path in folder.iterdir() if path.name != "figures"} == {
         "config.yaml", "provenance.json", "headroom.jsonl", "metrics.jsonl", "metrics_constant.jsonl", "controls.json",
         "eval_samples_step_final.jsonl", *(f"eval_samples_step_{step}.jsonl" for step in (0, 4, 8, 12, 16)),
-        "attention.npz", "checkpoint", "verdict.json", "summary.log", "timing.json", "status.json", "report.json",
+        "attention.npz", "checkpoint", "verdict.json", "summary.log", "timing.json", "status.json", ".report.json",
     }  # fmt: skip
     status = load_status(folder)
     assert set(status) >= {"state", "stage", "elapsed", "parameters"} and status["state"] == "finished"
