@@ -45,8 +45,6 @@ def test_the_kept_tables_hold_what_the_raw_run_holds(tmp_path, root):
     assert len(texts) == 15 and (texts.invents_question == 8).all()
     whole = keep_run(run, tmp_path / "whole")
     assert (whole / "eval_samples_step_final.jsonl.gz").is_file()
-    twice = keep_run(run, tmp_path / "twice")
-    assert (whole / "checksums.json").read_bytes() == (twice / "checksums.json").read_bytes()
     sums = json.loads((kept / "checksums.json").read_text())
     assert "train.log" in sums["original"] and "outcomes.csv.gz" in sums["kept"]
     (kept / "curve.csv").write_text("step\n")
@@ -82,7 +80,11 @@ def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
     assert "bridged_full" in lean and "source_full" not in lean and not (light / "checkpoint").exists()
 
 
-def test_a_run_without_any_evaluation_is_kept_with_its_losses(tmp_path, root):
+def test_a_run_without_any_evaluation_or_without_a_log_is_kept_with_the_rest(tmp_path, root):
+    unlogged = write_run(tmp_path / "unlogged", NAME, BRIDGED)
+    (unlogged / "phase1_all_fix" / "train.log").unlink()
+    kept = load_run(keep_run(unlogged, tmp_path / "other"))
+    assert kept.outcomes.equals(load_run(unlogged).outcomes) and "not there" in kept.facts["problems"][0]
     run = write_run(tmp_path, NAME, {}, crash=OOM)
     log = run / "phase1_all_fix" / "train.log"
     log.write_text(log.read_text() + "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n")
