@@ -39,9 +39,10 @@ def find_all(records: Records, verdicts: Sequence[Verdict] = ()) -> list[Finding
     return [*found, *opposites(verdicts), *documents_disagree(verdicts)]
 
 
-def _finding(kind: str, runs: list[str], numbers: dict | None = None, **more: object) -> Finding:
-    text = render("finding.txt.j2", finding=kind, **(numbers or {}) | more).strip().replace("\n", "")
-    return Finding(kind, runs, text, numbers or {})
+def _finding(kind: str, runs: list[str], facts: dict, *exported: str) -> Finding:
+    """A finding with its words; of the facts that these need, `exported` are its numbers."""
+    text = render("finding.txt.j2", finding=kind, **facts).strip().replace("\n", "")
+    return Finding(kind, runs, text, {name: facts[name] for name in exported})
 
 
 def _group(items: Iterable, key: Callable) -> list[list]:
@@ -50,9 +51,6 @@ def _group(items: Iterable, key: Callable) -> list[list]:
     for item in items:
         groups.setdefault(repr(key(item)), []).append(item)
     return [group for group in groups.values() if len(group) > 1]
-
-
-# -- runs ---------------------------------------------------------------------------------------------------
 
 
 def same_configuration(records: Records) -> Findings:
@@ -64,8 +62,8 @@ def same_configuration(records: Records) -> Findings:
         apart = {key: found for key, found in values.items() if len(found) > 1}
         sizes = sorted({record.facts.get("parameters_m") for record in group} - {None})
         if len(labels) > 1:
-            runs = [record.name for record in group]
-            yield _finding("same configuration, different labels", runs, {"labels": labels}, apart=apart, sizes=sizes)
+            runs, facts = [record.name for record in group], {"labels": labels, "apart": apart, "sizes": sizes}
+            yield _finding("same configuration, different labels", runs, facts, "labels")
 
 
 def replicates(records: Records) -> Findings:
@@ -75,9 +73,8 @@ def replicates(records: Records) -> Findings:
     for group in _group(ended, lambda name: identity(records[name], seed=False)):
         ends, pairs = pd.Series({name: float(last[name].mean()) for name in group}), [*itertools.combinations(group, 2)]
         p = [paired(last[a], last[b])["p"] for a, b in pairs if len(last[a].index.intersection(last[b].index))]
-        numbers = {"scores": ends.to_dict(), "sd": float(ends.std())}
-        more = {"mean": ends.mean(), "spread": ends.max() - ends.min(), "n_pairs": len(pairs)}
-        yield _finding("replicates", group, numbers, p=p, **more)
+        facts = {"scores": ends.to_dict(), "sd": float(ends.std()), "p": p, "n_pairs": len(pairs)}
+        yield _finding("replicates", group, facts, "scores", "sd")
 
 
 def checkpoints(records: Records) -> list[Finding]:
@@ -89,18 +86,17 @@ def checkpoints(records: Records) -> list[Finding]:
         if not numbered or last != "final" or "bridged_pred" not in record.last or not asked[0].equals(asked[1]):
             continue
         scores = record.curve.set_index("step")["bridged_acc"].to_dict()
-        end, n = scores.pop("final"), len(record.last)
+        end = scores.pop("final")
         best = max(scores, key=scores.get)
         moved = {step: _count_changes(record, "bridged", step, "final") for step in (numbered[-1], best)}
+        facts = {"n": len(record.last), "evaluations": len(scores), "scores": scores, "final": end}
+        facts |= {"best": scores[best], "step": best, "changed": moved[best], "moved_since": moved}
+        facts["moved"] = max(abs(end - scores[step]) for step in moved)
         if (record.config.get("early_stop_patience") or record.config.get("train.patience")) and end < scores[best]:
-            numbers, words = {"best": scores[best], "final": end}, {"step": best, "changed": moved[best], "n": n}
-            not_best.append(_finding("best checkpoint is not the best", [name], numbers, **words))
-        numbers, words = {"evaluations": len(scores)}, {"best": scores[best], "n": n}
-        chosen.append(_finding("selection on the test set", [name], numbers, **words))
+            not_best.append(_finding("best checkpoint is not the best", [name], facts, "best", "final"))
+        chosen.append(_finding("selection on the test set", [name], facts, "evaluations"))
         if all(moved.values()):
-            numbers = {"moved": max(abs(end - scores[step]) for step in moved)}
-            words = {"moved_since": moved, "scores": scores, "final": end, "n": n}
-            unequal.append(_finding("the same weights score differently", [name], numbers, **words))
+            unequal.append(_finding("the same weights score differently", [name], facts, "moved"))
     return not_best + chosen + unequal
 
 
@@ -123,8 +119,8 @@ def baselines_differ(records: Records) -> Findings:
         for pair in itertools.combinations([part for _, part in same.groupby("answers", sort=False)], 2):
             one, other = (part["answers"].iloc[0] for part in pair)
             uses = [part["use"].iloc[0] | {"n_runs": len(part)} for part in pair]
-            numbers = {"model": model, "changed": sum(map(str.__ne__, one, other))}
-            yield _finding("baselines differ", pd.concat(pair)["run"].tolist(), numbers, uses=uses, n=len(one))
+            facts = {"model": model, "changed": sum(map(str.__ne__, one, other)), "uses": uses, "n": len(one)}
+            yield _finding("baselines differ", pd.concat(pair)["run"].tolist(), facts, "model", "changed")
 
 
 def _model_of(record: Record, role: str) -> str | None:
@@ -137,16 +133,16 @@ def _model_of(record: Record, role: str) -> str | None:
 
 def repeated_baselines(records: Records) -> Findings:
     """Frozen models generated again at every evaluation, with the same answers each time."""
-    runs, numbers = [], {"repeated": 0, "total": 0}
+    runs, facts = [], {"repeated": 0, "total": 0}
     for record in records.values():
         first, *more = record.steps or [""]
         frozen = [c for c in ("source", "target") if more and f"{c}_pred" in record.outcomes]
         if same := [c for c in frozen if not any(_count_changes(record, c, first, step) for step in more)]:
             runs.append(record.name)
-            numbers["repeated"] += len(same) * len(more) * len(record.at(first))
-            numbers["total"] += record.outcomes.filter(regex="_pred$").size
+            facts["repeated"] += len(same) * len(more) * len(record.at(first))
+            facts["total"] += record.outcomes.filter(regex="_pred$").size
     if runs:
-        yield _finding("baselines generated again", runs, numbers)
+        yield _finding("baselines generated again", runs, facts, *facts)
 
 
 def harms(records: Records) -> Findings:
@@ -155,25 +151,22 @@ def harms(records: Records) -> Findings:
         if {"bridged_correct", "target_correct"} <= set(last := record.last):
             test = paired(last["bridged_correct"], last["target_correct"])
             if test["value"] < 0 and test["p"] < ALPHA:
-                numbers = {"difference": test["value"], "p": test["p"]}
-                yield _finding("the bridge harms", [name], numbers, n=test["n"], low=test["low"], high=test["high"])
+                facts = test | {"difference": test["value"]}
+                yield _finding("the bridge harms", [name], facts, "difference", "p")
 
 
 def crashes(records: Records) -> Findings:
     """Tracebacks and lacks of memory that a log holds."""
     for name, record in records.items():
         for crash in record.facts.get("crashes") or []:
-            yield _finding("crash", [name], crash)
-
-
-# -- documents ----------------------------------------------------------------------------------------------
+            yield _finding("crash", [name], crash, *crash)
 
 
 def opposites(verdicts: Sequence[Verdict]) -> Findings:
     """Sentences that say the opposite of the data."""
     for verdict in verdicts:
         if verdict.opposite:
-            yield _finding("a sentence says the opposite of the data", _runs_of(verdict), **vars(verdict))
+            yield _finding("a sentence says the opposite of the data", _runs_of(verdict), vars(verdict))
 
 
 def documents_disagree(verdicts: Sequence[Verdict]) -> Findings:
@@ -182,8 +175,8 @@ def documents_disagree(verdicts: Sequence[Verdict]) -> Findings:
     for group in _group(equal, lambda verdict: verdict.claim["measure"]):
         stated = {str(verdict.claim["value"]): verdict.claim["document"] for verdict in group}
         if len(stated) > 1 and len({verdict.claim["document"] for verdict in group}) > 1:
-            found = group[0].found or "not at all"
-            yield _finding("documents disagree", _runs_of(group[0]), stated=stated, found=found)
+            facts = {"stated": stated, "found": group[0].found or "not at all"}
+            yield _finding("documents disagree", _runs_of(group[0]), facts)
 
 
 def _runs_of(verdict: Verdict) -> list[str]:

@@ -182,13 +182,11 @@ def _load_first(record: Record) -> None:
         load_log(record, path)
     if not record.facts:
         record.problems.append("train.log: not there, so no configuration, losses or crashes")
-    if stamp := _STAMP.search(record.name):
-        record.facts["started"] = parse_time("".join(stamp.groups()))
-    summaries = (record.folder / "summary.log", record.folder.parent / "summary.log")
-    ended = [_END.search(path.read_text(encoding="utf-8", errors="replace")) for path in summaries if path.is_file()]
-    if ended and ended[0]:
-        day, time, year = ended[0].groups()
-        record.facts["ended"] = parse_time(f"{day} {year} {time}")
+    stamp, summaries = _STAMP.search(record.name), (record.folder / "summary.log", record.folder.parent / "summary.log")
+    texts = [path.read_text(encoding="utf-8", errors="replace") for path in summaries if path.is_file()]
+    ended = _END.search("".join(texts[:1]))
+    record.facts["started"] = parse_time("".join(stamp.groups())) if stamp else None
+    record.facts["ended"] = parse_time("{0} {2} {1}".format(*ended.groups())) if ended else None
     _load_evaluations(record)
     _compare_with_log(record)
 

@@ -91,14 +91,6 @@ def test_what_is_wrong_with_a_log_is_one_line(tmp_path, text, problem):
     assert any(problem in line for line in load(tmp_path, text).problems)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
-@given(st.binary(max_size=200), st.integers(0, 3000))
-def test_no_damage_stops_the_log_reader(tmp_path, noise, cut):
-    text = log_text(evaluations=EVALUATIONS, final=(0.5, 0.5, 0.5), crash=OOM).encode()
-    record = load(tmp_path, text[: len(text) - cut] + noise + text[:cut] + noise)
-    assert set(record.losses) >= {"step", "loss"}
-
-
 # -- answers --------------------------------------------------------------------------------------------------
 
 
@@ -137,9 +129,8 @@ def test_a_damaged_line_is_named_and_the_others_are_used(tmp_path, change, messa
 
 @pytest.mark.parametrize(("content", "message"), [
     (b"", "the file is empty (0 bytes)"),
-    (b"\x00\xff\xfe" * 50, "cut off or binary"),
-    (b'{"index": 1}\n{"a": 2}\n', "no '<condition>_extracted' key"),
-    (b"[1, 2]\n3\n", "not a whole JSON object"),
+    (b"\x00\xff\xfe" * 50 + b"\n[1, 2]\n", "not a whole JSON object: cut off or binary (line 1, 2; 2 in all)"),
+    (b'{"index": 1}\n{"a": 2}\n', "no '<condition>_extracted' key (line 1"),
 ])  # fmt: skip
 def test_files_that_are_no_evaluation(tmp_path, content, message):
     path = tmp_path / "eval_samples_step_0.jsonl"
@@ -149,17 +140,18 @@ def test_files_that_are_no_evaluation(tmp_path, content, message):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=80, deadline=None)
-@given(st.lists(st.one_of(st.binary(max_size=40), st.recursive(
+@given(st.binary(max_size=200), st.integers(0, 3000), st.lists(st.binary(max_size=40) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
         st.sampled_from(["index", "gold_extracted", "source_extracted", "eval_step"]), inner, max_size=4),
-    max_leaves=6).map(lambda v: json.dumps(v).encode()))))  # fmt: skip
-def test_no_content_stops_the_answers_reader(tmp_path, lines):
-    path = tmp_path / "eval_samples_step_0.jsonl"
-    path.write_bytes(b"\n".join(lines))
-    frame = load_outcomes(path, problems := [], "0")
-    assert len(frame) == 0 or frame["index"].is_unique
-    assert len(frame) or problems
+    max_leaves=6).map(lambda value: json.dumps(value).encode())))  # fmt: skip
+def test_no_damage_stops_the_readers(tmp_path, noise, cut, lines):
+    text = log_text(evaluations=EVALUATIONS, final=(0.5, 0.5, 0.5), crash=OOM).encode()
+    (tmp_path / NAME).mkdir(exist_ok=True)
+    (tmp_path / NAME / "eval_samples_step_0.jsonl").write_bytes(b"\n".join(lines))
+    record = load(tmp_path, text[: len(text) - cut] + noise + text[:cut] + noise)
+    assert set(record.losses) >= {"step", "loss"} and record.outcomes["index"].is_unique
+    assert len(record.outcomes) or record.problems
 
 
 # -- run folders ----------------------------------------------------------------------------------------------
