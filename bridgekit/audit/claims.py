@@ -18,6 +18,8 @@ import pandas as pd
 import yaml
 
 from bridgekit.audit.first_runs import MissingData, Record, effective_settings, step_order
+from bridgekit.config import refuse_if
+from bridgekit.results.reports import render
 from bridgekit.results.statistics import n_for_effect, paired_difference, wilson
 from bridgekit.results.style import format_share
 from bridgekit.runs import INVALID
@@ -48,7 +50,7 @@ class Verdict:
     opposite: bool = False
 
 
-# -- measures: records by name and a claim's arguments -> {value, and where they apply n, low, high, p, needed} -------
+# A measure takes records by name and a claim's arguments; it gives `value`, where they apply n, low, high, p, needed.
 
 
 def value(
@@ -61,26 +63,20 @@ def value(
     """
     if unknown := set(bounds) - {"from", "to"}:
         raise TypeError(f"value() has no argument '{min(unknown)}'")
-    record = records[run]
-    if pick not in ("max", "min", "mean", "idxmax", "fall"):
-        right = record.right(column, pick, label)
-        return {"value": float(right.mean()), **_wilson(right.sum(), len(right))}
-    first, last = step_order(bounds.get("from", 0)), step_order(bounds.get("to", 10**9))
-    shares = {s: record.right(column, s, label).mean() for s in record.steps if first <= step_order(s) <= last}
-    if not shares:
-        raise MissingData(f"run '{run}' has no numbered evaluation from step {first:g} on")
-    if pick == "idxmax":
-        return {"value": int(max(shares, key=shares.get))}
-    if pick == "fall":
-        return {"value": float(max(shares.values()) - record.right(column, "final", label).mean())}
-    found = float(pd.Series(shares).agg(pick))
-    n = len(record.at(next(iter(shares))))
-    return {"value": found} | (_wilson(round(found * n), n) if pick != "mean" else {})
-
-
-def _wilson(right: int, n: int) -> dict:
-    low, high = wilson(int(right), n)
-    return {"n": n, "low": low, "high": high}
+    record, first, end = records[run], step_order(bounds.get("from", 0)), step_order(bounds.get("to", 10**9))
+    if pick in ("max", "min", "mean", "idxmax", "fall"):
+        steps = [step for step in record.steps if first <= step_order(step) <= end]
+        shares = pd.Series({step: record.right(column, step, label).mean() for step in steps})
+        if shares.empty:
+            raise MissingData(f"run '{run}' has no numbered evaluation from step {first:g} on")
+        final = record.right(column, "final", label).mean() if pick == "fall" else 0
+        found = {"mean": shares.mean(), "idxmax": shares.idxmax(), "fall": shares.max() - final}
+        if pick in found:
+            return {"value": int(found[pick]) if pick == "idxmax" else float(found[pick])}
+        pick = shares.idxmax() if pick == "max" else shares.idxmin()
+    right = record.right(column, pick, label)
+    low, high = wilson(int(right.sum()), len(right))
+    return {"value": float(right.mean()), "n": len(right), "low": low, "high": high}
 
 
 def answered(records: Records, run: str, condition: str = "bridged", step: str | int = "final") -> dict:
@@ -150,34 +146,30 @@ def text_share(records: Records, run: str, column: str, condition: str = "bridge
 MEASURES = {measure.__name__: measure for measure in (value, answered, difference, fact, text_share)}
 
 
-# -- claims -------------------------------------------------------------------------------------------------
-
-
 def load_claims(path: str | Path) -> tuple[list[dict], dict[str, str]]:
     """The claims of a YAML file and its documents; a malformed claim is refused with its id."""
-    path = Path(path)
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
-    claims = loaded.get("claims") or [] if isinstance(loaded, dict) else None
-    if not isinstance(claims, list) or not all(isinstance(claim, dict) for claim in claims):
-        raise ValueError(f"{path}: expected a list of claims under 'claims'")
-    names = [str(claim.get("id", f"number {number}")) for number, claim in enumerate(claims, 1)]
-    for number, (name, claim) in enumerate(zip(names, claims, strict=True)):
-        if mistake := _find_mistake(claim):
-            raise ValueError(f"{path}: claim {name}: {mistake}")
-        if name in names[:number]:
-            raise ValueError(f"{path}: two claims have the id '{name}'; give one another id")
+    claims, seen = loaded.get("claims") or [] if isinstance(loaded, dict) else None, set()
+    whole = isinstance(claims, list) and all(isinstance(claim, dict) for claim in claims)
+    refuse_if(not whole, f"{path}: expected a list of claims under 'claims'")
+    for number, claim in enumerate(claims, 1):
+        name = str(claim.get("id", f"number {number}"))
+        for mistake, holds in _find_mistakes(claim).items():
+            refuse_if(holds, f"{path}: claim {name}: {mistake}")
+        refuse_if(name in seen, f"{path}: two claims have the id '{name}'; give one another id")
+        seen.add(name)
     return claims, loaded.get("documents") or {}
 
 
-def _find_mistake(claim: dict) -> str | None:
-    """What is wrong with how a claim is written, if anything."""
+def _find_mistakes(claim: dict) -> dict[str, object]:
+    """{mistake in how a claim is written: whether it was made}."""
     unknown, lacking = set(claim) - _KEYS, [k for k in ("id", "document", "says", "value") if claim.get(k) is None]
     measure = claim.get("measure", {"value": {}})
     arguments = list(measure.values()) if isinstance(measure, dict) else []
-    mistakes = {
+    return {
         f"unknown key '{min(unknown, default='')}' (known: {', '.join(sorted(_KEYS))})": unknown,
         f"no '{''.join(lacking[:1])}'": lacking,
         "give either 'measure' or 'missing'": ("measure" in claim) == ("missing" in claim),
@@ -185,53 +177,32 @@ def _find_mistake(claim: dict) -> str | None:
         "write measure as {name: {argument: value}}": len(arguments) != 1 or not isinstance(arguments[0], dict),
         f"no measure '{''.join(measure)}' (there are: {', '.join(MEASURES)})": not set(measure) <= set(MEASURES),
     }
-    return next((mistake for mistake, holds in mistakes.items() if holds), None)
 
 
 def judge(claim: dict, records: Records) -> Verdict:
-    """Hold one claim against the data."""
+    """Hold one claim against the data; of a difference also say whether this n can tell it from none."""
     if "missing" in claim:
         return Verdict(claim, UNCHECKABLE, why=f"missing: {claim['missing']}")
     ((name, arguments),) = claim["measure"].items()
     try:
-        measured = MEASURES[name](records, **arguments)
-    except (MissingData, TypeError) as error:
-        wrong_arguments = "" if isinstance(error, MissingData) else f"measure '{name}': "
-        return Verdict(claim, UNCHECKABLE, why=f"{wrong_arguments}{error}")
+        measured = {"n": None} | MEASURES[name](records, **arguments)
+    except MissingData as error:
+        return Verdict(claim, UNCHECKABLE, why=str(error))
+    except TypeError as error:
+        return Verdict(claim, UNCHECKABLE, why=f"measure '{name}': {error}")
     stated, found = claim["value"], measured["value"]
-    verdict = Verdict(claim, AGREES, show(found))
-    if isinstance(stated, str) or isinstance(found, str):
-        if str(stated) != str(found):
-            verdict.verdict, verdict.why = DIFFERS, f"stated {stated}, recorded {found}"
-    elif claim.get("effect") and "p" in measured:
-        _judge_effect(verdict, **measured)
-    elif not _holds(claim, found):
-        # a count of those left over is the opposite of what was said
-        verdict.opposite = isinstance(found, int) and "n" in measured and found == measured["n"] - stated
-        verdict.verdict, verdict.why = DIFFERS, _contrast(claim, found)
-        verdict.why += ": the data say the opposite" * verdict.opposite
-    elif "low" in measured:
-        low, high = format_share(measured["low"]), format_share(measured["high"])
-        verdict.why = f"n = {measured['n']}, 95% interval {low} to {high}"
+    text, effect = isinstance(stated, str) or isinstance(found, str), bool(claim.get("effect")) and "p" in measured
+    agrees = str(stated) == str(found) if text else _holds(claim, found)
+    unclear = effect and measured["low"] <= 0 <= measured["high"]
+    # the opposite of what was said is a count of those left over, or a difference of the other sign
+    opposite = measured["n"] is not None and isinstance(found, int) and found == measured["n"] - stated
+    if effect:
+        opposite = {">": 1, ">=": 1, "<": -1, "<=": -1}.get(claim.get("relation"), stated) * found < 0
+    verdict = Verdict(claim, AGREES if agrees else DIFFERS, show(found), opposite=opposite and not agrees)
+    verdict.verdict = UNSUPPORTED if agrees and unclear else verdict.verdict
+    words = {"text": text, "effect": effect, "unclear": unclear, "show": show}
+    verdict.why = render("why.txt.j2", **vars(verdict) | measured | words).strip().replace("\n", "")
     return verdict
-
-
-def _judge_effect(
-    verdict: Verdict, value: float, n: int, low: float, high: float, p: float, needed: int | None
-) -> None:
-    """A difference, and what this n can carry: one that it cannot tell from nothing is not supported."""
-    claim, unclear = verdict.claim, low <= 0 <= high
-    shown = f"{format_share(low, signed=True)} to {format_share(high, signed=True)}"
-    verdict.why = f"n = {n}, 95% interval {shown}, p = {p:.2g}"
-    if unclear and needed:
-        verdict.why += f"; a difference of this size needs n = {needed:,}"
-    if not _holds(claim, value):
-        direction = {">": 1, ">=": 1, "<": -1, "<=": -1}.get(claim.get("relation"), claim["value"])
-        verdict.verdict, verdict.opposite = DIFFERS, direction * value < 0
-        contrast = _contrast(claim, value) + ": the data point the other way" * verdict.opposite
-        verdict.why = f"{contrast}; {verdict.why}"
-    elif unclear:
-        verdict.verdict = UNSUPPORTED
 
 
 def _holds(claim: dict, found: float) -> bool:
@@ -241,12 +212,8 @@ def _holds(claim: dict, found: float) -> bool:
     return near if relation == "=" else RELATIONS[relation](found, stated)
 
 
-def _contrast(claim: dict, found: float) -> str:
-    relation = f"{claim['relation']} " if "relation" in claim else ""
-    return f"stated {relation}{show(claim['value'])}, recomputed {show(found)}"
-
-
 def show(value: object) -> str:
-    if isinstance(value, bool) or not isinstance(value, float):
+    """A value as a table shows it."""
+    if not isinstance(value, float):
         return str(value)
     return format_share(value) if abs(value) < 100 else f"{value:.0f}"

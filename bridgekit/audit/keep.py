@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from bridgekit.audit.first_logs import PATH_KEYS, count_repeats, count_rescored, load_texts
-from bridgekit.audit.first_runs import SETTINGS_AS_FACTS, Record, evaluation_files, load_run
+from bridgekit.audit.first_runs import PATH_KEYS, SETTINGS_AS_FACTS, Record, evaluation_files, load_run
 from bridgekit.results import preserve
 from bridgekit.results.preserve import FIRST, ROOT, compress_evaluation, find_runs, generation_of
 from bridgekit.results.reports import ENTRY, describe_answers, render, write_entry
-from bridgekit.results.style import format_share
+from bridgekit.runs import load_jsonl
+from bridgekit.tasks.answers import RULES, extract_answer, truncate_followups
 
 
 def keep_run(
@@ -36,13 +36,14 @@ def keep_run(
     record = load_run(run, name)
 
     def fill(folder: Path) -> str:
-        write_tables(record, folder, max_jsonl_mb)
+        write_tables(record, folder)
+        compress_evaluation(record.folder, folder, max_jsonl_mb, without_texts=False)
         return describe_first(folder)
 
     return preserve.keep_folder(record.folder, Path(root) / FIRST, record.name, fill)
 
 
-def write_tables(record: Record, folder: Path, max_jsonl_mb: float = 1.5) -> None:
+def write_tables(record: Record, folder: Path) -> None:
     """Configuration, outcomes, curve, losses, and what only the full texts tell, as compact tables."""
     if record.outcomes.empty and record.losses.empty:
         raise ValueError(f"{record.folder}: neither evaluations nor losses could be read, so there is nothing to keep")
@@ -53,9 +54,9 @@ def write_tables(record: Record, folder: Path, max_jsonl_mb: float = 1.5) -> Non
     known = ("started", "ended", "saved_best", "stopped_at", "crashes")
     facts = {key: record.facts[key] for key in known if record.facts.get(key)} | {"problems": record.problems}
     (folder / "run.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    texts = pd.concat([load_texts(path, step) for step, path in evaluation_files(record.folder)] or [pd.DataFrame()])
+    texts = load_texts(record.folder)
     tables = {"losses.csv": record.losses, "logged.csv": record.logged}
-    tables |= {"rescored.csv": count_rescored(texts), "texts.csv": count_repeats(texts)} if len(texts) else {}
+    tables |= {"rescored.csv": count_rescored(texts), "texts.csv": count_repeats(texts)}
     for name, table in tables.items():
         if len(table):
             table.to_csv(folder / name, index=False)
@@ -63,38 +64,49 @@ def write_tables(record: Record, folder: Path, max_jsonl_mb: float = 1.5) -> Non
         compression = {"method": "gzip", "mtime": 0}
         record.outcomes.to_csv(folder / "outcomes.csv.gz", index=False, lineterminator="\n", compression=compression)
         record.curve.to_csv(folder / "curve.csv", index=False, float_format="%.4f")
-    compress_evaluation(record.folder, folder, max_jsonl_mb, without_texts=False)
+
+
+def load_texts(folder: Path) -> pd.DataFrame:
+    """Answers of a run that have a text and a label: step condition text label gold question."""
+    rows = [
+        (step, key.removesuffix("_full"), text, row[label], row.get("gold_extracted"), str(row.get("question", "")))
+        for step, path in evaluation_files(folder)
+        for row in load_jsonl(path, [])
+        for key, text in row.items()
+        if key.endswith("_full") and isinstance(text, str) and (label := key.replace("_full", "_extracted")) in row
+    ]
+    return pd.DataFrame(rows, columns=["step", "condition", "text", "label", "gold", "question"])
+
+
+def count_rescored(texts: pd.DataFrame) -> pd.DataFrame:
+    """Per step, condition and extraction rule: labels unlike the stored ones, and how many answers are right."""
+    table = texts.merge(pd.Series(list(RULES), name="rule"), how="cross")
+    label = pd.Series(map(extract_answer, table["text"], table["rule"]), dtype=object)
+    stored, right = table["label"] == table["gold"], label == table["gold"]
+    counts = {"n": 1, "moved": label != table["label"], "right_stored": stored, "right": right}
+    counts |= {"to_right": right & ~stored, "to_wrong": stored & ~right}
+    return table.assign(**counts).groupby(["step", "condition", "rule"], sort=False)[list(counts)].sum().reset_index()
+
+
+def count_repeats(texts: pd.DataFrame) -> pd.DataFrame:
+    """Per step and condition: texts that begin by repeating the question, and texts that invent a further one."""
+    # the first 60 characters of the question asked, after the worked examples of a few-shot prompt
+    asked = [" ".join(q.rsplit("Q:", 1)[-1].split("\nA:")[0].split())[:60] for q in texts["question"]]
+    opening = [" ".join(text.removeprefix("Q:").split()) for text in texts["text"]]
+    repeats = [bool(start) and text.startswith(start) for start, text in zip(asked, opening, strict=True)]
+    invents = texts["text"].map(truncate_followups) != texts["text"]
+    counts = {"n": 1, "repeats_question": repeats, "invents_question": invents}
+    return texts.assign(**counts).groupby(["step", "condition"], sort=False)[list(counts)].sum().reset_index()
 
 
 def describe_first(folder: Path) -> str:
     """The metrics of a kept run's manifest entry, in Markdown."""
-    record, answers, lines = load_run(folder), "", []
-    facts = record.facts
-    if steps := record.steps:
-        where = "final evaluation" if steps[-1] == "final" else f"last evaluation (step {steps[-1]}; no final one)"
-        answers = describe_answers(record.at(steps[-1]), where)
-        numbered = record.curve[record.curve["step"] != "final"]
-        if len(numbered) > 1 and "bridged_acc" in numbered:
-            peak = numbered.loc[numbered["bridged_acc"].idxmax()]
-            highest = f"{format_share(peak['bridged_acc'])} at step {peak['step']}"
-            answers += f"\n- highest of {len(numbered)} numbered evaluations: {highest}"
-    elif len(record.logged):
-        row = record.logged.iloc[-1].dropna()
-        logged = ", ".join(f"{name} {format_share(share)}" for name, share in row.items() if name != "step")
-        answers = f"- no answers kept; the log's last evaluation (step {row['step']}): {logged}"
-    course = {
-        f"{record.losses['step'].iloc[-1] if len(record.losses) else 0} steps": len(record.losses),
-        f"{facts.get('parameters_m')}M trained parameters": facts.get("parameters_m"),
-        f"{facts.get('world_size')} × {facts.get('gpu') or 'processes'}": facts.get("world_size"),
-        f"started {facts.get('started')}": facts.get("started"),
-        f"ended {facts.get('ended')}": facts.get("ended"),
-    }
-    for crash in facts.get("crashes") or []:
-        where = f", {crash['where']}" if crash.get("where") else ""
-        lines.append(f"crash: {crash['kind']} after step {crash['step']}{where}")
-    lines += [f"note: {problem}" for problem in record.problems]
-    course = [part for part, known in course.items() if known]
-    return render("metrics.md.j2", answers=answers, course=course, lines=lines)
+    record = load_run(folder)
+    last, curve = record.steps[-1:], record.curve
+    where = "final evaluation" if last == ["final"] else f"last evaluation (step {''.join(last)}; no final one)"
+    answers = describe_answers(record.last, where) if last else ""
+    numbered = curve[curve["step"] != "final"]
+    return render("first_metrics.md.j2", answers=answers, numbered=numbered, **vars(record))
 
 
 def write_manifest(root: str | Path = ROOT, blocks: dict[str, str] | None = None) -> Path:

@@ -4,7 +4,6 @@ python -m pytest tests/audit/test_keep.py
 """
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import safetensors.numpy
-from first_generation import BRIDGED, OOM, evaluation, write_own, write_run
+from first_generation import BRIDGED, OOM, evaluation, write_jsonl, write_own, write_run
 
 from bridgekit.audit import keep
 from bridgekit.audit.first_runs import load_run
@@ -33,25 +32,37 @@ def root(tmp_path):
 def test_the_kept_tables_hold_what_the_raw_run_holds(tmp_path, root):
     run = write_run(tmp_path, NAME, BRIDGED)
     kept = keep_run(run, root, max_jsonl_mb=0)
-    assert kept == root / "first_experiments" / NAME
     raw, again = load_run(run), load_run(kept)
+    assert kept == root / "first_experiments" / NAME
     assert again.generation == "derived" and again.name == raw.name and again.config == raw.config
     for table in ("outcomes", "curve", "losses", "logged"):
         assert getattr(again, table).astype(str).equals(getattr(raw, table).astype(str)), table
     for key in ("world_size", "parameters_m", "gpu", "started", "ended", "saved_best"):
         assert again.facts[key] == raw.facts[key], key
     assert again.problems == [] and changed_files(kept) == [] and not list(kept.glob("*.jsonl.gz"))
-    texts = pd.read_csv(kept / "texts.csv")
-    assert len(texts) == 15 and (texts.invents_question == 8).all()
-    whole = keep_run(run, tmp_path / "whole")
-    assert (whole / "eval_samples_step_final.jsonl.gz").is_file()
-    twice = keep_run(run, tmp_path / "twice")
-    assert (whole / "checksums.json").read_bytes() == (twice / "checksums.json").read_bytes()
+    assert (keep_run(run, tmp_path / "whole") / "eval_samples_step_final.jsonl.gz").is_file()
     sums = json.loads((kept / "checksums.json").read_text())
     assert "train.log" in sums["original"] and "outcomes.csv.gz" in sums["kept"]
     (kept / "curve.csv").write_text("step\n")
     (kept / "losses.csv").unlink()
     assert changed_files(kept) == ["curve.csv", "losses.csv"]
+
+
+def test_full_texts_are_scored_again_and_their_questions_counted(tmp_path, root):
+    rows = evaluation([0, 1])
+    rows[0]["bridged_full"] = "Q: What is number 0 of the list of questions?\nA: one\n#### 100"
+    rows[2]["bridged_full"], rows[2]["bridged_extracted"] = "#### 102.00", "102.00"
+    run = write_run(tmp_path, NAME, {"final": [0, 1]})
+    write_jsonl(run / "phase1_all_fix" / "eval_samples_step_final.jsonl", rows)
+    kept = keep_run(run, root)
+    table = pd.read_csv(kept / "rescored.csv").set_index(["condition", "rule"])
+    assert table.loc[("bridged", "seeds"), ["n", "moved", "right"]].tolist() == [8, 0, 2]
+    strict = table.loc[("bridged", "marker_last")]
+    assert (strict.moved, strict.right, strict.to_right, strict.to_wrong) == (1, 3, 1, 0)
+    assert table.loc[("source", "lm_eval_flexible")].to_wrong == 4  # it takes the invented question's answer
+    texts = pd.read_csv(kept / "texts.csv").set_index("condition")
+    assert texts["repeats_question"].to_dict() == {"bridged": 1, "source": 0, "target": 0}
+    assert texts["invents_question"].to_dict() == {"bridged": 6, "source": 8, "target": 8}
 
 
 def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
@@ -82,7 +93,11 @@ def test_a_run_of_this_package_is_kept_as_it_is(tmp_path, root):
     assert "bridged_full" in lean and "source_full" not in lean and not (light / "checkpoint").exists()
 
 
-def test_a_run_without_any_evaluation_is_kept_with_its_losses(tmp_path, root):
+def test_a_run_without_any_evaluation_or_without_a_log_is_kept_with_the_rest(tmp_path, root):
+    unlogged = write_run(tmp_path / "unlogged", NAME, BRIDGED)
+    (unlogged / "phase1_all_fix" / "train.log").unlink()
+    kept = load_run(keep_run(unlogged, tmp_path / "other"))
+    assert kept.outcomes.equals(load_run(unlogged).outcomes) and "not there" in kept.facts["problems"][0]
     run = write_run(tmp_path, NAME, {}, crash=OOM)
     log = run / "phase1_all_fix" / "train.log"
     log.write_text(log.read_text() + "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n")
@@ -154,6 +169,5 @@ def test_the_entry_states_gains_harms_and_intervals(tmp_path, root):
     for i, row in enumerate(rows):  # right on all of one unit, on none of the other
         row |= {"unit": f"u{i // 4}", "group": "source_only" if i % 2 else "both", "novelty": "held_unit"}
     text = (keep_run(write_own(tmp_path / OWN, rows), root) / "manifest.md").read_text()
-    low, high = re.search(r"\| bridged \| 4/8 \| 0.500 \| ([\d.]+) to ([\d.]+)", text).groups()
-    assert float(high) - float(low) > 0.9 and "over 2 units)" in text
-    assert "| bridged, source-only problems | 2/4 | 0.500" in text and "| union | 6/8 | 0.750" in text
+    assert "over 2 units)" in text and "| union | 6/8 | 0.750" in text
+    assert "| bridged, source-only problems | 2/4 | 0.500" in text
