@@ -15,7 +15,7 @@ PY      := $(VENV)/bin/python
 STAMP   := $(VENV)/.installed-$(if $(EXTRA),$(EXTRA),base)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup phase1 notebooks smoke test lint figures audit readme lab clean
+.PHONY: help setup phase1 notebooks smoke test faults lint figures audit readme lab clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ smoke: setup  ## every notebook that runs something, in about a minute each: doe
 
 test: setup  ## run the tests (CPU, offline); one process per core, one thread each
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
+
+faults: setup  ## kill real runs again and again, go on with them, and compare every byte (some 25 minutes)
+	$(PY) tests/faults.py $(ARGS)
 
 lint: setup  ## ruff on modules and notebooks; notebooks are stored without outputs
 	$(PY) -m ruff check .

@@ -19,7 +19,7 @@ import yaml
 
 from bridgekit import config as configuration
 from bridgekit.alive import GO_ON
-from bridgekit.runs import join_command
+from bridgekit.runs import join_command, load_status
 
 
 def run_notebook(arguments: argparse.Namespace) -> None:
@@ -42,7 +42,11 @@ def train_bridge(arguments: argparse.Namespace) -> None:
     from bridgekit import launch
 
     files, run = arguments.files, arguments.resume
-    files = [Path(run) / "config.yaml", *files] if run else files
+    if run:
+        launch.refuse_running(Path(run))
+        ended = load_status(run).get("state") == "finished"
+        configuration.refuse_if(ended, f"--resume: '{run}' is finished: nothing is left to do")
+        files = [Path(run) / "config.yaml", *files]
     run_dir = launch.open_run(configuration.load_config(files, arguments.overrides, "phase1"), run, new=True)
     print(f"run folder {run_dir}", flush=True)
     for stage in launch.STAGES:
@@ -90,7 +94,7 @@ def show_status(arguments: argparse.Namespace) -> None:
 def clean_runs(arguments: argparse.Namespace) -> None:
     """Free what finished runs needed only to go on; a run that is being written, or can go on, keeps everything."""
     from bridgekit.alive import find_writer
-    from bridgekit.runs import free_run, load_status
+    from bridgekit.runs import free_run
 
     total = 0
     for folder in list_runs(arguments.runs):

@@ -31,6 +31,7 @@ from bridgekit.config import (
     load_config,
     load_layers,
     nearest,
+    refuse_if,
     to_flat,
 )
 from bridgekit.results.live import FOLLOWED, LiveView, following
@@ -100,6 +101,15 @@ def resume_run(config: Config, run_dir: Path) -> Path:
         with lock_run(run_dir):
             runs.write_text_atomic(run_dir / "config.yaml", dump_config(config))
     return run_dir.resolve()
+
+
+def refuse_running(run_dir: Path) -> None:
+    """Refuse to go on with a run that somebody runs, or that is no run."""
+    refuse_if(
+        not (run_dir / "config.yaml").is_file(), f"--resume: '{run_dir}' is no run folder (config.yaml not found)"
+    )
+    writer = find_writer(run_dir)
+    refuse_if(writer, f"--resume: '{run_dir}' is running ({writer}): wait, or end it")
 
 
 def run_stage(run_dir: str | Path, stage: str) -> None:
@@ -333,12 +343,10 @@ def execute_notebook(
 def load_parameters_of(run_dir: Path, notebook: Path) -> dict[str, object]:
     """What an interrupted execution was given; one that has ended well has nothing to go on with."""
     known = run_dir / PARAMETERS
-    if not known.is_file():
-        raise ConfigError(f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found)")
-    if (run_dir / notebook.name).is_file():
-        raise ConfigError(f"--resume: '{run_dir}' is finished, and so is its {notebook.name}: nothing is left to do")
-    if writer := find_writer(run_dir):
-        raise ConfigError(f"--resume: '{run_dir}' is running ({writer}): wait, or end it")
+    refuse_if(not known.is_file(), f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found)")
+    ended = f"--resume: '{run_dir}' is finished, and so is its {notebook.name}: nothing is left to do"
+    refuse_if((run_dir / notebook.name).is_file(), ended)
+    refuse_running(run_dir)
     return {name: value for name, value in json.loads(known.read_text()).items() if name != "run_dir"}
 
 

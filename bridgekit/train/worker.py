@@ -27,7 +27,6 @@ from bridgekit.runs import (
     FINAL,
     append_jsonl,
     free_run,
-    load_eval,
     load_jsonl,
     load_run_config,
     load_status,
@@ -143,10 +142,11 @@ def run_training(experiment: Experiment) -> None:
 def finish(experiment: Experiment) -> None:
     """Verdict, summary line, the status that says the run is finished, and its part of the reports."""
     from bridgekit.results.reports import report_end
+    from bridgekit.results.table import load_frame
     from bridgekit.results.verdict import judge
 
     folder = experiment.folder
-    frame = load_eval(folder / FINAL)
+    frame = load_frame(folder)
     verdict = judge([frame], seeds=[experiment.config.run.seed])
     write_text_atomic(folder / "verdict.json", json.dumps(verdict.to_dict(), indent=1) + "\n")
     held = frame[frame["novelty"] != "seen"] if "novelty" in frame else frame
