@@ -1,6 +1,6 @@
 """What could be asked for by name before the restructuring can be asked for now.
 
-tests/goldens/capabilities.json names 839 capabilities of the old code and where each is `now`: a pointer
+tests/goldens/capabilities.json lists what the old code offered by name, and where each is `now`: a pointer
 `kind: name` that is found in the present code, `file: path`, `text: path | words in it`, or `gone: why`.
 
 python -m pytest tests/test_capabilities.py

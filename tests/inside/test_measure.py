@@ -72,6 +72,8 @@ def test_the_share_of_a_soft_token_that_varies_is_the_planted_one():
     share, low, high = measure.varying_share(fixed + own * np.array([0, 1, 3])[None, :, None])
     assert share[0] == pytest.approx(0, abs=1e-12)
     assert share[1:] == pytest.approx([0.5, 0.9], abs=0.04)
+    few, *_ = measure.varying_share(RNG(3).normal(size=(4, 1, 20_000)))
+    assert few == pytest.approx([1], abs=0.02)  # nothing is shared, though the mean of four is no zero
     assert (low <= share).all() and (share <= high).all() and (high - low)[1:].max() < 0.1
 
 
