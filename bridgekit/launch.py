@@ -57,7 +57,7 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
     `folder` is where to make it; `new` asks for one that nothing has been written to. A `run_dir` that was made for
     other settings is refused, but for the keys of SAFE.
     """
-    from bridgekit.extend import copy_code
+    from bridgekit.tasks.extend import copy_code
 
     with contextlib.chdir(project_root()):
         if run_dir:

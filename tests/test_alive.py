@@ -118,7 +118,8 @@ def test_a_process_that_gives_no_sign_of_life_ends_its_whole_family(tmp_path, mo
     end = time.monotonic() + 30
     while child.poll() is None and time.monotonic() < end:
         time.sleep(0.1)
-    assert child.process.returncode and "no sign of life for" in child.why() and not stopped.is_running()
+    assert child.process.returncode and "no sign of life for" in child.why()
+    assert psutil.wait_procs([stopped], timeout=5)[1] == []
     assert not list(tmp_path.glob(f"{alive.BEAT}*"))
 
 

@@ -6,7 +6,6 @@ python -m pytest tests/test_config.py
 from pathlib import Path
 
 import pytest
-import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -23,10 +22,8 @@ from bridgekit.config import (
     dump_config,
     effective_settings,
     format_override,
-    is_path,
     load_config,
     parse_override,
-    resolve_key,
     to_flat,
 )
 
@@ -53,20 +50,6 @@ def write(tmp_path):
 
 # -- refused ------------------------------------------------------------------------------------------------
 
-NAMES = {"stpes": "steps", "n_soft_token": "n_soft_tokens", "bridge.deph": "bridge.depth", "train.bridge_dim": ""}
-
-
-@pytest.mark.parametrize(("name", "near"), NAMES.items())
-def test_an_unknown_key_is_refused_with_its_nearest_neighbour(name, near):
-    refuse(f"'{name}'", near and f"'{near}'", **{name: 3})
-    refuse(f"'{name}'", near, overrides=[f"{name}=3"])
-
-
-def test_a_key_s_short_and_dotted_names_are_one():
-    assert {resolve_key(key) for key in KEYS} == {resolve_key(key.split(".")[1]) for key in KEYS} == set(KEYS)
-    assert list(KEYS) == list(to_flat(Config()))
-    assert load_config().train.steps == 500 == Config().train.steps
-
 
 @pytest.mark.parametrize(
     "text",
@@ -92,6 +75,14 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
 @pytest.mark.parametrize(
     ("values", "named"),
     [
+        ({"stpes": 3}, ["'stpes'", "'steps'"]),
+        ({"bridge.deph": 3}, ["'bridge.deph'", "'bridge.depth'"]),
+        ({"overrides": ["train.bridge_dim=3"]}, ["'train.bridge_dim'"]),
+        ({"overrides": ["steps"]}, ["key=value"]),
+        ({"overrides": ["controls=["]}, ["YAML"]),
+        ({"overrides": ["=3"]}, ["''"]),
+        ({"files": "none.yaml"}, ["none.yaml", "no such"]),
+        ({"files": "."}, ["no such"]),
         ({"n_soft_tokens": 0}, ["bridge.n_soft_tokens", "= -1 or >= 1 and <= 2048", "got 0"]),
         ({"eval_samples": 2001}, ["eval.eval_samples", "2000"]),
         ({"val_samples": 513}, ["train.val_samples", "512"]),
@@ -133,16 +124,13 @@ def test_any_loss_of_every_step_is_enough():
     assert load_config(nll_weight=0.0, extra="mine.py:loss", extra_weight=1.0)
 
 
-def test_every_key_has_a_meaning_every_number_a_limit_and_every_condition_keys_that_there_are():
-    text = describe_keys()
-    for name, (default, meaning, allowed, condition) in KEYS.items():
-        assert meaning and f"\n  {name} (" in text
-        assert isinstance(allowed, str) or all(choice in text for choice in allowed)
+def test_every_number_has_a_lower_limit_and_every_condition_names_keys():
+    for name, (default, _, _, condition) in KEYS.items():
         if type(default) in (int, float) and name != "task.data_seed":
             refuse(name, **{name: type(default)(-2)})
         names = [part.split()[0] for either in condition.split(" or ") for part in either.split(" and ") if part]
         assert condition == NEVER or set(names) <= set(KEYS)
-    assert "only if loss.kl_weight > 0" in text and text.count(FILE_OBJECT) > 4 and is_path(FILE_OBJECT)
+    assert "only if loss.kl_weight > 0" in describe_keys()
 
 
 @pytest.mark.parametrize(
@@ -155,20 +143,11 @@ def test_every_key_has_a_meaning_every_number_a_limit_and_every_condition_keys_t
         ("3: 4", ["'3'"]),
         ("overrides: train.steps=3", ["some.yaml", "overrides", "list"]),
         ("overrides: [3]", ["some.yaml", "overrides", "3"]),
-        ("overrides: ['train.steps']", ["train.steps", "key=value"]),
         ("format: 3", ["some.yaml", "format 3", "update bridgekit"]),
-        ("format: new", ["some.yaml", "format 'new'"]),
     ],
 )
 def test_a_mistaken_file_is_refused(write, text, named):
     refuse(*named, files=write(text))
-
-
-def test_mistaken_overrides_and_missing_files_are_refused(tmp_path):
-    for text, named in {"steps": "key=value", "controls=[": "YAML", "=3": "''"}.items():
-        refuse(named, overrides=[text])
-    refuse("none.yaml", "no such", files=tmp_path / "none.yaml")
-    refuse("no such", files=tmp_path)
 
 
 def test_missing_models_are_refused(tmp_path):
@@ -197,12 +176,6 @@ def test_later_sources_win(write):
         Config().with_(depth=0)
 
 
-def test_an_override_is_read_as_yaml():
-    assert parse_override("train.controls=[constant, self_bridge]") == ("train.controls", ["constant", "self_bridge"])
-    assert parse_override(" rms_match = false") == ("bridge.rms_match", False)
-    assert parse_override("name=a=b") == ("run.name", "a=b")
-
-
 @pytest.mark.parametrize(
     ("values", "mode"),
     [
@@ -210,11 +183,9 @@ def test_an_override_is_read_as_yaml():
         ({"teacher": "prompt"}, "soft_plus_text"),  # nothing is taught by it
         ({"prompt_weight": 0.1}, "soft_plus_text"),  # the teacher is the answer
         ({"teacher": "prompt", "prompt_weight": 0.1}, "soft_only"),
-        ({"teacher": "prompt", "flow_weight": 0.1, "producer": "dit"}, "soft_only"),
         ({"teacher": "prompt", "dit_tokens": "teacher", "producer": "dit"}, "soft_only"),
         ({"teacher": "prompt", "prompt_weight": 0.1, "injector": "residual"}, "soft_plus_text"),  # no tokens
         ({"teacher": "prompt", "prompt_weight": 0.1, "prompt_mode": "soft_plus_text"}, "soft_plus_text"),
-        ({"prompt_mode": "soft_only"}, "soft_only"),
     ],
 )
 def test_a_prompt_teacher_chooses_soft_only_unless_told_otherwise(values, mode, write):
@@ -225,16 +196,16 @@ def test_a_prompt_teacher_chooses_soft_only_unless_told_otherwise(values, mode, 
     assert config.with_(prompt_weight=0.0, flow_weight=0.0).bridge.prompt_mode == mode
 
 
+TEXTS = ["plain", "a/b c", "on", "1e-4", "3", "null", "a: b #c", "'\"", "[x]", "=", "\N{MICRO SIGN}m"]
+VALUES = {int: st.integers(-1, 4096), float: st.floats(1e-9, 1e12), bool: st.booleans(), str: st.sampled_from(TEXTS)}
+
+
 def values_of(key: str) -> st.SearchStrategy:
     """Values a key may well have; what another key forbids is sorted out by the configuration itself."""
     default, _, allowed, _ = KEYS[key]
     if isinstance(default, tuple):
         return st.permutations(allowed)
-    if allowed and isinstance(allowed, tuple):
-        return st.sampled_from(allowed)
-    text = st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"]), max_size=12)
-    text = st.text("abz09_-.", min_size=1, max_size=12) if key == "run.name" else text
-    return {int: st.integers(-1, 4096), float: st.floats(1e-9, 1e12), bool: st.booleans(), str: text}[type(default)]
+    return st.sampled_from(allowed) if allowed and isinstance(allowed, tuple) else VALUES[type(default)]
 
 
 @given(st.data())
@@ -250,11 +221,9 @@ def test_what_is_written_is_read_back_equal(tmp_path_factory, data):
     path, flat = tmp_path_factory.mktemp("config") / "config.yaml", to_flat(config)
     path.write_text(dump_config(config))
     assert load_config(path) == config == build_config(flat)
+    assert load_config(overrides=[format_override(key, value) for key, value in flat.items()]) == config
     changes = {key: tuple(value) if isinstance(value, list) else value for key, value in changes.items()}
     assert all(flat[key] == value or value == "auto" for key, value in changes.items())
-    assert flat["bridge.prompt_mode"] != "auto"
-    assert load_config(overrides=[format_override(key, value) for key, value in flat.items()]) == config
-    assert yaml.safe_load(path.read_text())["format"] == 2
 
 
 # -- compared -----------------------------------------------------------------------------------------------

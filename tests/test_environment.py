@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYTHON = SpecifierSet(PROJECT["requires-python"])
 DECLARED = [Requirement(line) for line in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]]
 REGISTRY = re.compile(r"https?://|file:/|git\+|--(extra-)?index-url|--find-links|--trusted-host")
 FILES = ("pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/install", ".ci/run")
@@ -33,23 +34,17 @@ def pins() -> dict[str, str]:
     return names
 
 
-@pytest.mark.parametrize("requirement", DECLARED, ids=lambda requirement: requirement.name)
-def test_every_declared_range_holds_its_pin(requirement, pins):
-    version = pins.get(canonicalize_name(requirement.name))
-    assert version, f"{requirement.name}: declared in pyproject.toml, not pinned in constraints.txt"
-    assert requirement.specifier.contains(version), f"{version} is outside {requirement}"
-
-
-def test_pins_cover_what_the_declared_packages_need(pins):
+def test_pins_fit_and_cover_what_the_declared_packages_need(pins):
     """Nothing that is installed for this project is left to float (torch itself pins CUDA packages)."""
     todo, seen = list(DECLARED), set()
     while todo:
         requirement = todo.pop()
         name = canonicalize_name(requirement.name)
-        if (name, *sorted(requirement.extras)) in seen or re.match(r"nvidia-|cuda-|triton$", name):
+        if str(requirement) in seen or re.match(r"nvidia-|cuda-|triton$", name):
             continue
-        seen.add((name, *sorted(requirement.extras)))
+        seen.add(str(requirement))
         assert name in pins, f"{name}: needed, but not pinned in constraints.txt"
+        assert requirement.specifier.contains(pins[name]), f"{pins[name]} is outside {requirement}"
         try:
             installed = distribution(name)
         except PackageNotFoundError:  # another Python's or platform's package
@@ -63,26 +58,20 @@ def test_pins_cover_what_the_declared_packages_need(pins):
 def test_conda_users_get_the_same_environment(pins):
     lines = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
     (pip,) = [line["pip"] for line in lines if isinstance(line, dict)]
-    (python,) = [line for line in lines if str(line).startswith("python")]
-    allowed, accepted = SpecifierSet(python.removeprefix("python")), SpecifierSet(PROJECT["requires-python"])
+    (python,) = [line.removeprefix("python") for line in lines if str(line).startswith("python")]
     for version in (f"3.{minor}.9" for minor in range(8, 20)):  # conda may offer no Python that pyproject.toml refuses
-        assert not allowed.contains(version) or accepted.contains(version), python
+        assert PYTHON.contains(version) or not SpecifierSet(python).contains(version), version
     assert "pip" in lines and {"--constraint constraints.txt", "--editable ."} <= set(pip)
     listed = {r.name: str(r.specifier) for r in (Requirement(line) for line in pip if not line.startswith("-"))}
     assert listed == {r.name: f"=={pins[canonicalize_name(r.name)]}" for r in DECLARED}
 
 
-def test_torch_is_a_range_for_the_package_and_a_pin_for_the_set_up(pins):
-    (torch,) = [r for r in DECLARED if r.name == "torch"]
-    assert "==" not in str(torch.specifier) and "torch" in pins
-    assert "^torch==" in (ROOT / ".ci/install").read_text(), "the pin must stand in the install command itself"
-
-
-def test_no_registry_address_in_any_set_up_file_and_this_python_is_accepted():
+def test_set_up_files_name_no_registry_and_torch_s_pin_stands_in_the_install_command():
     for name in FILES:
         assert not REGISTRY.search((ROOT / name).read_text()), name
     assert not (ROOT / "uv.lock").exists(), "uv.lock records registry addresses"
-    assert SpecifierSet(PROJECT["requires-python"]).contains(".".join(map(str, sys.version_info[:3])))
+    assert "^torch==" in (ROOT / ".ci/install").read_text()
+    assert PYTHON.contains(".".join(map(str, sys.version_info[:3])))
 
 
 def test_every_third_party_import_of_the_package_is_declared():

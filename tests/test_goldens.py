@@ -1,6 +1,6 @@
 """What the code computed before it was put into folders, and must compute still.
 
-tests/goldens/README.md says how it was made.
+tests/goldens/README.md says how it was made, tests/goldens/accepted.md what differs on purpose.
 
 python -m pytest tests/test_goldens.py                # a part of each, for `make test`
 python -m pytest tests/test_goldens.py -m golden      # all of them; some minutes
@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,67 @@ def test_contexts_of_facts_are_those_that_were_drawn_before(n_facts):
         assert digest(examples) == golden("units")["examples"][label]["sha256"], label
 
 
+def test_what_is_drawn_from_seeds_is_what_was_drawn_before():
+    import torch
+
+    from bridgekit.model.message import hashed_normal, hashed_uniform
+    from bridgekit.train.conditions import sampler_seed
+    from bridgekit.train.data import indices_at, noise_seeds
+
+    old, seeds = golden("units"), torch.tensor([0, 1, 7, 2**31 - 1, 123456789])
+    for name, function in {"indices_at": indices_at, "noise_seeds": noise_seeds}.items():
+        for arguments, numbers in old[name].items():
+            assert function(*json.loads(arguments.replace("(", "[").replace(")", "]"))).tolist() == numbers, name
+    for arguments, number in old["sampler_seed"].items():
+        seed, _, example_id = arguments.partition(" ")
+        assert sampler_seed(int(seed), example_id) == number
+    for n, numbers in old["hashed_uniform"].items():
+        assert_close(hashed_uniform(seeds, int(n)).tolist(), numbers, "hashed_uniform")
+    for shape, numbers in old["hashed_normal"].items():
+        shape = tuple(int(n) for n in shape.strip("()").split(",") if n)
+        assert_close(hashed_normal(seeds, shape).tolist(), numbers, "hashed_normal", 1e-6)
+
+
+@pytest.mark.parametrize("variant", ["weights", "context"])
+def test_each_model_reads_the_text_that_it_read_before(variant):
+    from bridgekit import tasks
+    from bridgekit.tasks import units
+
+    example = units.make_examples(units.make_lexicon(1), "test", 12, 1, variant=variant)[0]
+    made = [tasks.literal_prompt(example), tasks.source_prompt(example), tasks.told_prompt(example)]
+    made.append(tasks.relay_prompt(example, "<<1+1=2>>2 pins.\n#### 2"))
+    old = golden("units")["prompts"][variant]
+    assert [prompt.text for prompt in made] == [old[name] for name in ("literal", "source", "told", "relay")]
+
+
+@pytest.mark.parametrize(
+    "name", ["phase1", *(pytest.param(f"phase1_{n}", marks=pytest.mark.golden) for n in ("gpu", "seeds"))]
+)
+def test_a_run_asks_the_problems_that_it_asked_before(name):
+    from bridgekit.tasks import load_examples
+
+    for direction, split in product(("forward", "swapped"), ("train", "val", "test")):
+        config = load_config(ROOT / f"parameters/{name}.yaml", direction=direction)
+        old = golden("units")["load_examples"][f"{name} {direction} {split}"]
+        assert digest(load_examples(config, 2, split)) == old["sha256"], f"{direction} {split}"
+
+
+@pytest.mark.parametrize(("n_shots", "data_seed"), [*product((0, 2), (1, 2))])
+def test_real_questions_are_split_as_before(n_shots, data_seed, tmp_path):
+    from bridgekit.tasks import load_examples
+
+    old = golden("units")["gsm8k"]
+    rows = [json.dumps({"question": question, "answer": answer}) for question, answer in old["rows"]]
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows[:7], rows[11]]))  # one of them is in the test file too
+    (tmp_path / "test.jsonl").write_text("\n".join(rows[7:]))
+    options = {"n_shots": n_shots, "data_seed": data_seed, "n_train": 3, "n_val": 2, "n_test": 5, "val_samples": 2}
+    options |= {"conditions": ["source", "target", "bridged"], "controls": []}
+    config = load_config(task="gsm8k", data=str(tmp_path), **options)
+    for split in ("train", "val", "test"):
+        label = f"shots {n_shots} data_seed {data_seed} {split}"
+        assert digest(load_examples(config, None, split)) == old[label]["sha256"], label
+
+
 # ---- what is planned -------------------------------------------------------------------------------------------------
 
 MOVED = {
@@ -136,12 +198,31 @@ def judge_again(folders: list[str]) -> dict:
 SOME_RUNS = ("phase1_cpu_seed1", "headline_dit_fresh4_seed2", "swap_cpu_swapped_seed1")
 
 
-@pytest.mark.parametrize(
+every_run = pytest.mark.parametrize(
     "run", [pytest.param(r, marks=() if r in SOME_RUNS else pytest.mark.golden) for r in golden("judge")["runs"]]
 )
+
+
+@every_run
 def test_a_preserved_run_is_judged_as_before(run):
     old = {k: v for k, v in golden("judge")["runs"][run]["judge"].items() if k in fields_of_names()}
     assert_close(judge_again([run]), old, run)
+
+
+@every_run
+def test_a_preserved_run_has_the_shares_recovery_and_headroom_that_it_had(run):
+    from bridgekit.results import verdict
+    from bridgekit.runs import find_eval, load_eval
+
+    frame, old = load_eval(find_eval(ROOT / "preserved_data" / run)), golden("judge")["runs"][run]
+    check_table(verdict.conditions_table(frame), old["conditions_table"], ["condition", "subset"])
+    for subset, found in old["recovery"].items():
+        if "refused" not in found:
+            assert_close(dataclasses.asdict(verdict.recovery(frame, subset=subset)), found, f"{run} {subset}")
+    room = {k: v for k, v in old["headroom_of_final"].items() if k != "text"}
+    new = verdict.headroom(frame)._asdict()
+    new = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in new.items()}
+    assert_close(new, room, run)
 
 
 @pytest.mark.golden
@@ -162,6 +243,66 @@ def test_the_audit_says_of_every_claim_what_it_said_before():
     old = golden("audit")
     assert audit.counts == old["counts"]
     assert {v.claim["id"]: v.verdict for v in audit.verdicts} == {k: v["verdict"] for k, v in old["claims"].items()}
+
+
+STUDIES = golden("studies")["studies"]
+every_study = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "ablation_flow" else pytest.mark.golden) for n in STUDIES]
+)
+
+
+def load_study_answers(name: str):
+    from bridgekit.results.table import load_answers
+    from bridgekit.runs import open_study
+
+    answers = load_answers(open_study(name))
+    return answers.assign(variant=answers["variant"].str.removeprefix(f"{name}_"))
+
+
+@every_study
+def test_the_runs_of_a_study_have_the_shares_that_they_had(name):
+    from bridgekit.results.table import SUBSETS, select, share
+
+    answers, old, n_found = load_study_answers(name), STUDIES[name]["runs"], 0
+    for subset in SUBSETS:
+        part = select(answers, subset)
+        for row in share(part, ["run", "condition"]).to_dict("records") if len(part) else ():
+            points = old[row["run"]]["points"][subset]
+            names = {row["condition"]: "point", "n": "n", "n_units": "n_units"}
+            names |= {"low": "low", "high": "high"} if row["condition"] == "bridged" else {}
+            assert_close({k: row[v] for k, v in names.items()}, {k: points[k] for k in names}, f"{row['run']} {subset}")
+            n_found += 1
+    about = {"n", "n_units", "low", "high", "invalid"}
+    assert n_found == sum(len(points.keys() - about) for run in old.values() for points in run["points"].values())
+
+
+@every_study
+def test_the_variants_of_a_study_differ_as_they_did(name, monkeypatch):
+    from bridgekit.results import compare
+    from bridgekit.study import load_study, plan_study
+
+    if "compare_variants" not in STUDIES[name]:
+        pytest.skip("no table of differences was made of it")
+    monkeypatch.chdir(ROOT)
+    study, answers = load_study(f"parameters/studies/{MOVED[name]}.yaml"), load_study_answers(name)
+    compared = compare.compare_variants(answers, study.reference, study.replicates)
+    old = STUDIES[name]["compare_variants"]
+    check_table(compared.rename(columns={"point": "difference"}), old, ["variant", "subset"])
+    if "read_axis" in STUDIES[name]:
+        configs = {folder.partition(f"{name}_")[2].rpartition("_seed")[0]: c for folder, c in plan_study(study).items()}
+        axis = compare.axis_table(answers, {variant: compare.axis_settings(c) for variant, c in configs.items()})
+        check_table(axis.rename(columns={"point": "recovery"}), STUDIES[name]["read_axis"], ["variant", "seed"])
+
+
+def check_table(frame, old: dict, names: list[str]) -> None:
+    """Each row of the golden table, by its names, in all columns that it had."""
+    rows = {tuple(row[n] for n in names): row for row in frame.to_dict("records")}
+    assert len(rows) == len(frame) == len(old["rows"])
+    for values in old["rows"]:
+        row = dict(zip(old["columns"], values, strict=True))
+        row = {column: value for column, value in row.items() if not column.startswith("in_message")}  # needs problems
+        label = tuple(row[n] for n in names)
+        assert_close(rows[label], row, str(label))
 
 
 # ---- what is drawn in figures ----------------------------------------------------------------------------------------
@@ -291,6 +432,25 @@ def test_ten_steps_lead_where_they_led(name, pair, accelerator, tmp_path):
         tolerance = 1e-9 if same_machine() else 1e-3
         for new, before in zip(rows, wanted, strict=True):
             assert_close({k: new[k] for k in before}, before, f"{name}, {bridge_name}", tolerance)
+
+
+def test_every_condition_answers_as_it_did(pair, accelerator, tmp_path):
+    """One tiny run with all of them; trained controls are left out, whose weights are chosen otherwise now."""
+    from bridgekit.runs import find_eval, load_jsonl
+    from bridgekit.train import worker
+
+    if not same_machine():
+        pytest.skip("answers of an untrained bridge flip from one kind of CPU to another")
+    old = golden("trainings")["all_conditions"]
+    experiment = make_experiment(old["overrides"] | {"controls": []}, tmp_path, pair, accelerator)
+    worker.run_training(experiment)
+    rows, controls = list(load_jsonl(find_eval(experiment.folder))), ("constant", "self_bridge")
+    for new, before in zip(rows, old["rows"], strict=True):
+        kept = {key: value for key, value in before.items() if not key.startswith(controls)}
+        assert_close(new, kept, before["id"], 1e-6)
+    for key, wanted in old["texts_sha256"].items():
+        if not key.startswith(controls) and key not in ("question", "gold_full_text"):
+            assert hashlib.sha256(json.dumps([row[key] for row in rows]).encode()).hexdigest() == wanted, key
 
 
 def test_a_configuration_of_an_earlier_run_is_read():

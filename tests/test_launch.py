@@ -147,6 +147,7 @@ def test_an_interrupted_stage_ends_the_whole_family_even_where_its_head_hangs(st
         ("print('error: train.lr: too high'); raise SystemExit(2)", "train.lr: too high"),
         ("raise KeyError('a')", "KeyError: 'a'"),
         ("raise SystemExit(3)", "the process ended with exit code 3"),
+        ("import os; os.kill(os.getppid(), 9)", "the process ended with exit code -9"),  # the launcher itself
     ],
 )
 def test_a_stage_that_fails_says_why(stage, code, reason):

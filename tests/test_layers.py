@@ -4,6 +4,7 @@ python -m pytest tests/test_layers.py
 """
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ TENSORS = {"model", "train", "inside", "inside.probe"}  # the only places that m
 HEAVY = {"torch", "transformers", "accelerate", "peft"}
 LONGEST_FILE, MOST_LAYERS, MOST_AT_THE_TOP = 400, 13, 10
 FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in sorted(PACKAGE.rglob("*.py"))}
+LIGHT = [name for name in FILES if name.split(".")[0] not in TENSORS]
 
 
 def place_of(module: str) -> str:
@@ -38,7 +40,7 @@ def place_of(module: str) -> str:
     return module if module == "inside.probe" else module.split(".")[0]
 
 
-def imported_names(module: str) -> set[str]:
+def imported_by(module: str) -> set[str]:
     """Every module that a file imports anywhere, inside functions too; what a type checker alone reads is left out."""
     names, tree = set(), ast.parse(FILES[module].read_text(), module)
     for branch in [n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.unparse(n.test)]:
@@ -48,47 +50,36 @@ def imported_names(module: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{module}: write imports from the package's root"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            full = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {name if name.removeprefix("bridgekit.") in FILES else node.module for name in full.values()}
     return names
 
 
-def siblings(module: str) -> set[str]:
-    """The files of this package that a file imports."""
-    names = {name.removeprefix("bridgekit.") for name in imported_names(module) if name.startswith("bridgekit.")}
-    found = {name if name in FILES else f"{name}.__init__" for name in names}
-    found = {name for name in found if name in FILES and name != module}
-    # `from bridgekit.tasks import units` names the folder and the file; it is the file that is meant.
-    folders = {name for name in found if name.endswith(".__init__")}
-    return {f for f in found if f not in folders or not any(o.startswith(f[: -len("__init__")]) for o in found - {f})}
-
-
 @pytest.mark.parametrize("module", FILES)
-def test_imports_point_downward(module):
-    place = place_of(module)
-    if place in EDGES:
-        return
-    assert place in BELOW, f"bridgekit/{place} is new: enter it in BELOW"
-    wrong = {other for other in siblings(module) if place_of(other) not in BELOW[place] | {place}}
-    assert not wrong, f"{module} imports {', '.join(sorted(wrong))}, which stand above it"
-
-
-@pytest.mark.parametrize("module", [m for m in FILES if place_of(m) not in TENSORS])
-def test_facts_and_edges_never_import_the_tensor_libraries(module):
-    heavy = {name.split(".")[0] for name in imported_names(module)} & HEAVY
-    assert not heavy, f"{module} imports {', '.join(heavy)}"
+def test_imports_point_downward_and_a_file_stays_readable(module):
+    place, names = place_of(module), [n for n in imported_by(module) if n.startswith("bridgekit.")]
+    if place not in EDGES:
+        assert place in BELOW, f"bridgekit/{place} is new: enter it in BELOW"
+        above = {place_of(name.removeprefix("bridgekit.")) for name in names} - BELOW[place] - {place}
+        assert not above, f"{module} imports {', '.join(sorted(above))}, which stand above it"
+    lines = len(FILES[module].read_text().splitlines())
+    assert lines <= LONGEST_FILE, f"bridgekit/{module} has {lines} lines; the longest allowed has {LONGEST_FILE}"
 
 
 def test_there_are_no_circles_and_few_layers():
+    below = {m: {n.removeprefix("bridgekit.") for n in imported_by(m) if n.startswith("bridgekit.")} for m in FILES}
+    below = {m: {n if n in FILES else f"{n}.__init__" for n in names} - {m} for m, names in below.items()}
     depth: dict[str, int] = {}
-
-    def measure(module: str, trail: tuple[str, ...]) -> int:
-        assert module not in trail, " imports ".join([*trail[trail.index(module) :], module])
-        if module not in depth:
-            depth[module] = 1 + max((measure(o, (*trail, module)) for o in sorted(siblings(module))), default=0)
-        return depth[module]
-
-    deepest = max(FILES, key=lambda module: measure(module, ()))
+    for module in graphlib.TopologicalSorter(below).static_order():  # refuses a circle, and names it
+        depth[module] = 1 + max((depth[other] for other in below[module]), default=0)
+    deepest = max(depth, key=depth.get)
     assert depth[deepest] <= MOST_LAYERS, f"{deepest} stands on {depth[deepest]} layers of files"
+
+
+@pytest.mark.parametrize("module", LIGHT)
+def test_facts_and_edges_never_import_the_tensor_libraries(module):
+    heavy = {name.split(".")[0] for name in imported_by(module)} & HEAVY
+    assert not heavy, f"{module} imports {', '.join(heavy)}"
 
 
 def test_the_package_has_six_folders_and_few_files_at_its_top():
@@ -97,25 +88,15 @@ def test_the_package_has_six_folders_and_few_files_at_its_top():
     assert len([name for name in FILES if "." not in name]) <= MOST_AT_THE_TOP
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_a_file_stays_readable(module):
-    lines = len(FILES[module].read_text().splitlines())
-    assert lines <= LONGEST_FILE, f"bridgekit/{module} has {lines} lines; the longest allowed has {LONGEST_FILE}"
+def loaded_by(code: str) -> set[str]:
+    """The top-level modules of a fresh interpreter after running `code`."""
+    code += "\nimport sys\nprint(*{name.split('.')[0] for name in sys.modules})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
 
 
-def loaded_by(*modules: str) -> set[str]:
-    """The top-level modules of a fresh interpreter after importing `modules`."""
-    code = f"import sys, {', '.join(modules)}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(child.stdout.split())
-
-
-def test_importing_the_package_is_cheap():
-    slow = HEAVY | {"numpy", "pandas", "scipy", "matplotlib", "seaborn", "IPython", "papermill", "datasets"}
-    assert not loaded_by("bridgekit", "bridgekit.cli") & slow
-
-
-def test_facts_and_edges_load_no_tensor_library():
+def test_the_package_loads_quickly_and_facts_and_edges_load_no_tensor_library():
     """Also not through other packages: pandas or papermill must not be made to bring torch along."""
-    names = [m.removesuffix(".__init__") for m in FILES if place_of(m) not in TENSORS and not m.startswith("__")]
-    assert not loaded_by(*(f"bridgekit.{name}" for name in names)) & HEAVY
+    slow = HEAVY | {"numpy", "pandas", "scipy", "matplotlib", "seaborn", "IPython", "papermill", "datasets"}
+    assert not loaded_by("import bridgekit, bridgekit.cli; assert bridgekit.load_config().train.steps == 500") & slow
+    names = [f"bridgekit.{name.removesuffix('.__init__')}" for name in LIGHT if not name.startswith("__")]
+    assert not loaded_by(f"import {', '.join(names)}") & HEAVY

@@ -28,68 +28,46 @@ def code_cells(path: Path) -> list:
     return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def parameters_cell(path: Path):
-    (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
-    return cell
-
-
 def files_of(notebook: str) -> list[Path]:
     return [path for path in PARAMETERS if load_parameters(path)["notebook"] == notebook]
 
 
 @every_notebook
-def test_a_notebook_is_stored_as_jupyterlab_opens_it(path):
+def test_a_notebook_is_stored_as_jupyterlab_opens_it_and_says_what_it_asks(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
-    assert set(notebook.metadata) == {"kernelspec", "language_info"}
-    assert notebook.metadata.kernelspec.name == "python3"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"} and notebook.metadata.kernelspec.name == "python3"
     for cell in notebook.cells:
         assert set(cell.metadata) <= {"tags"}, cell.source
         assert not cell.get("outputs") and cell.get("execution_count") is None, cell.source
+    first = notebook.cells[0].source
+    assert first.startswith("# ") and "**Question.**" in first and "**Protocol.**" in first
 
 
 @every_notebook
 def test_a_notebook_has_one_cell_of_literal_parameters(path):
-    nodes = ast.parse(parameters_cell(path).source).body
+    (cell,) = [cell for cell in code_cells(path) if "parameters" in cell.metadata.get("tags", [])]
+    nodes = ast.parse(cell.source).body
     for node in nodes:
         assert isinstance(node, ast.Assign) and len(node.targets) == 1, ast.unparse(node)
         ast.literal_eval(node.value)  # refuses what is computed
         assert node.lineno == node.end_lineno or isinstance(node.value, (ast.List, ast.Dict)), ast.unparse(node)
     names = [node.targets[0].id for node in nodes]
-    assert len(names) == len(set(names))
-    assert len(set(names) - {"overrides"}) <= MOST_PARAMETERS
+    assert len(names) == len(set(names)) and len(set(names) - {"overrides"}) <= MOST_PARAMETERS
 
 
 @every_notebook
-def test_cells_are_short_and_without_plumbing(path):
+def test_cells_are_short_without_plumbing_and_save_each_figure_with_its_data(path):
+    sources = [cell.source for cell in code_cells(path)]
     for cell in code_cells(path):
         lines = [line for line in cell.source.splitlines() if line.strip()]
-        limit = LONGEST_CELL + 5 if cell.metadata.get("tags") else LONGEST_CELL
-        assert len(lines) <= limit, f"{len(lines)} lines: {lines[0]}"
+        assert len(lines) <= LONGEST_CELL + 5 * bool(cell.metadata.get("tags")), f"{len(lines)} lines: {lines[0]}"
         assert not any(line.lstrip().startswith(("!", "%")) for line in lines), cell.source
         assert not any(word in cell.source for word in PLUMBING), cell.source
-
-
-@every_notebook
-def test_a_notebook_says_what_it_asks_and_shows_its_result_on_top(path):
-    cells = nbformat.read(path, as_version=4).cells
-    assert cells[0].source.startswith("# ")
-    assert "**Question.**" in cells[0].source and "**Protocol.**" in cells[0].source
-    parameters = cells.index(next(cell for cell in cells if cell.metadata.get("tags")))
-    assert "display_id" in "".join(cell.source for cell in cells[:parameters])
-    assert "result.update(" in "".join(cell.source for cell in cells[-2:])
-
-
-@every_notebook
-def test_every_figure_is_saved_with_the_data_it_was_drawn_from(path):
-    for cell in code_cells(path):
         drawn = len(re.findall(r"\bfigure = ", cell.source))
         assert drawn == cell.source.count("save_figure(") <= 1, cell.source
-
-
-@every_notebook
-def test_a_path_means_the_same_wherever_the_kernel_was_started(path):
-    assert "os.chdir(launch.project_root())" in "".join(cell.source for cell in code_cells(path))
+    assert any("os.chdir(launch.project_root())" in source for source in sources), "paths depend on the kernel's folder"
+    assert "display_id" in sources[0] and "result.update(" in "".join(sources[-2:])  # the result stands on top
 
 
 @every_file

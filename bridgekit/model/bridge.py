@@ -23,11 +23,11 @@ import torch
 from torch import nn
 
 from bridgekit.config import Config, ConfigError, dump_config, refuse_if
-from bridgekit.extend import describe_place, load_checked
 from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import Dropout, Injector, Message
 from bridgekit.model.producers import PRODUCERS
 from bridgekit.runs import write_bytes_atomic
+from bridgekit.tasks.extend import describe_place, load_checked
 
 PARTS = {"producer": PRODUCERS, "injector": INJECTORS}
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bridgekit import extend
 from bridgekit.config import Config, ConfigError, check_models, refuse_if, resolve_model_folder
 from bridgekit.keys import INVALID, SOFT_INJECTORS, is_path
 from bridgekit.runs import load_jsonl
+from bridgekit.tasks import extend
 from bridgekit.tasks.answers import answer_is_complete, extract_answer
 
 CUE = "\nAnswer:\n"

@@ -27,7 +27,7 @@ KINDS = {"mean": np.float16, "map": np.float16, "class": np.int8, "tokens": np.s
 def fingerprint_weights(bridge: Bridge) -> str:
     digest = hashlib.sha256()
     for value in bridge.state_dict().values():
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from bridgekit import extend
 from bridgekit.config import Config, ConfigError, dump_config
 from bridgekit.model.bridge import (
     Bridge,
@@ -38,7 +37,7 @@ from bridgekit.model.message import Message
 from bridgekit.model.pair import Pair, load_pair, pick_layers
 from bridgekit.model.states import SourceStates, align_tokens, read_source
 from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
-from bridgekit.tasks import Example, get_task, source_prompt, units
+from bridgekit.tasks import Example, extend, get_task, source_prompt, units
 from bridgekit.train import trainer
 from bridgekit.train.baselines import Baselines
 from bridgekit.train.conditions import (

@@ -40,7 +40,12 @@ def test_the_kept_tables_hold_what_the_raw_run_holds(tmp_path, root):
     for key in ("world_size", "parameters_m", "gpu", "started", "ended", "saved_best"):
         assert again.facts[key] == raw.facts[key], key
     assert again.problems == [] and changed_files(kept) == [] and not list(kept.glob("*.jsonl.gz"))
-    assert (keep_run(run, tmp_path / "whole") / "eval_samples_step_final.jsonl.gz").is_file()
+    texts = pd.read_csv(kept / "texts.csv")
+    assert len(texts) == 15 and (texts.invents_question == 8).all()
+    whole = keep_run(run, tmp_path / "whole")
+    assert (whole / "eval_samples_step_final.jsonl.gz").read_bytes()[4:8] == bytes(4)  # no time stamp
+    twice = keep_run(run, tmp_path / "twice")
+    assert (whole / "checksums.json").read_bytes() == (twice / "checksums.json").read_bytes()
     sums = json.loads((kept / "checksums.json").read_text())
     assert "train.log" in sums["original"] and "outcomes.csv.gz" in sums["kept"]
     (kept / "curve.csv").write_text("step\n")

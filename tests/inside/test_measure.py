@@ -73,6 +73,8 @@ def test_the_share_of_a_soft_token_that_varies_is_the_planted_one():
         table["point"][0] == pytest.approx(0, abs=1e-12) and table["point"].between(table["low"], table["high"]).all()
     )
     assert (table["high"] - table["low"])[1:].max() < 0.1
+    few = measure.varying_share(RNG(3).normal(size=(4, 1, 20_000)))["point"]
+    assert few.tolist() == pytest.approx([1], abs=0.02)  # nothing is shared, though the mean of four is no zero
 
 
 def test_entropy_is_that_of_the_targets_own_distribution(experiment):

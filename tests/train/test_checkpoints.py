@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridgekit.config import ConfigError
-from bridgekit.runs import RESUME, load_jsonl, load_run_config, load_status
+from bridgekit.runs import RESUME, UNFINISHED, load_jsonl, load_run_config, load_status
 from bridgekit.train import checkpoints, trainer, worker
 from bridgekit.train.checkpoints import STOP, deal_window
 from bridgekit.train.experiment import Experiment
@@ -55,7 +55,7 @@ def config(tiny):
 @pytest.fixture(scope="module")
 def whole(config, make_experiment) -> dict[str, object]:
     experiment = run(make_experiment(config))
-    assert not (experiment.folder / RESUME).exists() and not list(experiment.folder.glob(".*"))
+    assert not (experiment.folder / RESUME).exists() and not (experiment.folder / UNFINISHED).exists()
     return files(experiment.folder)
 
 
@@ -80,7 +80,7 @@ def interrupt(monkeypatch, owner, name: str, call: int) -> None:
         (trainer, "save_bridge", 3),
         (checkpoints, "hash_file", 14),  # in the middle of a checkpoint
         (trainer, "train_step", 17),  # in the control
-        (worker, "load_eval", 1),  # the evaluation is whole, the verdict is not there
+        (worker, "write_text_atomic", 1),  # the evaluation is whole, the verdict is not there
     ],
 )
 def test_a_run_that_is_killed_anywhere_ends_as_if_nobody_had(

@@ -7,6 +7,7 @@ import itertools
 import json
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from bridgekit.runs import find_eval, load_eval, load_jsonl
 from bridgekit.tasks import get_task, literal_prompt, load_examples
 from bridgekit.tasks.answers import INVALID, extract_answer
 from bridgekit.train import conditions
-from bridgekit.train.baselines import AnswerFile
+from bridgekit.train.baselines import AnswerFile, Baselines
 from bridgekit.train.conditions import (
     TABLE,
     Bridged,
@@ -140,6 +141,9 @@ def test_a_baseline_is_made_anew_when_what_it_depends_on_changes(tiny, pair, val
     others = Pair(pair.source, replace(pair.target, fingerprint="other weights"), pair.lexicon_seed)
     assert count(pair=others) > 0
     assert count() == 0  # and nothing was lost meanwhile
+    half = SimpleNamespace(decode_key=pair.target.decode_key, dtype=torch.bfloat16, device=pair.target.device)
+    own, prompt = Baselines(UNITS, 8, 4), literal_prompt(val[0])
+    assert own.key(half, prompt) != own.key(pair.target, prompt)
 
 
 def append_some(path, n: int) -> None:

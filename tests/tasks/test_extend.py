@@ -8,8 +8,8 @@ import json
 
 import pytest
 
-from bridgekit import extend
 from bridgekit.config import ConfigError, is_path, load_config
+from bridgekit.tasks import extend
 
 PRODUCER = """
 class Mean:
