@@ -151,7 +151,9 @@ def how_to_go_on(run_dir: Path) -> str:
     """What a user does to go on with a run that was interrupted."""
     notebook = next((path.name.split(".")[0] for path in run_dir.glob("*.*.ipynb")), "")
     run = runs.join_command([str(run_dir)])
-    return f"bridgekit run notebooks/{notebook}.ipynb --resume {run}" if notebook else f"bridgekit train --resume {run}"
+    if notebook:
+        return f"bridgekit run notebooks/{notebook}.ipynb --resume {run}"
+    return f"run this cell again, or bridgekit train --resume {run}"
 
 
 def settle(child: Child, stage: str) -> str:

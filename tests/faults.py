@@ -12,10 +12,12 @@ files are those of the reference, but for times. The file name has no test_ in f
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +208,68 @@ def kill_and_go_on(kind: str, project: Path, kills: int, seed: int, reference: d
     return fates
 
 
+# -- other faults: what is said, and that the run goes on ------------------------------------------------------------
+
+
+def harm(kind: str, project: Path, volume: Path | None) -> None:
+    """What is done to a run in the middle of its training."""
+    (run,) = run_folders(project)
+    if kind == "folder deleted":
+        shutil.rmtree(run)
+    elif kind == "worker stopped":
+        workers = [process for process in processes_of(project) if is_victim(process, "-m bridgekit.train.worker")]
+        workers[-1].suspend()
+    elif kind == "disk full":
+        with contextlib.suppress(OSError), open(volume / "filler", "wb") as file:
+            while True:
+                file.write(bytes(4096))
+                file.flush()
+    elif kind == "folder read-only":
+        subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
+
+
+def heal(kind: str, volume: Path | None) -> None:
+    if kind == "disk full":
+        (volume / "filler").unlink()
+    elif kind == "folder read-only":
+        subprocess.run(["mount", "-o", "remount,rw", str(volume)], check=True)
+
+
+def meet_fault(kind: str, home: Path, reference: dict) -> dict:
+    """A training that meets a fault: its exit code, its last word, how long it took, and what comes of going on."""
+    project, volume = make_project(home / kind.replace(" ", "_")), None
+    if kind in ("disk full", "folder read-only"):
+        volume = project / "runs"
+        volume.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(volume)], check=False).returncode:
+            return {"fault": kind, "message": "not tried: a file system of its own needs root"}
+    if kind == "worker stopped":
+        settings = [*SETTINGS, "train.num_processes=2"]
+        (project / "small.yaml").write_text(yaml.safe_dump({"notebook": "phase1", "overrides": settings}))
+    child = start("train", project)
+    while child.poll() is None and not any(
+        len(f.read_bytes().splitlines()) > 6 for f in project.glob("runs/*/metrics.jsonl")
+    ):
+        time.sleep(0.05)
+    since = time.time()
+    harm(kind, project, volume)
+    row = {"fault": kind, "exit code": child.wait(), "seconds": round(time.time() - since, 1)}
+    row["message"] = (project / "command.log").read_text(errors="replace").splitlines()[-1].replace(f"{project}/", "")
+    row["left alive"] = len(processes_of(project))
+    heal(kind, volume)
+    if kind != "folder deleted":
+        goes_on = start("train", project).wait() == 0
+        ends = {variant_of(folder): contents(folder) for folder in finished(project)}
+        same = kind == "worker stopped" or ends == reference["train"]  # two processes add up in another order
+        row["goes on"] = "to the same bytes" if goes_on and same and kind != "worker stopped" else str(goes_on)
+    if volume:
+        subprocess.run(["umount", str(volume)], check=False)
+    return row
+
+
+FAULTS = ("folder deleted", "worker stopped", "disk full", "folder read-only")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
@@ -238,6 +302,7 @@ def main() -> int:
 
     fates = [fate for part in pool.map(work, range(n_runs)) for fate in part if fate["killed"]]
     table = {
+        "faults": [meet_fault(kind, home, reference) for kind in FAULTS],
         "kills": len(fates),
         "by_signal": collections.Counter(f["signal"] for f in fates),
         "by_victim": collections.Counter(f"{f['kind']}: {f['victim']}" for f in fates),

@@ -211,14 +211,16 @@ def test_a_preserved_run_is_judged_as_before(run):
 
 @every_run
 def test_a_preserved_run_has_the_shares_recovery_and_headroom_that_it_had(run):
-    from bridgekit.results import verdict
+    from bridgekit.results import table, verdict
+    from bridgekit.results.statistics import paired_ratio
     from bridgekit.runs import find_eval, load_eval
 
     frame, old = load_eval(find_eval(ROOT / "preserved_data" / run)), golden("judge")["runs"][run]
     check_table(verdict.conditions_table(frame), old["conditions_table"], ["condition", "subset"])
     for subset, found in old["recovery"].items():
         if "refused" not in found:
-            assert_close(dataclasses.asdict(verdict.recovery(frame, subset=subset)), found, f"{run} {subset}")
+            recovered = paired_ratio(table.select(frame, subset), "bridged", "target_told")
+            assert_close(dataclasses.asdict(recovered), found, f"{run} {subset}")
     room = {k: v for k, v in old["headroom_of_final"].items() if k != "text"}
     new = verdict.headroom(frame)._asdict()
     new = {k: dataclasses.asdict(v) if dataclasses.is_dataclass(v) else v for k, v in new.items()}
