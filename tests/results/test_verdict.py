@@ -298,7 +298,7 @@ def test_headroom_counts_units_and_held_out_problems_only(frames):
     assert room.smallest_effect > 1.4 * headroom(frames[0].drop(columns="unit")).smallest_effect
     assert headroom(make_frame(5, n_units=150, seen=50)).n == 300
     equal = headroom(questions(0, 50, 0, 50))
-    assert equal.gain_possible == 0 < equal.smallest_effect
+    assert equal.gain_possible == 0 and equal.smallest_effect == minimum_detectable_effect(100, 0.03)  # rule of three
 
 
 def test_recovery_is_a_share_of_the_told_target():
