@@ -231,8 +231,5 @@ def test_facts_in_the_context_are_probed_on_problems(open_fresh):
 
 def test_a_look_inside_reads_whole_answers_whatever_was_supervised(open_fresh, experiment):
     short = open_fresh(answer_tokens=4)
-    lengths = [
-        short.training_set(experiment.test[:3]).texts.answers.lengths,
-        short.training_data().texts.answers.lengths,
-    ]
-    assert min(lengths[0]) > 4 == max(lengths[1])
+    whole, supervised = short.training_set(experiment.test[:3]), short.training_data()
+    assert min(whole.texts.answers.lengths) > 4 == max(supervised.texts.answers.lengths)
