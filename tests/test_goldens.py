@@ -29,6 +29,12 @@ def golden(name: str):
     return json.loads(gzip.decompress((GOLDENS / f"{name}.json.gz").read_bytes()))
 
 
+def each(argument: str, names, quick: tuple[str, ...]):
+    """A test for each name, of which `make test` runs the quick ones and `-m golden` the others."""
+    marked = [name if name in quick else pytest.param(name, marks=pytest.mark.golden) for name in names]
+    return pytest.mark.parametrize(argument, marked)
+
+
 def assert_close(new, old, where: str, tolerance: float = 1e-9) -> None:
     """Equal in all but the last digits of floats; a dict may have more keys than before."""
     if isinstance(old, dict):
@@ -118,9 +124,7 @@ def test_each_model_reads_the_text_that_it_read_before(variant):
     assert [prompt.text for prompt in made] == [old[name] for name in ("literal", "source", "told", "relay")]
 
 
-@pytest.mark.parametrize(
-    "name", ["phase1", *(pytest.param(f"phase1_{n}", marks=pytest.mark.golden) for n in ("gpu", "seeds"))]
-)
+@each("name", ("phase1", "phase1_gpu", "phase1_seeds"), ("phase1",))
 def test_a_run_asks_the_problems_that_it_asked_before(name):
     from bridgekit.tasks import load_examples
 
@@ -198,9 +202,7 @@ def judge_again(folders: list[str]) -> dict:
 SOME_RUNS = ("phase1_cpu_seed1", "headline_dit_fresh4_seed2", "swap_cpu_swapped_seed1")
 
 
-every_run = pytest.mark.parametrize(
-    "run", [pytest.param(r, marks=() if r in SOME_RUNS else pytest.mark.golden) for r in golden("judge")["runs"]]
-)
+every_run = each("run", golden("judge")["runs"], SOME_RUNS)
 
 
 @every_run
@@ -248,9 +250,6 @@ def test_the_audit_says_of_every_claim_what_it_said_before():
 
 
 STUDIES = golden("studies")["studies"]
-every_study = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == "ablation_flow" else pytest.mark.golden) for n in STUDIES]
-)
 
 
 def load_study_answers(name: str):
@@ -261,7 +260,7 @@ def load_study_answers(name: str):
     return answers.assign(variant=answers["variant"].str.removeprefix(f"{name}_"))
 
 
-@every_study
+@each("name", STUDIES, ("ablation_flow",))
 def test_the_runs_of_a_study_have_the_shares_that_they_had(name):
     from bridgekit.results.table import SUBSETS, select, share
 
@@ -278,13 +277,11 @@ def test_the_runs_of_a_study_have_the_shares_that_they_had(name):
     assert n_found == sum(len(points.keys() - about) for run in old.values() for points in run["points"].values())
 
 
-@every_study
+@each("name", [name for name in STUDIES if "compare_variants" in STUDIES[name]], ("ablation_flow",))
 def test_the_variants_of_a_study_differ_as_they_did(name, monkeypatch):
     from bridgekit.results import compare
     from bridgekit.study import load_study, plan_study
 
-    if "compare_variants" not in STUDIES[name]:
-        pytest.skip("no table of differences was made of it")
     monkeypatch.chdir(ROOT)
     study, answers = load_study(f"parameters/studies/{MOVED[name]}.yaml"), load_study_answers(name)
     compared = compare.compare_variants(answers, study.reference, study.replicates)
@@ -415,10 +412,7 @@ def test_every_bridge_starts_from_the_weights_it_started_from(pair, tmp_path):
 SOME_CASES = ("resampler prefix forward", "dit residual swapped", "all losses dit")
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=() if n in SOME_CASES else pytest.mark.golden) for n in golden("trainings")["trainings"]],
-)
+@each("name", golden("trainings")["trainings"], SOME_CASES)
 def test_ten_steps_lead_where_they_led(name, pair, accelerator, tmp_path):
     """Losses in every case; the last weights bit for bit on the kind of machine that made the goldens."""
     from bridgekit.runs import load_jsonl

@@ -215,3 +215,9 @@ def test_every_bridge_can_be_looked_into(open_fresh, changes):
 def test_facts_in_the_context_are_probed_on_problems(open_fresh):
     frame = measure.probe_source(open_fresh(variant="context"), every=40)
     assert set(frame["novelty"]) == {"held_unit"} and len(frame) == 6 * 3 * 3
+
+
+def test_a_look_inside_reads_whole_answers_whatever_was_supervised(open_fresh, experiment):
+    short = open_fresh(answer_tokens=4)
+    whole, supervised = short.training_set(experiment.test[:3]), short.training_data()
+    assert min(whole.texts.answers.lengths) > 4 == max(supervised.texts.answers.lengths)

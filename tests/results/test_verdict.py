@@ -246,6 +246,8 @@ def test_headroom_counts_units_and_held_out_problems_only(frames):
     assert room.n_units == 150 and "450 problems about 150 units" in room.text
     assert room.smallest_effect > 1.4 * headroom(frames[0].drop(columns="unit")).smallest_effect
     assert headroom(make_frame(5, n_units=150, seen=50)).n == 300
+    equal = headroom(questions(0, 50, 0, 50))
+    assert equal.gain_possible == 0 and equal.smallest_effect == minimum_detectable_effect(100, 0.03)  # rule of three
 
 
 def test_conditions_table_is_one_row_for_each_condition_and_subset():

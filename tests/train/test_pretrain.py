@@ -132,3 +132,31 @@ def test_what_a_model_knows_is_measured_on_validation_units(pair):
     probe = pretrain.measure_probe(pair.source, lexicon[::12], "source")
     assert list(probe) == [0, 1, 2, 3, 4, 5] and set(probe[0]) == {"held_unit", "held_value"}
     json.dumps(probe)
+
+
+def test_only_weighed_tokens_are_learned(capsys):
+    """`fit` on a table of bigrams: the weighed token is predicted from the one before it, and nothing else moves."""
+
+    class Bigrams(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = torch.nn.Parameter(torch.arange(25.0).view(5, 5).sin())
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.logits[input_ids])
+
+    model, ids, weights = Bigrams(), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
+    before = model.logits.detach().clone()
+    recipe = pretrain.parse_recipe("--out x --steps 1 --batch 1 --weight-decay 0".split())
+    pretrain.fit(model, ids, weights, recipe, "source")
+    assert f"loss {-before[2].log_softmax(-1)[3]:.4f}" in capsys.readouterr().out
+    assert (model.logits != before).any(1).tolist() == [False, False, True, False, False]
+
+
+def test_the_start_of_a_document_is_not_learned_and_a_list_of_facts_only_in_its_digits():
+    tokenizer = pretrain.train_tokenizer("source", ["A bag has 12 pins.", "sisak: 15", "0123456789"] * 40, 300)
+    documents = [("A bag", "12"), ("", "sisak: 15")] * 200
+    ids, weights = pretrain.pack_documents(tokenizer, documents, 0.25)
+    digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
+    assert (weights[ids == tokenizer.bos_token_id] == 0).all() and (weights[torch.isin(ids, digits)] == 1).all()
+    assert weights.unique().tolist() == [0.0, 0.25, 1.0]
