@@ -158,7 +158,7 @@ KEYS = {
     "train.val_samples": Key(256, "validation problems answered each time, at most n_val", "> 0"),
     "train.patience": Key(0, "validations without a better one before stopping; 0: never", ">= 0"),
     "train.cache_states_gb": Key(4.0, "source states are kept when they fit in this", ">= 0", NEVER),
-    "train.checkpoint_minutes": Key(3.0, "from one checkpoint to the next, which a run goes on from", ">= 0", NEVER),
+    "train.checkpoint_minutes": Key(5.0, "from one checkpoint to the next, which a run goes on from", ">= 0", NEVER),
     "train.num_processes": Key(1, "processes, one GPU each", "> 0"),
     "train.controls": Key(("constant", "constant_natural"), "trained controls", CONTROLS),
     # The evaluation.
