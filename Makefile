@@ -38,6 +38,7 @@ test: setup  ## run the tests (CPU, offline); one process per core, one thread e
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
 faults: setup  ## kill real runs again and again, go on with them, and compare every byte (some 25 minutes)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
 	$(PY) tests/faults.py $(ARGS)
 
 lint: setup  ## ruff on modules and notebooks; notebooks are stored without outputs

@@ -224,8 +224,6 @@ def harm(kind: str, project: Path, volume: Path | None) -> None:
             while True:
                 file.write(bytes(4096))
                 file.flush()
-    elif kind == "folder read-only":
-        subprocess.run(["mount", "-o", "remount,ro", str(volume)], check=True)
 
 
 def heal(kind: str, volume: Path | None) -> None:
@@ -241,7 +239,8 @@ def meet_fault(kind: str, home: Path, reference: dict) -> dict:
     if kind in ("disk full", "folder read-only"):
         volume = project / "runs"
         volume.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(volume)], check=False).returncode:
+        size = "size=16m" if kind == "disk full" else "size=16m,ro"
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(volume)], check=False).returncode:
             return {"fault": kind, "message": "not tried: a file system of its own needs root"}
     if kind == "worker stopped":
         settings = [*SETTINGS, "train.num_processes=2"]

@@ -245,6 +245,8 @@ def evaluate(
         store = {k: v for part in everything for k, v in part["attention"].items()}
         save_attention(store, experiment.folder / "attention.npz")
         write_jsonl(experiment.folder / f"eval_samples_step_{step}.jsonl", rows)  # last: it says that all is there
+    if kept:
+        kept.path.unlink(missing_ok=True)
     return rows
 
 

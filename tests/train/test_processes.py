@@ -10,11 +10,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
+import psutil
 import pytest
 
-from bridgekit.launch import training_command
+from bridgekit.launch import open_run, training_command
 from bridgekit.runs import create_run, find_eval, load_jsonl, load_status
 
 DROPOUT = float(os.environ.get("BRIDGEKIT_TEST_DROPOUT", 0.2))
@@ -27,19 +29,29 @@ CONDITIONS = ["source", "target", "bridged", "noise", "shuffled", "relay_cut"]
 
 @pytest.fixture(scope="module")
 def run(tiny):
-    """`run(n)`: the folder of a training, of a bridge and a control, that n processes have finished."""
+    """`run(n)`: the folder of a training, of a bridge and a control, that n processes have finished.
 
-    def make(world: int):
+    With `then`, n have begun it and others have ended it.
+    """
+
+    def make(world: int, then: int = 0):
         config = tiny(
             n_test=17, n_val=7, val_samples=7, warmup_steps=3, max_new_tokens=12, num_processes=world,
             producer="dit", injector="prefix+residual", dropout=DROPOUT, state_dropout=DROPOUT, controls=["constant"],
             source_only_share=0.8, conditions=CONDITIONS, **LOSSES,
         )  # fmt: skip
-        folder = create_run(config)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        done = subprocess.run(
-            training_command(folder, "train", world), env=environment, capture_output=True, text=True, timeout=600
-        )
+        folder, more = create_run(config), {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "text": True}
+        if then:
+            begun = subprocess.Popen(training_command(folder, "train", world), **more)
+            metrics = folder / "metrics.jsonl"
+            while begun.poll() is None and not (metrics.is_file() and metrics.read_text().count('"loss"') >= 2):
+                time.sleep(0.02)
+            (worker,) = psutil.Process(begun.pid).children()
+            worker.terminate()
+            assert begun.wait() and load_status(folder)["state"] == "stopped"
+            open_run(config.with_(num_processes=then), folder)
+        command = training_command(folder, "train", then or world)
+        done = subprocess.run(command, capture_output=True, timeout=600, **more)
         assert done.returncode == 0 and load_status(folder)["state"] == "finished", done.stderr[-3000:]
         return folder
 
@@ -52,24 +64,40 @@ def largest_difference(one: dict, two: dict) -> float:
     return max(abs(a - b) / max(abs(a), 1e-2) for a, b in pairs)
 
 
-def test_the_number_of_processes_changes_nothing(run):
-    folders = [run(world) for world in (1, 2, 4)]
-    assert [json.loads((f / "provenance.json").read_text())["processes"] for f in folders] == [1, 2, 4]
+@pytest.fixture(scope="module")
+def alone(run):
+    return run(1)
+
+
+MORE = [2, pytest.param(4, marks=pytest.mark.slow)]  # four take a minute on two cores
+
+
+@pytest.mark.parametrize("world", MORE)
+def test_the_number_of_processes_changes_nothing(run, alone, world):
+    compare(alone, run(world), world)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(run, alone):
+    """Begun by one process, which is asked to stop after two steps, and ended by two."""
+    compare(alone, run(1, then=2), 2)
+
+
+def compare(one_folder, folder, world: int) -> None:
+    folders = (one_folder, folder)
+    assert [json.loads((f / "provenance.json").read_text())["processes"] for f in folders] == [1, world]
     files = ("metrics.jsonl", "metrics_constant.jsonl")
-    metrics = [[row for name in files for row in load_jsonl(f / name)] for f in folders]
+    first, second = ([row for name in files for row in load_jsonl(f / name)] for f in folders)
     assert len({(f / "controls.json").read_text() for f in folders}) == 1
-    final = [list(load_jsonl(find_eval(f))) for f in folders]
-    attention = [np.load(f / "attention.npz") for f in folders]
-    assert len(final[0]) == 17 + 8  # with the problems about seen units
-    for world in (1, 2):
-        rows = [(a, b) for a, b in zip(metrics[0], metrics[world], strict=True) if "loss" in a]
-        worst = max(largest_difference(a, b) for a, b in rows)
-        print(f"{2**world} processes: losses differ by {worst:.1e} at most", file=sys.stderr)
-        assert worst < 1e-5
-        for one, two in zip(metrics[0], metrics[world], strict=True):
-            assert one["step"] == two["step"] and one.get("eval") == two.get("eval")
-        for one, two in zip(final[0], final[world], strict=True):
-            assert two == {k: pytest.approx(v, abs=1e-4) if k.endswith("logprob") else v for k, v in one.items()}
-        assert np.array_equal(attention[0]["ids"], attention[world]["ids"])
-        found = attention[world]["mean"].astype(float)
-        assert found == pytest.approx(attention[0]["mean"].astype(float), abs=2e-3)
+    worst = max(largest_difference(a, b) for a, b in zip(first, second, strict=True) if "loss" in a)
+    print(f"{world} processes: losses differ by {worst:.1e} at most", file=sys.stderr)
+    assert worst < 1e-5
+    for one, two in zip(first, second, strict=True):
+        assert one["step"] == two["step"] and one.get("eval") == two.get("eval")
+    rows, others = (list(load_jsonl(find_eval(f))) for f in folders)
+    assert len(rows) == 17 + 8  # with the problems about seen units
+    for one, two in zip(rows, others, strict=True):
+        assert two == {k: pytest.approx(v, abs=1e-4) if k.endswith("logprob") else v for k, v in one.items()}
+    own, found = (np.load(f / "attention.npz") for f in folders)
+    assert np.array_equal(own["ids"], found["ids"])
+    assert found["mean"].astype(float) == pytest.approx(own["mean"].astype(float), abs=2e-3)
