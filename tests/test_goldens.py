@@ -281,6 +281,7 @@ def test_the_runs_of_a_study_have_the_shares_that_they_had(name):
 def test_the_variants_of_a_study_differ_as_they_did(name, monkeypatch):
     from bridgekit.results import compare
     from bridgekit.study import load_study, plan_study
+    from bridgekit.tasks import load_examples
 
     monkeypatch.chdir(ROOT)
     study, answers = load_study(f"parameters/studies/{MOVED[name]}.yaml"), load_study_answers(name)
@@ -289,7 +290,8 @@ def test_the_variants_of_a_study_differ_as_they_did(name, monkeypatch):
     check_table(compared.rename(columns={"point": "difference"}), old, ["variant", "subset"])
     if "read_axis" in STUDIES[name]:
         configs = {folder.partition(f"{name}_")[2].rpartition("_seed")[0]: c for folder, c in plan_study(study).items()}
-        axis = compare.axis_table(answers, {variant: compare.axis_settings(c) for variant, c in configs.items()})
+        tests = {variant: load_examples(c, None, "test") for variant, c in configs.items()}
+        axis = compare.axis_table(answers, {v: compare.axis_settings(c) for v, c in configs.items()}, tests)
         check_table(axis.rename(columns={"point": "recovery"}), STUDIES[name]["read_axis"], ["variant", "seed"])
 
 
