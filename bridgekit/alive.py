@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import IO
 
 from bridgekit.config import ConfigError
-from bridgekit.runs import load_status, project_root
+from bridgekit.runs import BEAT, load_status, project_root
 
 GO_ON = 75  # exit code of what was stopped and can go on
-BEAT, BEAT_SECONDS = ".beat-", 5  # the file of a process's signs of life, and how often it gives one
+BEAT_SECONDS = 5  # between a process's signs of life
 LOOK_SECONDS = 0.25  # between looks at a child or a status
 SILENT_SECONDS = 45  # after which a process counts as dead or stopped
 GRACE_SECONDS = 30.0  # for a process that was asked to stop

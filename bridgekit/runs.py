@@ -30,6 +30,7 @@ from bridgekit.keys import INVALID
 
 FINAL = "eval_samples_step_final.jsonl"
 RESUME = "checkpoint/resume"  # checkpoints of trainings, until their run has ended
+BEAT = ".beat-"  # the file that a process touches as long as it lives, by its rank
 UNFINISHED = ".answers.jsonl"  # those of the final evaluation, until it is whole
 
 
@@ -100,7 +101,7 @@ def free_run(folder: str | Path) -> int:
     """Remove what a finished run needed to go on. -> bytes freed"""
     folder, freed = Path(folder), 0
     half_written = [path for path in folder.rglob(".*.????????") if path.is_file()]  # by a process that was killed
-    for path in [folder / RESUME, folder / UNFINISHED, *folder.glob(".beat-*"), *half_written]:
+    for path in [folder / RESUME, folder / UNFINISHED, *folder.glob(f"{BEAT}*"), *half_written]:
         for file in [path, *sorted(path.rglob("*"))]:
             freed += file.stat().st_size if file.is_file() and file.stat().st_nlink == 1 else 0
         if path.is_dir():

@@ -22,6 +22,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from bridgekit.alive import take_lock
 from bridgekit.config import load_config, to_flat
 from bridgekit.results import verdict
 from bridgekit.results.statistics import paired_difference, paired_ratio
@@ -39,6 +40,7 @@ from bridgekit.runs import (
 
 LOG, SUMMARY, REPORT, RECORD = "LOG.md", "EXPERIMENTS_SUMMARY.md", "REPORT.md", ".report.json"
 FILES = {LOG: "log", SUMMARY: "summary", REPORT: "report"}  # file: name of its two templates, whole and block
+LOCK_SECONDS = 30  # that a run's end waits for who writes the reports
 ENTRY, UNWRITTEN = "manifest.md", "_Not written yet._"
 SHOWN = (
     "bridge.producer bridge.injector bridge.n_soft_tokens train.steps train.batch_size pair.direction eval.conditions"
@@ -222,7 +224,8 @@ def append_appendix(report: Path, study: str, text: str) -> Path:
 def locked(runs_dir: Path) -> Iterator[None]:
     """Whoever else wants to write the reports of this folder waits; the system frees the lock of a killed process."""
     with open(runs_dir / ".reports.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        if not take_lock(file, fcntl.LOCK_EX, LOCK_SECONDS):
+            raise OSError(f"{file.name} has been held by another process for {LOCK_SECONDS} s")
         yield
 
 

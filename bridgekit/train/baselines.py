@@ -19,7 +19,7 @@ from bridgekit.model.generation import Generated, generate_batch
 from bridgekit.model.pair import LanguageModel, split_prompts
 from bridgekit.model.states import in_batches
 from bridgekit.runs import load_jsonl
-from bridgekit.tasks import Prompt, Task
+from bridgekit.tasks import Example, Prompt, Task
 
 KINDS = {"mean": np.float16, "map": np.float16, "class": np.int8, "tokens": np.str_}  # of attention arrays
 
@@ -39,10 +39,17 @@ class AnswerFile:
 
     def __init__(self, path: Path | None) -> None:
         self.path, self.known = path, dict[str, tuple[Generated, dict]]()
+        self.weights: dict[Bridge, str] = {}  # of bridges, hashed once: they do not change while this object lasts
         for row in load_jsonl(path, []) if path and path.exists() else ():
             with contextlib.suppress(KeyError, TypeError):
                 looked = {k: np.array(v, dtype=KINDS[k.split("/")[0]]) for k, v in row.get("attention", {}).items()}
                 self.known[row["key"]] = Generated(row["text"], row["logprob"], row["n"]), looked
+
+    def keys(self, condition: str, bridge: Bridge, examples: list[Example]) -> list[str]:
+        """The key of each answer that a condition gives with a bridge."""
+        if bridge not in self.weights:
+            self.weights[bridge] = fingerprint_weights(bridge)
+        return [f"{condition} {self.weights[bridge]} {example.id}" for example in examples]
 
     def add(self, fresh: dict[str, tuple[Generated, dict[str, np.ndarray]]]) -> None:
         """Keep a batch of answers."""

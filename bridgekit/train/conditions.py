@@ -30,7 +30,7 @@ from bridgekit.model.states import SourceStates, in_batches
 from bridgekit.runs import UNFINISHED, is_correct, write_bytes_atomic, write_jsonl
 from bridgekit.tasks import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.tasks.answers import INVALID
-from bridgekit.train.baselines import KINDS, AnswerFile, fingerprint_weights
+from bridgekit.train.baselines import KINDS, AnswerFile
 from bridgekit.train.data import split_rows
 
 if typing.TYPE_CHECKING:
@@ -149,8 +149,7 @@ def answer_row(
         by_id = {e.id: e for e in (*(e for s in splits for e in experiment.examples(s)), *examples)}
         state_examples = [row.reads(e, by_id) for e in examples]
     states, bridge = experiment.source_states(state_examples, row.bridge), bridges[row.bridge]
-    weights = fingerprint_weights(bridge) if kept else ""
-    keys = [f"{name} {weights} {e.id}" for e in examples] if kept else []
+    keys = kept.keys(name, bridge, examples) if kept else []
     return decode_messages(experiment, bridge, examples, states, row.change, attention, kept=kept, keys=keys)
 
 
