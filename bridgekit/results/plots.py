@@ -20,6 +20,7 @@ from bridgekit.results.compare import AXES
 from bridgekit.results.draw import INK, finish_figure, lines, list_rows, open_panels, paper_figure, rows
 from bridgekit.results.statistics import wilson
 from bridgekit.results.style import COLORS, COLUMN, DASH, PAGE, words
+from bridgekit.results.verdict import SELECTIONS
 from bridgekit.runs import load_jsonl
 
 if typing.TYPE_CHECKING:
@@ -89,7 +90,10 @@ def plot_groups(table: pd.DataFrame) -> Figure:
 def plot_differences(differences: pd.DataFrame) -> Figure:
     """The comparisons of a verdict (`differences()`), a row for each control and set of problems."""
     places = ["" if subset == "all" else f",\n{words(subset)} problems" for subset in differences["subset"]]
-    table = differences.assign(against=differences["control"].map(words) + places)
+    controls, selections = differences["control"].str.partition(".")[[0, 2]].to_numpy().T
+    chosen = ["" if name == "" else f",\n{SELECTIONS[name]}" for name in selections]
+    names = zip(map(words, controls), chosen, places, strict=True)
+    table = differences.assign(against=["".join(parts) for parts in names])
     look = {"signed": True, "xlabel": "accuracy of bridged minus that of the control"}
     look |= {"fill": ("holds", "shown to be better", "not shown"), "title": "Does the bridge beat its controls?"}
     return rows(table, "against", color="bridged", **look)
