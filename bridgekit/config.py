@@ -249,6 +249,9 @@ def check_rules(c: Config) -> None:
          "'target_told' needs the fact in words, which task gsm8k does not have: leave it out"),
         ("train.controls", not units and task.source_only_share == -1 and "constant_natural" in c.train.controls,
          f"'constant_natural' is 'constant' again in task {task.task}, which has one mix: leave it out"),
+        ("bridge.inject_from", bridge.inject_from == "question" and bridge.injector in SOFT_INJECTORS
+         and bridge.soft_position == "start" and bridge.prompt_mode != "soft_only",
+         "a message before the shots acts on them: set soft_position=question"),
         ("bridge.source_view", bridge.source_view == "facts" and task.variant != "context",
          "`facts` needs task.variant: context"),
         ("bridge.source_view", kv and bridge.source_view == "facts", pairs("source_view=prompt")),

@@ -22,6 +22,7 @@ PRODUCERS = ("resampler", "dit", "constant")
 INJECTORS = ("prefix", "residual", "prefix+residual", "kv")
 SOFT_INJECTORS = ("prefix", "prefix+residual")  # those whose message takes places in the target's prompt
 CONTROLS = ("constant", "constant_natural", "self_bridge")  # each is a training of its own
+VIEWS, STARTS = ("prompt", "question", "solution", "facts"), ("auto", "prompt", "question")
 INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
 FILE_OBJECT = "path/to/file.py:Object"  # among the allowed names: an object in a file of the user's (extend.py)
 # {a key that may name such an object: the key with the object's options}
@@ -111,13 +112,15 @@ KEYS = {
     "bridge.soft_position": Key("start", "after BOS, before or after the question", ("start", "question", "end"), SOFT),
     "bridge.prompt_mode": Key("auto", "the target reads; auto: by teacher", ("auto", "soft_plus_text", "soft_only")),
     "bridge.train_prompt_mode": Key("same", "what it reads in training", ("same", "soft_plus_text", "soft_only")),
-    "bridge.source_view": Key("prompt", "prompt, with solution, or facts", ("prompt", "solution", "facts"), READS),
+    "bridge.source_view": Key("prompt", "prompt, its part after the shots, with solution, or facts", VIEWS, READS),
     "bridge.source_layers": Key("auto", "hidden states, e.g. 2,4,6; auto: at 0.6, 0.8 and all of the depth", "", READS),
     "bridge.queries": Key("learned", "initial; local: + mean of the source's j-th K-th", ("learned", "local"), QUERIES),
     "bridge.source_projection": Key(False, "a learnable projection of source states, first the identity", "", READS),
     "bridge.rms_match": Key(True, "bring soft tokens to the size of the target's embeddings"),
+    "bridge.inject_from": Key("auto", "the first place acted on; auto: after shots", STARTS, "task.n_shots > 0"),
     "bridge.inject_layers": Key("auto", "target layers, e.g. 2,4,6; auto: eight", "", "bridge.injector != prefix"),
     "bridge.bridge_dim": Key(192, "width of the bridge, a multiple of heads", "> 0", WIDE),
+    "bridge.dtype": Key("float32", "of its arithmetic on a GPU; weights are float32", ("float32", "bfloat16"), WIDE),
     "bridge.depth": Key(2, "blocks of the producer", "> 0", READS),
     "bridge.heads": Key(6, "attention heads", "> 0", WIDE),
     "bridge.dropout": Key(0.0, "inside the bridge", ">= 0 and < 1", WIDE),

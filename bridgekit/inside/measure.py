@@ -22,12 +22,13 @@ from torch.nn.functional import normalize
 
 from bridgekit.inside import probe
 from bridgekit.model.bridge import Bridge
-from bridgekit.model.generation import answer_logits, bridged_logits, evaluating
+from bridgekit.model.generation import bridged_logits, evaluating
 from bridgekit.results.table import share
 from bridgekit.results.tables import escape
 from bridgekit.tasks import Example, source_prompt
 from bridgekit.train.conditions import keep_attention, save_attention
 from bridgekit.train.experiment import Experiment, chunks, encode_chunk
+from bridgekit.train.trainer import target_logits
 
 TOKEN_CLASSES = {1: "unit word", 2: "digits", 0: "rest"}  # as attention.npz numbers them
 N_FOLDS = 10  # of units, left out in turn for the interval of a CKA
@@ -187,11 +188,10 @@ def answer_entropy(experiment: Experiment, examples: list[Example], names: tuple
     facts, places, parts = pd.DataFrame(facts), torch.tensor(places, device=target.device), []
     for chunk in chunks(len(examples)):
         batch = data.batch(chunk, seeds[chunk])
-        nothing = (batch.literal[0][:, :0], batch.literal[1][:, :0])
-        logits = {"target": answer_logits(target, nothing, batch.literal, None, batch.labels, batch.labels_mask)}
+        logits = {"target": target_logits(target, batch)}
         for name in names:
             message = encode_chunk(experiment.bridges[name], data.states, chunk, seeds, experiment.device)
-            given = (message, batch.before, batch.after, batch.labels, batch.labels_mask)
+            given = (message, batch.before, batch.after, batch.labels, batch.labels_mask, batch.shared)
             logits[name] = bridged_logits(target, experiment.bridges[name], *given)
         at, here = places[torch.from_numpy(chunk)], torch.arange(len(chunk))
         for condition, scores in logits.items():

@@ -24,7 +24,7 @@ from torch import nn
 
 from bridgekit.config import Config, ConfigError, dump_config, refuse_if
 from bridgekit.model.injectors import INJECTORS
-from bridgekit.model.message import Dropout, Injector, Message
+from bridgekit.model.message import Dropout, Injector, Message, in_half
 from bridgekit.model.producers import PRODUCERS
 from bridgekit.runs import write_bytes_atomic
 from bridgekit.tasks.extend import describe_place, load_checked
@@ -44,6 +44,7 @@ class Bridge(nn.Module):
             nn.init.eye_(self.projection.weight)
         for salt, module in enumerate((m for m in self.modules() if isinstance(m, Dropout)), start=1):
             module.salt = salt
+        self.half = injector.half = settings.dtype == "bfloat16"
         self.rms = rms if settings.rms_match else None  # None: leave the size free
         self.per_source_token = settings.n_soft_tokens == -1  # then message and source tokens share their mask
         digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]  # saved with the weights:
@@ -55,7 +56,9 @@ class Bridge(nn.Module):
         `alignment` (B, P, 2) says which source tokens stand for each place of the target's prompt.
         `teacher` (embeds (B, P, D_t), mask) is what a generative producer imitates: given in training only.
         """
-        message = self.produce(states, mask, seeds, teacher, want_attention)
+        with in_half(self.half, states.device):
+            message = self.produce(states, mask, seeds, teacher, want_attention)
+        message.tokens = message.tokens.float()
         if self.rms is not None:
             size = message.tokens.float().pow(2).mean(-1, keepdim=True).add(1e-8).sqrt()
             message.tokens = message.tokens / size * self.rms

@@ -1,4 +1,4 @@
-"""One decode path for every condition: batched greedy decoding with a KV cache, from text and soft tokens alike.
+"""One decode loop for every condition: batched greedy decoding, from text and soft tokens alike.
 
     texts = generate_batch(lm, before, after)                          # a model alone: rows of token ids
     texts = decode_bridged(target, bridge, message, before, after, 96)  # with what the bridge brings
@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
+from bridgekit.model.attention import Pass, Shared, attending
+from bridgekit.model.decoding import open_steps
 from bridgekit.model.message import Injector, Message, hashed_uniform
 from bridgekit.model.pair import LanguageModel, pad_ids
 from bridgekit.tasks.answers import answer_is_complete
@@ -27,8 +27,6 @@ if typing.TYPE_CHECKING:
 
 CHECK_EVERY = 16  # steps between looks at the text of rows that have not ended
 LOOK_EVERY = {"cpu": 1}  # steps between looks at which rows have ended; elsewhere 8, because to look is to wait
-SHRINK_AT = 0.75  # a batch shrinks when no larger share of its rows goes on
-GROWTH = 32  # cache slots allocated at a time
 
 
 # ---- what the target reads ------------------------------------------------------------------------------------------
@@ -59,26 +57,32 @@ def unpad(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
 # ---- logits of given answers ----------------------------------------------------------------------------------------
 
 
-def answer_logits(lm: LanguageModel, before, after, soft, labels, labels_mask) -> torch.Tensor:
-    """Logits that predict the answer's tokens after [before | soft | after]. -> (B, A, V)
+def answer_states(lm: LanguageModel, before, after, soft, labels, labels_mask, shared=None) -> torch.Tensor:
+    """Last states that predict the answer's tokens after [shared | before | soft | after]. -> (B, A, D)
 
     Hidden states come first and the head sees the answer's places alone: logits at every place of every soft token
     are what ran the first experiments out of memory.
     """
     text = (torch.cat([after[0], labels], dim=1), torch.cat([after[1], labels_mask], dim=1))
-    embeds, mask, _ = assemble(lm, before, text, soft, "right")
+    embeds, mask, positions = assemble(lm, before, text, soft, "right")
     # Padding is at the right end, where causal attention never looks: no mask is needed.
-    hidden = lm.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    places = {} if shared is None else {"position_ids": positions + len(shared)}
+    with attending(lm, shared and Pass(shared)):
+        hidden = lm.decoder(inputs_embeds=embeds, use_cache=False, **places).last_hidden_state
     first = mask.sum(1) - labels_mask.sum(1) - 1
     places = (first[:, None] + torch.arange(labels.shape[1], device=labels.device)).clamp(max=hidden.shape[1] - 1)
-    hidden = hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
-    return lm.model.get_output_embeddings()(hidden)
+    return hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2]))
 
 
-def bridged_logits(target: LanguageModel, bridge: Bridge, message: Message, before, after, labels, mask):
+def answer_logits(lm: LanguageModel, *given) -> torch.Tensor:
+    """Logits of what `answer_states` is given. -> (B, A, V)"""
+    return lm.head(answer_states(lm, *given))
+
+
+def bridged_logits(target: LanguageModel, bridge: Bridge, message: Message, before, after, labels, mask, shared=None):
     """Logits of the bridged target on these answers, with a gradient to the bridge. (B, A, V)"""
     with bridge.injector.attach(target, lambda: message):
-        return answer_logits(target, before, after, bridge.injector.soft(message), labels, mask)
+        return answer_logits(target, before, after, bridge.injector.soft(message), labels, mask, shared)
 
 
 # ---- free answers ---------------------------------------------------------------------------------------------------
@@ -96,44 +100,48 @@ class Generated:
 def generate_batch(
     lm: LanguageModel, before: list, after: list, message: Message | None = None, injector: Injector | None = None,
     max_new_tokens: int = 96, sample_seeds=None, is_complete: Callable[[str], bool] = answer_is_complete,
+    shared: Shared | None = None,
 ) -> list[Generated]:  # fmt: skip
     """Greedy continuation of rows of token ids, with what an injector makes of a message; ended rows leave the batch.
 
-    With `sample_seeds` (B,) the tokens are drawn instead, each row's by its own seed. A text that a task calls complete
-    (`is_complete`) ends its row, whether or not the model ended it."""
+    All rows stand behind the `shared` start, if there is one. With `sample_seeds` (B,) the tokens are drawn instead,
+    each row's by its own seed. A text that a task calls complete (`is_complete`) ends its row, whether or not the model
+    ended it."""
     injector = injector or Injector()
-    device, cache, most = lm.device, new_cache(lm), max_new_tokens
+    device, most = lm.device, max_new_tokens
     rows = torch.arange(len(before), device=device)  # those in the batch
     ids, scores = (torch.zeros(len(rows), most, dtype=dtype, device=device) for dtype in (torch.long, torch.float))
     lengths = torch.full_like(rows, most)  # a row that has not ended yet has the greatest
     ends = torch.tensor(sorted(lm.eos_ids), dtype=torch.long, device=device)
-    with injector.attach(lm, lambda: message):
+    soft = None if message is None else injector.soft(message)
+    n_soft = 0 if soft is None else soft.mask.shape[1]
+    widest = max((len(b) + len(a) for b, a in zip(before, after, strict=True)), default=0) + n_soft
+    steps = open_steps(lm, shared, len(rows), widest + most)
+    steps.message = message
+    with injector.attach(lm, lambda: steps.message):
         texts = pad_ids(before, device), pad_ids(after, device)
-        embeds, mask, positions = assemble(lm, *texts, injector.soft(message), "left")
-        inputs = {"inputs_embeds": embeds}
-        for step in range(most):
-            inputs |= {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
-            logits = lm.model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = steps.start(*assemble(lm, *texts, soft, steps.side), injector, message)
+        for done in range(1, most + 1):
             scores_now = logits.float().log_softmax(-1)
-            seeds = None if sample_seeds is None else sample_seeds[rows] + 7919 * step
-            scores[rows, step], chosen = scores_now.max(-1) if seeds is None else draw(scores_now, seeds)
-            ids[rows, step], done = chosen, step + 1
+            seeds = None if sample_seeds is None else sample_seeds[rows] + 7919 * (done - 1)
+            scores[rows, done - 1], chosen = scores_now.max(-1) if seeds is None else draw(scores_now, seeds)
+            ids[rows, done - 1] = chosen
             lengths[rows] = torch.where(torch.isin(chosen, ends), lengths[rows].clamp(max=done), lengths[rows])
             if done % LOOK_EVERY.get(device.type, 8) == 0:
                 # A row's own length decides when its text is looked at, so its text cannot depend on its neighbours.
-                for row in rows[lengths[rows] > done].tolist() if done % CHECK_EVERY == 0 else ():
-                    if is_complete(lm.tokenizer.decode(ids[row, :done], skip_special_tokens=True)):
-                        lengths[row] = done
+                going = rows[lengths[rows] > done] if done % CHECK_EVERY == 0 else rows[:0]
+                if len(going):
+                    texts = lm.tokenizer.batch_decode(ids[going, :done].tolist(), skip_special_tokens=True)
+                    ended = [row for row, text in zip(going.tolist(), texts, strict=True) if is_complete(text)]
+                    lengths[ended] = done
                 left = (lengths[rows] > done).nonzero()[:, 0]
                 if not len(left):
                     break
-                if len(left) <= SHRINK_AT * len(rows):
-                    cache.batch_select_indices(left)
-                    rows, chosen, mask, positions = (x[left] for x in (rows, chosen, mask, positions))
-                    message = None if message is None else message.select(left)
-            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
-            positions = positions[:, -1:] + 1
-            inputs = {"input_ids": chosen[:, None]}
+                if len(left) <= steps.smallest * len(rows):
+                    steps.keep(left)
+                    rows, chosen = rows[left], chosen[left]
+            if done < most:
+                logits = steps.next(chosen)
     found = [(i[:n], s[:n], n) for i, s, n in zip(ids.tolist(), scores.tolist(), lengths.tolist(), strict=True)]
     words = [[token for token in i if token not in lm.eos_ids] for i, _, _ in found]
     texts = lm.tokenizer.batch_decode(words, skip_special_tokens=True)
@@ -166,39 +174,3 @@ def evaluating(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
         yield module.eval()
     finally:
         module.train(was_training)
-
-
-# ---- the cache ------------------------------------------------------------------------------------------------------
-
-
-class PreallocatedLayer(DynamicLayer):
-    """A cache layer that grows by GROWTH slots at a time.
-
-    Concatenation copies the whole cache for every token: a tenth to a sixth of the time at 128 soft tokens or more."""
-
-    keys = values = None  # the filled part of `slots`
-    slots: tuple[torch.Tensor, torch.Tensor] | None = None
-    filled: torch.Tensor | None = None
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **options):
-        old = self.get_seq_length()
-        new = old + key_states.shape[-2]
-        # Where rows were taken out meanwhile, the keys are other tensors than the slots' filled part.
-        if self.slots is None or self.keys is not self.filled or new > self.slots[0].shape[-2]:
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-            shape = (*key_states.shape[:2], new + GROWTH)
-            self.slots = tuple(s.new_empty(*shape, s.shape[-1]) for s in (key_states, value_states))
-            for slots, cached in zip(self.slots, (self.keys, self.values), strict=True):
-                if old:
-                    slots[:, :, :old] = cached
-        for slots, fresh in zip(self.slots, (key_states, value_states), strict=True):
-            slots[:, :, old:new] = fresh
-        self.keys, self.values = (slots[:, :, :new] for slots in self.slots)
-        self.filled = self.keys
-        return self.keys, self.values
-
-
-def new_cache(lm: LanguageModel) -> DynamicCache:
-    cache = DynamicCache(config=lm.model.config)
-    cache.layers = [PreallocatedLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from bridgekit.config import ConfigError
+from bridgekit.model.attention import is_step
 from bridgekit.model.message import Injector, Message
 from bridgekit.model.pair import pick_layers
 from bridgekit.model.producers import Attention, average_spans
@@ -21,6 +22,8 @@ GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the who
 
 class Prefix(Injector):
     """Soft tokens in the target's prompt; the target itself is left as it is."""
+
+    reads_each_step = False
 
     def soft(self, message: Message) -> Message:
         return message
@@ -64,7 +67,8 @@ class Residual(Injector):
     @contextmanager
     def attach(self, target, current: Callable[[], Message]) -> Iterator[None]:
         def add(reading, module, inputs, hidden):
-            return reading(hidden, current())
+            with self.precision(hidden):
+                return reading(hidden, current())
 
         with ExitStack() as hooks:
             for index, reading in zip(self.layers, self.readings, strict=True):
@@ -77,6 +81,8 @@ class Residual(Injector):
 
 class PrefixAndResidual(Prefix, Residual):
     """The same message twice: as soft tokens, and through gated cross-attention."""
+
+    reads_each_step = True
 
 
 class Fuser(nn.Module):
@@ -102,7 +108,7 @@ class CacheFusion(Injector):
     place. Only the prompt's pass is touched: what is decoded afterwards reads the fused cache.
     """
 
-    aligned = True
+    aligned, reads_each_step = True, False
 
     def __init__(self, config, target):
         super().__init__()
@@ -123,14 +129,17 @@ class CacheFusion(Injector):
             """Before each pass: which message token belongs to each place; nothing while decoding."""
             cache, places = options.get("past_key_values"), options.get("position_ids")
             aligned.clear()
-            if cache is None or cache.get_seq_length() == 0:
+            if not is_step() and (cache is None or cache.get_seq_length() == 0):
                 if places is None:  # right-padded: a place is its index
                     rows, width, _ = options["inputs_embeds"].shape
                     places = torch.arange(width, device=target.device).expand(rows, -1)
                 aligned.extend(align_message(current(), places))
 
         def fuse(fuser, module, inputs, own):
-            return own + fuser(own, aligned[0]) * aligned[1][..., None].to(own.dtype) if aligned else own
+            if not aligned:
+                return own
+            with self.precision(own):
+                return own + fuser(own, aligned[0]) * aligned[1][..., None].to(own.dtype)
 
         with ExitStack() as hooks:
             hooks.callback(target.decoder.register_forward_pre_hook(look, with_kwargs=True).remove)

@@ -57,7 +57,7 @@ def info_nce(anchors: torch.Tensor, positives: torch.Tensor, offset: int, temper
     positives = positives.float() - positives.float().mean(0)
     scores = F.normalize(anchors.float(), dim=-1) @ F.normalize(positives, dim=-1).T / temperature
     labels = torch.arange(len(anchors), device=anchors.device) + offset
-    return F.cross_entropy(scores, labels, reduction="sum"), torch.tensor(len(anchors), device=anchors.device)
+    return F.cross_entropy(scores, labels, reduction="sum"), torch.full((), len(anchors), device=anchors.device)
 
 
 def policy_gradient(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor, advantage: torch.Tensor) -> Total:
@@ -74,4 +74,4 @@ def leave_one_out(reward: torch.Tensor) -> torch.Tensor:
 
 def flow(error: torch.Tensor) -> Total:
     """Mean squared velocity error of the generative producer. (B,)"""
-    return error.sum(), torch.tensor(len(error), device=error.device)
+    return error.sum(), torch.full((), len(error), device=error.device)

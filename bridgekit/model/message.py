@@ -39,9 +39,15 @@ class Injector(nn.Module):
     """What the target does with a message; this one does nothing. The others stand in injectors.py."""
 
     aligned = False  # does it need to know which source token stands for which target token?
+    reads_each_step = True  # does it look at the message for every new token, or only with the prompt?
 
     def __init__(self, config=None, target=None):
         super().__init__()
+        self.half = False  # arithmetic in half precision, on a GPU: the bridge says so
+
+    def precision(self, x: torch.Tensor) -> AbstractContextManager:
+        """The context in which an injector computes."""
+        return in_half(self.half, x.device)
 
     def soft(self, message: Message) -> Message | None:
         """What of a message stands in the target's prompt as soft tokens; None: nothing."""
@@ -54,6 +60,11 @@ class Injector(nn.Module):
     def gates(self) -> dict[str, float]:
         """How far each gate is open, -1 to 1; empty where there is none."""
         return {}
+
+
+def in_half(half: bool, device: torch.device) -> AbstractContextManager:
+    """Matrix products in bfloat16 on a GPU, where `half` asks for it."""
+    return torch.autocast("cuda", torch.bfloat16) if half and device.type == "cuda" else nullcontext()
 
 
 # ---- randomness by seed -------------------------------------------------------------------------------------------

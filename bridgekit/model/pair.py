@@ -8,7 +8,7 @@ Shapes: B batch, S source tokens, T target tokens, L captured layers, D hidden s
 import hashlib
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -62,6 +62,10 @@ class LanguageModel:
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.model.get_input_embeddings()(ids)
 
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of last hidden states. (..., D) -> (..., V)"""
+        return self.model.get_output_embeddings()(hidden)
+
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
@@ -71,10 +75,21 @@ class LanguageModel:
         return self.tokenizer(texts, **options)["offset_mapping"] if texts else []
 
     @torch.no_grad()
-    def hidden_states(self, ids: torch.Tensor, mask: torch.Tensor, layers: tuple[int, ...]) -> torch.Tensor:
+    def hidden_states(self, ids: torch.Tensor, mask, layers: tuple[int, ...], **options) -> torch.Tensor:
         """States of right-padded prompts at `layers` (0 is the embeddings). (B, S) -> (B, S, L, D)"""
-        out = self.decoder(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
-        return torch.stack([out.hidden_states[i] for i in layers], dim=2)
+        kept = {}
+
+        def keep(index, module, inputs, output):
+            kept[index] = output[0] if isinstance(output, tuple) else output
+
+        hooks = [self.layers[i - 1].register_forward_hook(partial(keep, i)) for i in layers if 0 < i < self.n_layers]
+        try:
+            out = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, **options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        ends = {0: self.embed(ids) if 0 in layers else None, self.n_layers: out.last_hidden_state}
+        return torch.stack([ends[i] if i in ends else kept[i] for i in layers], dim=2)
 
 
 @dataclass
@@ -91,6 +106,7 @@ class Pieces:
     prefix: list[int]
     question: list[int]
     cue: list[int]
+    n_shared: int = 0  # of the prefix: those that all prompts of the task begin with
 
     @property
     def all(self) -> list[int]:
@@ -107,7 +123,8 @@ def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
     for prompt, ids, offsets in zip(prompts, lm.tokenize(texts), lm.offsets(texts), strict=True):
         first = sum(start < len(prompt.prefix) for start, _ in offsets)
         second = sum(start < len(prompt.prefix + prompt.question) for start, _ in offsets)
-        pieces.append(Pieces(ids[:first], ids[first:second], ids[second:]))
+        shared = sum(end <= prompt.n_shared for _, end in offsets) if prompt.n_shared else 0
+        pieces.append(Pieces(ids[:first], ids[first:second], ids[second:], shared))
     return pieces
 
 

@@ -8,12 +8,17 @@ import math
 import numpy as np
 import torch
 
-from bridgekit.model.pair import LanguageModel, pad_ids, split_prompts
+from bridgekit.model.attention import Pass, attending, share_rows
+from bridgekit.model.pair import LanguageModel, Pieces, pad_ids, split_prompts
 from bridgekit.tasks import Example, literal_prompt, source_prompt
+
+MOST_PLACES = 1 << 16  # that the source reads at once
 
 
 def read_source(lm: LanguageModel, examples: list[Example], view: str, solutions: dict[str, str]) -> list[list[int]]:
-    """Token ids of what the bridge reads: the source's prompt, with its own solution, or the facts alone."""
+    """Token ids of what the source reads: its prompt, with its own solution, or the facts alone.
+
+    Of the view `question` it reads the whole prompt, and the bridge what comes after the shared start."""
     prompts = [source_prompt(e) for e in examples]
     if view == "facts":
         return [lm.bos + ids for ids in lm.tokenize([p.prefix for p in prompts])]
@@ -47,6 +52,12 @@ def in_batches(lengths, size: int) -> list[np.ndarray]:
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 
+def count_shared(lm: LanguageModel, pieces: list[Pieces]) -> int:
+    """How many tokens, BOS among them, all prompts of the task begin with; 0 where they have nothing in common."""
+    n = min((p.n_shared for p in pieces), default=0)
+    return len(lm.bos) + n if n else 0
+
+
 class Ragged:
     """Rows of token ids of unequal length, padded once; a batch is a gather, trimmed to its own longest row."""
 
@@ -60,38 +71,85 @@ class Ragged:
         return self.ids[rows, :width], self.mask[rows, :width]
 
 
-class SourceStates(Ragged):
-    """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked.
+class FlatStates:
+    """States of rows of unequal length, one after the other in one tensor; a batch is a gather. (places, ...)"""
 
-    `spans` are the rows of `align_tokens`, for an injector that needs them."""
+    def __init__(self, lengths: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device):
+        self.lengths, self.starts = lengths, lengths.cumsum() - lengths
+        self.states = torch.empty(int(lengths.sum()), *shape, dtype=dtype, device=device)
 
-    def __init__(self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float, spans=None):
-        super().__init__(rows, lm.device)
-        self.lm, self.layers, self.spans = lm, layers, None if spans is None else Ragged(spans, lm.device)
-        self.starts, self.flat = self.lengths.cumsum() - self.lengths, None
-        shape = (int(self.lengths.sum()), len(layers), lm.hidden_size)
-        if math.prod(shape) * lm.dtype.itemsize <= budget_gb * 1e9:
-            self.flat = torch.empty(*shape, dtype=lm.dtype, device=lm.device)
-            for chunk in in_batches(self.lengths, 256):
-                states, mask = self._compute(chunk)
-                self.flat[self._places(chunk)[mask]] = states[mask]
-
-    def _compute(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        ids, mask = self.take(indices)
-        return self.lm.hidden_states(ids, mask.long(), self.layers), mask
+    @classmethod
+    def fits(cls, lengths: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype, gb: float) -> bool:
+        return int(lengths.sum()) * math.prod(shape) * dtype.itemsize <= gb * 1e9
 
     def _places(self, indices: np.ndarray) -> torch.Tensor:
-        """Where the tokens of some prompts stand in the flat tensor, those of padding at its end. -> (B, S)"""
+        """Where the tokens of some rows stand, those of padding at the end. -> (B, S)"""
         places = self.starts[indices, None] + np.arange(self.lengths[indices].max())
-        return torch.from_numpy(places.clip(max=len(self.flat) - 1)).to(self.flat.device)
+        return torch.from_numpy(places.clip(max=len(self.states) - 1)).to(self.states.device)
+
+    def put(self, indices: np.ndarray, states: torch.Tensor, mask: torch.Tensor) -> None:
+        """(B, S, ...), (B, S)"""
+        self.states[self._places(indices)[mask]] = states[mask]
+
+    def take(self, indices: np.ndarray) -> torch.Tensor:
+        """(B, S, ...); what is padding is any state"""
+        return self.states[self._places(indices)]
+
+
+def in_parts(lengths: np.ndarray, size: int = 256) -> list[np.ndarray]:
+    """Batches of like length, of at most MOST_PLACES tokens."""
+    batches = in_batches(lengths, size)
+    pieces = [-(-len(batch) * int(lengths[batch].max()) // MOST_PLACES) for batch in batches]
+    return [part for batch, n in zip(batches, pieces, strict=True) for part in np.array_split(batch, n)]
+
+
+class SourceStates:
+    """Frozen source states of a list of prompts, kept in one flat tensor or computed when asked.
+
+    The states of the `n_shared` tokens that all rows begin with are computed once; a bridge that does not
+    `read_shared` is not given them. `rows` and `lengths` are of what the bridge reads. `spans` are the rows of
+    `align_tokens`, for an injector that needs them."""
+
+    def __init__(
+        self, lm: LanguageModel, rows: list[list[int]], layers: tuple[int, ...], budget_gb: float, spans=None,
+        n_shared: int = 0, read_shared: bool = True,
+    ):  # fmt: skip
+        self.lm, self.layers, self.flat, self.front = lm, layers, None, None
+        self.shared, own = share_rows(lm, rows, n_shared)
+        self.own = Ragged(own, lm.device)
+        skipped = 0 if read_shared else n_shared
+        self.rows = [row[skipped:] for row in rows]
+        self.lengths = np.array([len(row) for row in self.rows])
+        self.cut = 0 if self.shared else skipped  # places that are computed with each row, and not given to the bridge
+        if self.shared and read_shared:
+            ids = torch.tensor([self.shared.ids], device=lm.device)
+            self.front = lm.hidden_states(ids, torch.ones_like(ids), layers)
+        self.spans = None if spans is None else Ragged([[max(0, i - skipped) for i in row] for row in spans], lm.device)
+        lengths, shape = self.own.lengths, (len(layers), lm.hidden_size)
+        if FlatStates.fits(lengths, shape, lm.dtype, budget_gb):
+            self.flat = FlatStates(lengths, shape, lm.dtype, lm.device)
+            for part in in_parts(lengths):
+                self.flat.put(part, *self._compute(part))
+
+    def _compute(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        ids, mask = self.own.take(indices)
+        if self.shared is None:
+            return self.lm.hidden_states(ids, mask.long(), self.layers), mask
+        places = len(self.shared) + torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        with attending(self.lm, Pass(self.shared)):
+            return self.lm.hidden_states(ids, None, self.layers, position_ids=places), mask
 
     def batch(self, indices: np.ndarray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, L, D_s), (B, S) on the target's device; padding is zero"""
         if self.flat is None:
             states, mask = self._compute(indices)
         else:
-            states, (_, mask) = self.flat[self._places(indices)], self.take(indices)
-        return (states * mask[..., None, None]).to(device), mask.to(device)
+            states, (_, mask) = self.flat.take(indices), self.own.take(indices)
+        states = states * mask[..., None, None]
+        if self.front is not None:
+            states = torch.cat([self.front.expand(len(states), -1, -1, -1), states], 1)
+            mask = torch.nn.functional.pad(mask, (self.front.shape[1], 0), value=True)
+        return states[:, self.cut :].to(device), mask[:, self.cut :].to(device)
 
     def alignment(self, indices: np.ndarray, device: torch.device) -> torch.Tensor | None:
         """(B, P, 2); a place beyond a row's own prompt has an empty span"""

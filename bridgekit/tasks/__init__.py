@@ -60,6 +60,7 @@ class Prompt:
     prefix: str
     question: str
     cue: str = CUE
+    n_shared: int = 0  # characters of the prefix that all prompts of the task begin with
 
     @property
     def text(self) -> str:
@@ -68,7 +69,7 @@ class Prompt:
 
 def literal_prompt(example: Example, front: str = "") -> Prompt:
     """The target's own prompt, with nothing in front of its question but the solved ones that all prompts have."""
-    return Prompt(example.shots + front, f"Question: {example.question}")
+    return Prompt(example.shots + front, f"Question: {example.question}", n_shared=len(example.shots))
 
 
 def source_prompt(example: Example) -> Prompt:

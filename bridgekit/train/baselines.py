@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bridgekit.model.attention import share_rows
 from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import Generated, generate_batch
 from bridgekit.model.pair import LanguageModel, split_prompts
-from bridgekit.model.states import in_batches
+from bridgekit.model.states import count_shared, in_batches
 from bridgekit.runs import load_jsonl
 from bridgekit.tasks import Example, Prompt, Task
 
@@ -77,10 +78,11 @@ class Baselines:
     def answer(self, lm: LanguageModel, prompts: list[Prompt]) -> list[Generated]:
         keys, known = [self.key(lm, p) for p in prompts], self.file.known
         missing = [i for i, k in enumerate(keys) if k not in known]
-        rows = [lm.bos + p.all for p in split_prompts(lm, [prompts[i] for i in missing])]
+        pieces = split_prompts(lm, [prompts[i] for i in missing])
+        shared, rows = share_rows(lm, [lm.bos + p.all for p in pieces], count_shared(lm, pieces))
         for chunk in in_batches([len(r) for r in rows], self.batch_size):
             texts = [rows[i] for i in chunk]
-            options = dict(max_new_tokens=self.max_new_tokens, is_complete=self.task.is_complete)
+            options = dict(max_new_tokens=self.max_new_tokens, is_complete=self.task.is_complete, shared=shared)
             made = generate_batch(lm, texts, [[] for _ in texts], **options)
             self.file.add({keys[missing[i]]: (g, {}) for i, g in zip(chunk, made, strict=True)})
         return [known[k][0] for k in keys]

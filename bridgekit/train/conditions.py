@@ -31,7 +31,7 @@ from bridgekit.runs import UNFINISHED, is_correct, write_bytes_atomic, write_jso
 from bridgekit.tasks import Example, Prompt, literal_prompt, relay_prompt, source_prompt, told_prompt
 from bridgekit.tasks.answers import INVALID
 from bridgekit.train.baselines import KINDS, AnswerFile
-from bridgekit.train.data import split_rows
+from bridgekit.train.data import split_target
 
 if typing.TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
@@ -182,7 +182,7 @@ def decode_messages(
     What the file `kept` has under an example's key is taken from it, the rest is put there batch by batch."""
     config, target = experiment.config, experiment.pair.target
     pieces = split_prompts(target, [literal_prompt(e) for e in examples])
-    before, after = split_rows(target, pieces, config.bridge.soft_position, config.bridge.prompt_mode)
+    shared, before, after = split_target(config, target, pieces, config.bridge.prompt_mode)
     seeds = experiment.seeds(examples)
     results: list = [None] * len(examples)
     waiting = np.array([i for i in range(len(examples)) if not kept or keys[i] not in kept.known], dtype=int)
@@ -201,7 +201,8 @@ def decode_messages(
             keep_attention(looked, message, chunk, [examples[i] for i in chunk], states)
             attention |= looked
         texts, ends = ([before[i] for i in chunk], [after[i] for i in chunk]), experiment.task.is_complete
-        decoded = decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, is_complete=ends)
+        options = dict(is_complete=ends, shared=shared)
+        decoded = decode_bridged(target, bridge, message, *texts, config.eval.max_new_tokens, **options)
         for i, generated in zip(chunk, decoded, strict=True):
             results[i] = generated
         if kept:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from bridgekit.config import Config
+from bridgekit.config import Config, refuse_if
+from bridgekit.model.attention import LEAST, Shared, share_rows
+from bridgekit.model.generation import answer_states
 from bridgekit.model.pair import LanguageModel, Pieces, split_prompts
-from bridgekit.model.states import Ragged, SourceStates
+from bridgekit.model.states import FlatStates, Ragged, SourceStates, count_shared, in_parts
 from bridgekit.tasks import Example, literal_prompt
 
 
@@ -40,11 +42,15 @@ class Batch:
     alignment: torch.Tensor | None  # (B, P, 2), for an injector that needs it
     before: tuple[torch.Tensor, torch.Tensor]  # the target's text before the soft tokens
     after: tuple[torch.Tensor, torch.Tensor]  # and after them, without the answer
-    literal: tuple[torch.Tensor, torch.Tensor]  # the whole literal prompt, for the KL teacher
+    literal: tuple[torch.Tensor, torch.Tensor]  # the whole literal prompt
+    asked: tuple[torch.Tensor, torch.Tensor]  # what of it comes after the shared start, for the KL teacher
     labels: torch.Tensor  # (B, A), the answer with its end token
     labels_mask: torch.Tensor  # (B, A)
     marker: torch.Tensor  # (B, A), True on the tokens of `####`
     final: tuple[torch.Tensor, torch.Tensor]  # the answer's last line, from `####` on, with its end token
+    shared: Shared | None = None  # what stands in front of every `before`
+    shared_asked: Shared | None = None  # and of every `asked`
+    taught: torch.Tensor | None = None  # (B, A, D), the target's own last states on the labels, where they are kept
 
 
 class TrainingTexts:
@@ -54,15 +60,29 @@ class TrainingTexts:
         mode = config.bridge.train_prompt_mode
         mode = config.bridge.prompt_mode if mode == "same" else mode
         pieces = split_prompts(target, [literal_prompt(e) for e in examples])
-        before, after = split_rows(target, pieces, config.bridge.soft_position, mode)
+        self.shared, before, after = split_target(config, target, pieces, mode)
         answers, markers = tokenize_answers(target, [e.solution for e in examples])
         finals = [a[m.index(1) if 1 in m else len(a) :] for a, m in zip(answers, markers, strict=True)]
         first = config.loss.answer_tokens or None
         answers, markers = [a[:first] for a in answers], [m[:first] for m in markers]
-        rows = [before, after, [target.bos + p.all for p in pieces], answers, markers, finals]
-        self.device = target.device
+        literal = [target.bos + p.all for p in pieces]
+        self.shared_asked, asked = share_rows(target, literal, count_shared(target, pieces))
+        rows = [before, after, literal, asked, answers, markers, finals]
+        self.device, self.taught = target.device, None
         ragged = (Ragged(r, target.device) for r in rows)
-        self.before, self.after, self.literal, self.answers, self.markers, self.finals = ragged
+        self.before, self.after, self.literal, self.asked, self.answers, self.markers, self.finals = ragged
+
+    @torch.no_grad()
+    def teach(self, target: LanguageModel, gb: float) -> None:
+        """Keep the last states that the target alone has on every answer, where they fit: its logits follow."""
+        lengths, shape = self.answers.lengths, (target.hidden_size,)
+        if self.taught is None and FlatStates.fits(lengths, shape, target.dtype, gb):
+            self.taught = FlatStates(lengths, shape, target.dtype, target.device)
+            for part in in_parts(self.asked.lengths + lengths):
+                asked, (labels, mask) = self.asked.take(part), self.answers.take(part)
+                nothing = (asked[0][:, :0], asked[1][:, :0])
+                states = answer_states(target, nothing, asked, None, labels, mask, self.shared_asked)
+                self.taught.put(part, states, mask)
 
 
 class TrainingSet:
@@ -84,7 +104,9 @@ class TrainingSet:
         return Batch(
             states, mask, torch.from_numpy(seeds).to(device), torch.from_numpy(slots).to(device),
             self.states.alignment(indices, device), texts.before.take(indices), texts.after.take(indices),
-            texts.literal.take(indices), labels, labels_mask, marker.bool() & labels_mask, texts.finals.take(indices),
+            texts.literal.take(indices), texts.asked.take(indices), labels, labels_mask, marker.bool() & labels_mask,
+            texts.finals.take(indices), texts.shared, texts.shared_asked,
+            None if texts.taught is None else texts.taught.take(indices),
         )  # fmt: skip
 
 
@@ -102,6 +124,21 @@ def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str
     places = [{"start": 0, "question": len(p.prefix), "end": len(p.prefix + p.question)}[position] for p in pieces]
     rows = list(zip(pieces, places, strict=True))
     return [lm.bos + p.all[:n] for p, n in rows], [p.all[n:] for p, n in rows]
+
+
+def split_target(config: Config, lm: LanguageModel, pieces: list[Pieces], mode: str):
+    """What stands in front of all rows, and each row's ids before and after the place where soft tokens go.
+
+    Few-shot examples are shared where no message acts on them: soft tokens stand behind, and other injectors begin at
+    the question (`inject_from`)."""
+    bridge, has_soft = config.bridge, config.bridge.injector not in ("residual", "kv")
+    before, after = split_rows(lm, pieces, bridge.soft_position if has_soft else "question", mode)
+    begins = bridge.inject_from == "question" or bridge.inject_from == "auto" and config.task.n_shots > 0
+    n = count_shared(lm, pieces) if begins or bridge.injector == "prefix" else 0
+    shared, own = share_rows(lm, before, min(n, *map(len, before)) if n else 0)
+    refused = n >= LEAST and begins and bridge.injector != "prefix" and mode != "soft_only" and shared is None
+    refuse_if(refused, f"bridge.inject_from: {lm.origin} cannot share its shots: set inject_from=prompt")
+    return shared, own, after
 
 
 def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:

@@ -34,8 +34,8 @@ from bridgekit.model.bridge import (
 )
 from bridgekit.model.generation import Generated, evaluating
 from bridgekit.model.message import Message
-from bridgekit.model.pair import Pair, load_pair, pick_layers
-from bridgekit.model.states import SourceStates, align_tokens, read_source
+from bridgekit.model.pair import Pair, load_pair, pick_layers, split_prompts
+from bridgekit.model.states import SourceStates, align_tokens, count_shared, read_source
 from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
 from bridgekit.tasks import Example, extend, get_task, source_prompt, units
 from bridgekit.train import trainer
@@ -133,7 +133,7 @@ class Experiment:
         pair, settings = self.pair, self.config_of(condition).bridge
         lm, view, layers = pair.source, settings.source_view, self.layers
         if condition.split(".")[0] == "self_bridge":  # the target may read only what it can read anyway
-            lm, view, layers = pair.target, "prompt", self.self_layers
+            lm, layers, view = pair.target, self.self_layers, "question" if view == "question" else "prompt"
             examples = [replace(e, facts="") for e in examples]
         solutions = {}
         if view == "solution":
@@ -144,8 +144,10 @@ class Experiment:
         rows = read_source(lm, examples, view, solutions)
         # A constant looks at nothing: it gets one token per prompt, and the source hardly runs.
         if settings.producer == "constant" and settings.n_soft_tokens != -1:
-            rows = [row[:1] for row in rows]
-        return SourceStates(lm, rows, layers, cache_gb, spans)
+            rows, view = [row[:1] for row in rows], "facts"
+        first = split_prompts(lm, [source_prompt(e) for e in examples[:1]])
+        n_shared = 0 if view == "facts" else count_shared(lm, first)
+        return SourceStates(lm, rows, layers, cache_gb, spans, n_shared, view != "question")
 
     def build_bridge(self, name: str = "bridged") -> Bridge:
         """A fresh bridge on the target's device, with the initial weights that the run's seed gives."""
@@ -178,6 +180,8 @@ class Experiment:
         examples = self.examples("train", share)
         if share not in self._texts:
             self._texts[share] = TrainingTexts(config, self.pair.target, examples)
+        if config.loss.kl_weight and self.device.type == "cuda":
+            self._texts[share].teach(self.pair.target, config.train.cache_states_gb)
         return TrainingSet(self._texts[share], self.source_states(examples, name, config.train.cache_states_gb))
 
     def training_set(self, examples: list[Example]) -> TrainingSet:

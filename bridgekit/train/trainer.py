@@ -27,6 +27,7 @@ from bridgekit.model.generation import Generated, answer_logits, bridged_logits,
 from bridgekit.model.message import Message
 from bridgekit.model.pair import LanguageModel, pad_ids
 from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
+from bridgekit.train.captured import Captured
 from bridgekit.train.checkpoints import STOP, Checkpoints, Window, deal_window
 from bridgekit.train.data import Batch, TrainingSet, step_batch
 from bridgekit.train.processes import Processes, sum_gradients
@@ -45,9 +46,8 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
     experiment.report(f"prepare {name}")
     bridge = experiment.build_bridge(name)
     experiment.log(f"{name}: {bridge.n_parameters:,} parameters, {config.bridge.producer} x {config.bridge.injector}")
-    optimizer = torch.optim.AdamW(
-        bridge.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.98)
-    )
+    optimizer = build_optimizer(config, bridge)
+    captured = Captured(experiment, name, bridge) if may_capture(experiment) else None
     metrics = experiment.folder / ("metrics.jsonl" if name == "bridged" else f"metrics_{name}.jsonl")
     best = BestWeights(experiment, name)
     checkpoints = Checkpoints(experiment, name, optimizer, metrics)
@@ -66,7 +66,7 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
         if done > start:
             with STOP.after_step():
                 since = time.time()
-                window.append(train_step(experiment, name, bridge, optimizer, data, done - 1))
+                window.append(train_step(experiment, name, bridge, optimizer, data, done - 1, captured))
                 experiment.spend(f"train {name}", since)
                 if done % log_every == 0 or done == settings.steps:
                     write_progress(experiment, name, metrics, done, window, best, bridge.injector.gates())
@@ -85,21 +85,41 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
 
 
 def train_step(
-    experiment: Experiment, name: str, bridge: Bridge, optimizer: torch.optim.Optimizer, data: TrainingSet, step: int
-) -> dict[str, torch.Tensor]:
+    experiment: Experiment, name: str, bridge: Bridge, optimizer: torch.optim.Optimizer, data: TrainingSet, step: int,
+    captured: Captured | None = None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     """One step of the optimizer, counted from 0. -> its losses and the size of its gradient"""
     config, processes = experiment.config_of(name), experiment.processes
     bridge.train()
     for group in optimizer.param_groups:
         group["lr"] = config.train.lr * learning_rate(config, step)
     batch = step_batch(config, data, step, processes.rank, processes.world)
-    means = experiment.step_losses(bridge, batch, step, name)
-    means["loss"].backward()
+    if captured is None:
+        means = experiment.step_losses(bridge, batch, step, name)
+        means["loss"].backward()
+    else:
+        means = captured.run(batch)
+        if is_decoded(config, step):
+            totals = {"decode": decode_loss(experiment, bridge, batch, encode_batch(experiment, bridge, batch, name))}
+            decoded = mean_losses(totals, processes)
+            weigh(config, decoded).backward()
+            means |= decoded | {"loss": means["loss"] + weigh(config, decoded)}
     sum_gradients(bridge, processes)
     norm = torch.nn.utils.clip_grad_norm_(bridge.parameters(), config.train.grad_clip)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=captured is None)
     return {k: v.detach() for k, v in {**means, "grad_norm": norm}.items()}
+
+
+def build_optimizer(config: Config, bridge: Bridge) -> torch.optim.Optimizer:
+    on_gpu = next(bridge.parameters()).is_cuda
+    settings = dict(lr=config.train.lr, weight_decay=config.train.weight_decay, betas=(0.9, 0.98))
+    return torch.optim.AdamW(bridge.parameters(), **settings, fused=on_gpu or None)
+
+
+def may_capture(experiment: Experiment) -> bool:
+    """Whether a step can be replayed: on one GPU, with losses of the package alone."""
+    return experiment.device.type == "cuda" and experiment.processes.world == 1 and not experiment.extra_loss
 
 
 def control_config(config: Config, name: str) -> Config:
@@ -245,34 +265,32 @@ class BestWeights:
 
 
 def step_losses(
-    experiment: Experiment, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged"
+    experiment: Experiment, bridge: Bridge, batch: Batch, step: int | None = 0, name: str = "bridged"
 ) -> dict[str, losses.Total]:
-    """Every loss that has a weight and is due, as (sum, count) over this process's part of the batch."""
+    """Every loss that has a weight and is due, as (sum, count) over this process's part of the batch.
+
+    Without a step that of free decoding is left out."""
     config, target, processes = experiment.config_of(name), experiment.pair.target, experiment.processes
     weights, extra = config.loss, experiment.extra_loss
-    teacher = None
-    if weights.flow_weight or weights.prompt_weight or config.bridge.dit_tokens == "teacher":
-        ids, mask = (batch.labels, batch.labels_mask) if config.bridge.teacher == "answer" else batch.literal
-        teacher = (target.embed(ids), mask)
-    flow_teacher = teacher if weights.flow_weight or config.bridge.dit_tokens == "teacher" else None
-    message = bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment, teacher=flow_teacher)
+    message = encode_batch(experiment, bridge, batch, name)
     result = {}
     if weights.nll_weight or weights.kl_weight or weights.format_weight or extra:
-        logits = bridged_logits(target, bridge, message, batch.before, batch.after, batch.labels, batch.labels_mask)
+        texts = (batch.before, batch.after, batch.labels, batch.labels_mask)
+        logits = bridged_logits(target, bridge, message, *texts, batch.shared)
         if weights.nll_weight:
             result["nll"] = losses.answer_nll(logits, batch.labels, batch.labels_mask)
         if weights.format_weight:
             result["format"] = losses.format_nll(logits, batch.labels, batch.marker)
         if weights.kl_weight:
-            nothing = (batch.literal[0][:, :0], batch.literal[1][:, :0])
             with torch.no_grad():
-                alone = answer_logits(target, nothing, batch.literal, None, batch.labels, batch.labels_mask)
+                alone = target_logits(target, batch)
             result["kl"] = losses.kl_slice(logits, alone, batch.labels_mask, weights.kl_tokens)
         if extra:
             given = {"labels": batch.labels, "labels_mask": batch.labels_mask, "batch": batch, "target": target}
             result["extra"] = extra(logits=logits, message=message, **given)
     if weights.prompt_weight:
         everywhere = {} if processes.world == 1 else {"reduce": lambda pair: tuple(map(processes.sum, pair))}
+        teacher = embed_teacher(config, target, batch)
         result["prompt"] = losses.prompt_alignment(message.tokens, message.mask, *teacher, **everywhere)
     if weights.info_nce_weight:
         own = losses.pool(target.embed(batch.literal[0]), batch.literal[1])
@@ -281,9 +299,36 @@ def step_losses(
         result["info_nce"] = losses.info_nce(anchors, processes.gather(own), offset, weights.info_nce_temperature)
     if weights.flow_weight and message.flow_error is not None:
         result["flow"] = losses.flow(message.flow_error)
-    if weights.decode_weight and (step + 1) % weights.decode_every == 0:
+    if is_decoded(config, step):
         result["decode"] = decode_loss(experiment, bridge, batch, message)
     return result
+
+
+def is_decoded(config: Config, step: int | None) -> bool:
+    """Is the loss on free decoding due at this step?"""
+    return step is not None and config.loss.decode_weight > 0 and (step + 1) % config.loss.decode_every == 0
+
+
+def embed_teacher(config: Config, target: LanguageModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of what flow and prompt alignment imitate, and their mask. (B, P, D), (B, P)"""
+    ids, mask = (batch.labels, batch.labels_mask) if config.bridge.teacher == "answer" else batch.literal
+    return target.embed(ids), mask
+
+
+def encode_batch(experiment: Experiment, bridge: Bridge, batch: Batch, name: str) -> Message:
+    """The messages of a batch; a generative producer sees its teacher where it learns from it."""
+    config = experiment.config_of(name)
+    needed = config.loss.flow_weight or config.bridge.dit_tokens == "teacher"
+    teacher = embed_teacher(config, experiment.pair.target, batch) if needed else None
+    return bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment, teacher=teacher)
+
+
+def target_logits(target: LanguageModel, batch: Batch) -> torch.Tensor:
+    """Logits of the target alone on a batch's answers. (B, A, V)"""
+    if batch.taught is not None:
+        return target.head(batch.taught)
+    nothing = (batch.asked[0][:, :0], batch.asked[1][:, :0])
+    return answer_logits(target, nothing, batch.asked, None, batch.labels, batch.labels_mask, batch.shared_asked)
 
 
 def wrap_extra_loss(loss: Callable, options: dict) -> Callable[..., losses.Total]:
@@ -315,20 +360,22 @@ def decode_loss(experiment: Experiment, bridge: Bridge, batch: Batch, message: M
         seeds = batch.seeds[rows] + batch.slots[rows] * samples + draws
     message = message.select(rows)
     before, after, final = ((ids[rows], mask[rows]) for ids, mask in (batch.before, batch.after, batch.final))
-    answers = decode_bridged(target, bridge, message, unpad(*before), unpad(*after), settings.decode_tokens, seeds)
+    texts = (unpad(*before), unpad(*after), settings.decode_tokens, seeds)
+    answers = decode_bridged(target, bridge, message, *texts, is_complete=task.is_complete, shared=batch.shared)
     gold = unpad(*final)
     if sampled:
         labels, mask = pad_ids([list(g.ids) for g in answers], target.device)
         wanted = [task.extract(t) for t in target.tokenizer.batch_decode(gold, skip_special_tokens=True)]
         right = [float(task.is_right(task.extract(g.text), w)) for g, w in zip(answers, wanted, strict=True)]
         reward = torch.tensor(right, device=target.device).view(n, samples)
-        logits = bridged_logits(target, bridge, message, before, after, labels, mask)
+        logits = bridged_logits(target, bridge, message, before, after, labels, mask, batch.shared)
         return losses.policy_gradient(logits, labels, mask, losses.leave_one_out(reward).flatten())
     steps = [own_steps(target, g) for g in answers]
     labels, mask = pad_ids([s + g for s, g in zip(steps, gold, strict=True)], target.device)
     lengths = torch.tensor([len(s) for s in steps], device=target.device)
     counted = mask & (torch.arange(mask.shape[1], device=target.device) >= lengths[:, None])
-    return losses.answer_nll(bridged_logits(target, bridge, message, before, after, labels, mask), labels, counted)
+    logits = bridged_logits(target, bridge, message, before, after, labels, mask, batch.shared)
+    return losses.answer_nll(logits, labels, counted)
 
 
 def own_steps(target: LanguageModel, generated: Generated) -> list[int]:

@@ -202,14 +202,14 @@ def test_the_decoded_questions_are_the_first_slots_however_they_are_dealt_out(on
     experiment, bridge, batch, message = decoded(one_step, decode_estimator=estimator)
     calls = []
 
-    def watch(target, bridge, message, before, after, n, seeds=None):
+    def watch(target, bridge, message, before, after, n, seeds=None, **options):
         calls.append(
             {
                 (tuple(b + a), None if seeds is None else int(seeds[i]))
                 for i, (b, a) in enumerate(zip(before, after, strict=True))
             }
         )
-        return decode_bridged(target, bridge, message, before, after, n, seeds)
+        return decode_bridged(target, bridge, message, before, after, n, seeds, **options)
 
     monkeypatch.setattr(trainer, "decode_bridged", watch)
     decode_loss(experiment, bridge, batch, message)

@@ -1,0 +1,105 @@
+"""The losses and gradients of a training step as captured graphs: a GPU is not kept waiting for Python.
+
+    means = captured.run(batch, step)      # as experiment.step_losses(...) and its backward pass
+
+A graph is made for each size of a batch. Widths are rounded up to multiples of WIDTH, so that there are few sizes; what
+is padded is masked. A size that is met for the first time runs as usual. All randomness comes from the batch's seeds,
+and so do the numbers of a replay. Free decoding is no part of a graph: its loss has a backward pass of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from bridgekit.model.bridge import Bridge
+from bridgekit.train.data import Batch
+
+if TYPE_CHECKING:
+    from bridgekit.train.experiment import Experiment
+
+WIDTH = 16
+QUESTIONS = ("states", "mask", "alignment", "before", "after", "literal", "asked")  # as long as a prompt, or its rest
+
+
+class Captured:
+    """Replays of one bridge's training step, by the batch's size."""
+
+    def __init__(self, experiment: Experiment, name: str, bridge: Bridge):
+        self.experiment, self.name, self.bridge = experiment, name, bridge
+        self.seen: set[tuple] = set()
+        self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, dict[str, torch.Tensor]]] = {}
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The mean of each loss but that of decoding; the gradients are added to the bridge's."""
+        batch = pad_batch(batch)
+        key = tuple(tuple(x.shape) for x in tensors(batch))
+        if key not in self.seen:
+            self.seen.add(key)
+            return self._step(batch)
+        if key not in self.graphs:
+            self._capture(key, batch)
+        graph, static, means = self.graphs[key]
+        for room, fresh in zip(tensors(static), tensors(batch), strict=True):
+            room.copy_(fresh)
+        graph.replay()
+        return {name: mean.clone() for name, mean in means.items()}
+
+    def _step(self, batch: Batch) -> dict[str, torch.Tensor]:
+        means = self.experiment.step_losses(self.bridge, batch, None, self.name)
+        means["loss"].backward()
+        return {name: mean.detach() for name, mean in means.items()}
+
+    def _capture(self, key: tuple, batch: Batch) -> None:
+        static = map_batch(batch, torch.clone)
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.empty_cache()  # what the usual steps took is not needed beside the graph's own memory
+        with torch.cuda.graph(graph, pool=self.pool):
+            means = self._step(static)
+        self.graphs[key] = graph, static, means
+
+
+def tensors(batch: Batch) -> list[torch.Tensor]:
+    """All tensors of a batch, in order."""
+    values = [getattr(batch, f.name) for f in fields(batch)]
+    flat = [x for value in values for x in (value if isinstance(value, tuple) else (value,))]
+    return [x for x in flat if isinstance(x, torch.Tensor)]
+
+
+def map_batch(batch: Batch, function) -> Batch:
+    """The batch with a function applied to each tensor."""
+
+    def apply(value):
+        if isinstance(value, tuple):
+            return tuple(map(function, value))
+        return function(value) if isinstance(value, torch.Tensor) else value
+
+    return replace(batch, **{f.name: apply(getattr(batch, f.name)) for f in fields(batch)})
+
+
+def pad_batch(batch: Batch) -> Batch:
+    """The batch with all question-like widths brought to one multiple of WIDTH, and the answers' to another."""
+
+    def width(name: str) -> int:
+        value = getattr(batch, name)
+        return 0 if value is None else (value[0] if isinstance(value, tuple) else value).shape[1]
+
+    shared = len(batch.shared_asked or ())
+    question = -(-max(width(n) - shared * (n in ("literal", "alignment")) for n in QUESTIONS) // WIDTH) * WIDTH
+    answer = -(-batch.labels.shape[1] // WIDTH) * WIDTH
+    wanted = {n: question + shared * (n in ("literal", "alignment")) for n in QUESTIONS if width(n) > 0}
+    wanted |= dict.fromkeys(("labels", "labels_mask", "marker", "final", "taught"), answer)
+
+    def pad(x: torch.Tensor, n: int) -> torch.Tensor:
+        return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, n - x.shape[1]))
+
+    changes = {}
+    for name, n in wanted.items():
+        if (value := getattr(batch, name)) is None:
+            continue
+        changes[name] = tuple(pad(x, n) for x in value) if isinstance(value, tuple) else pad(value, n)
+    return replace(batch, **changes)
