@@ -16,13 +16,20 @@ from bridgekit.model.adapter import add_to
 from bridgekit.model.message import Injector, Message
 from bridgekit.model.pair import pick_layers
 from bridgekit.model.producers import Attention, average_spans
-from bridgekit.model.tryout import try_projections
+from bridgekit.model.tryout import takes_soft_tokens, try_projections
 
 GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
 
 
 class Prefix(Injector):
     """Soft tokens in the target's prompt; the target itself is left as it is."""
+
+    def __init__(self, config=None, target=None):
+        super().__init__(config, target)
+        if target is not None and not takes_soft_tokens(target.parts, target.sample):
+            kind = target.model.config.model_type
+            why = f"{kind} reads more of a token than its embedding, so it cannot read soft tokens: use residual"
+            raise ConfigError(f"bridge.injector: {config.injector}: {why}")
 
     def soft(self, message: Message) -> Message:
         return message

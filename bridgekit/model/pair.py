@@ -106,13 +106,18 @@ class LanguageModel:
         Tokenized alone an answer would begin otherwise with tokenizers that put a mark before every text. Where the
         prompt's end and the answer's beginning would be one token, the answer is tokenized alone: the model never
         sees that token after this prompt."""
-        ids, offsets = self.tokenize(answers), self.offsets(answers)
+        options, ids, offsets = dict(add_special_tokens=False, return_offsets_mapping=True), [], []
         texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        whole = zip(prompts, self.tokenize(prompts), self.tokenize(texts), self.offsets(texts), strict=True)
-        for i, (prompt, before, both, places) in enumerate(whole):
-            n, start = len(before), len(prompt)
-            if both[:n] == before:
-                ids[i], offsets[i] = both[n:], [(max(a - start, 0), b - start) for a, b in places[n:]]
+        whole = self.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
+        rows = zip(self.tokenize(prompts), whole["input_ids"], whole["offset_mapping"], strict=True)
+        for prompt, answer, (before, both, places) in zip(prompts, answers, rows, strict=True):
+            if both[: len(before)] == before:
+                start, places = len(prompt), places[len(before) :]
+                ids.append(both[len(before) :])
+                offsets.append([(max(first - start, 0), last - start) for first, last in places])
+            else:
+                ids += self.tokenize([answer])
+                offsets += self.offsets([answer])
         return ids, offsets
 
     def fill_template(self, answer: str | None = None) -> list[str]:

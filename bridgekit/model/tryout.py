@@ -58,6 +58,17 @@ def try_decoder(decoder: Decoder, ids: list[int], what: str) -> None:
 
 
 @torch.no_grad()
+def takes_soft_tokens(decoder: Decoder, ids: list[int]) -> bool:
+    """Whether a decoder reads embeddings that are no token's; some look every one up in their table."""
+    embeds = decoder.model.get_input_embeddings()(torch.tensor([ids], device=decoder.model.device))
+    try:
+        found = decoder.module(inputs_embeds=(embeds + embeds.flip(1)) / 2, use_cache=False).last_hidden_state
+    except (RuntimeError, ValueError):
+        return False
+    return bool(found.isfinite().all())
+
+
+@torch.no_grad()
 def try_projections(decoder: Decoder, index: int, ids: list[int]) -> tuple[Projection, Projection] | None:
     """A layer's projections of keys and values, if a change of each changes all that is cached of it and nothing else.
 
@@ -72,7 +83,8 @@ def try_projections(decoder: Decoder, index: int, ids: list[int]) -> tuple[Proje
     projections = decoder.projections(index)
     for place, projection in enumerate(projections or ()):
         before = cached()
-        with add_to(projection, torch.ones_like):
+        ramp = torch.linspace(1, 2, projection.width, device=decoder.model.device)  # a norm would take out a constant
+        with add_to(projection, lambda own, ramp=ramp: ramp.to(own.dtype).expand_as(own)):
             changed = [a != b for a, b in zip(cached(), before, strict=True)]
         if changed[1 - place].any() or changed[place].float().mean() < 0.9:
             return None

@@ -4,10 +4,10 @@ python -m pytest tests/model/test_families.py
 python tests/model/test_families.py              # the table: family x injector
 """
 
+import re
 import sys
 import tempfile
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from bridgekit.config import ConfigError, load_config
 from bridgekit.model.bridge import build_bridge
-from bridgekit.model.generation import bridged_logits, decode_bridged, generate_batch, unpad
+from bridgekit.model.generation import bridged_logits, decode_bridged, unpad
 from bridgekit.model.pair import load_model, pad_ids
 
 INJECTORS = ("prefix", "residual", "prefix+residual", "kv")
@@ -31,8 +31,8 @@ MLA = dict(num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_
 MLA |= dict(v_head_dim=16, head_dim=8, n_routed_experts=4, n_group=1, topk_group=1, first_k_dense_replace=1)
 LINEAR = dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16)
 PLAIN = """llama mistral qwen2 qwen3 glm glm4 phi olmo olmo2 olmo3 stablelm starcoder2 smollm3 exaone4 cohere cohere2
-granite nanochat gemma gemma2 gemma3_text vaultgemma phi3 nemotron persimmon gpt_neox helium falcon_h1""".split()
-EXPERTS = "mixtral qwen2_moe qwen3_moe granitemoe gpt_oss llama4_text gemma4_text".split()
+granite nanochat gemma gemma2 gemma3_text vaultgemma phi3 nemotron persimmon gpt_neox helium""".split()
+EXPERTS = "mixtral qwen2_moe qwen3_moe granitemoe gpt_oss llama4_text".split()
 FAMILIES = dict.fromkeys(PLAIN, NEW) | dict.fromkeys(EXPERTS, MOE)
 FAMILIES |= dict.fromkeys(("gpt2", "gpt_bigcode"), GPT)
 FAMILIES |= dict.fromkeys(("gptj", "codegen"), GPT | dict(rotary_dim=8))
@@ -44,15 +44,18 @@ FAMILIES |= {
     "mpt": ENDS | dict(d_model=64, n_heads=4, n_layers=2, max_seq_len=256, expansion_ratio=2),
     "opt": OLD | dict(ffn_dim=96, word_embed_proj_dim=64), "opt-350m": OLD | dict(ffn_dim=96, word_embed_proj_dim=32),
     "biogpt": NEW, "xglm": ENDS | dict(d_model=64, ffn_dim=96, num_layers=2, attention_heads=4),
+    "gemma4_text": MOE | dict(vocab_size_per_layer_input=300, hidden_size_per_layer_input=16),
     "deepseek_v3": MOE | MLA, "gemma4_text-alone": MOE | dict(hidden_size_per_layer_input=0),
     "lfm2": NEW | dict(layer_types=["conv", "full_attention"]),
+    "falcon_h1": NEW | dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8, mamba_chunk_size=8),
     "jamba": MOE | dict(attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False),
     "qwen3_next": MOE | LINEAR | dict(layer_types=["linear_attention", "full_attention"]),
     "recurrent_gemma": NEW | dict(block_types=["recurrent", "attention"]), "minimax": MOE,
     "mamba": OLD | dict(state_size=8), "rwkv": OLD | dict(attention_hidden_size=64),
 }  # fmt: skip
-REFUSED = {"opt-350m", "gemma4_text", "recurrent_gemma", "minimax", "mamba", "rwkv"}
+REFUSED = {"opt-350m", "recurrent_gemma", "minimax", "mamba", "rwkv"}
 WITHOUT_KV = {"deepseek_v3", "lfm2", "jamba", "qwen3_next", "codegen"}
+WITHOUT = {(family, "kv") for family in WITHOUT_KV} | {("gemma4_text", i) for i in INJECTORS if "prefix" in i}
 PROMPTS, ANSWER = ["Question: a box has 3 pins.\nAnswer:\n", "Question: 12 + 30\nAnswer:\n"], "So 3 pins.\n#### 3"
 
 
@@ -68,21 +71,15 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def make_folder(family: str) -> Path:
-    """A random model of a family, saved as a user's would be; its embeddings are as large as trained ones."""
-    folder, kind = Path(tempfile.mkdtemp(prefix="family-")), family if family in PLAIN else family.split("-")[0]
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **FAMILIES[family]))
-        model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@cache
 def load(family: str):
-    transformers.logging.set_verbosity_error()
-    return load_model("target_model", str(make_folder(family)), torch.device("cpu"), torch.float32)
+    """A random model of a family, loaded from a folder as a user's would be."""
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory(prefix=f"{family}-") as folder, torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind = family if family in PLAIN else family.split("-")[0]
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **FAMILIES[family])).save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        return load_model("target_model", folder, torch.device("cpu"), torch.float32)
 
 
 def go_through(family: str, injector: str) -> None:
@@ -115,9 +112,6 @@ def go_through(family: str, injector: str) -> None:
         given = bridged_logits(lm, bridge, message.select(torch.tensor([0])), *one, steps, steps >= 0)
     assert [t.ids for t in texts] == [t.ids for t in alone]  # padding and neighbours change nothing
     assert given[0].argmax(-1).tolist() == list(texts[0].ids)  # training reads what decoding does
-    assert [t.ids for t in texts] != [
-        t.ids for t in generate_batch(lm, rows, [[]] * n, max_new_tokens=4)
-    ] or lm.n_layers
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -135,8 +129,8 @@ def test_a_family_goes_through_every_injector_or_is_refused_in_one_line(family):
         everything = lm.embed(torch.arange(lm.model.get_input_embeddings().weight.shape[0])).pow(2).mean().sqrt()
         assert lm.embedding_rms == pytest.approx(everything.item(), rel=1e-3)
     for injector in INJECTORS:
-        if injector == "kv" and family in WITHOUT_KV:
-            with pytest.raises(ConfigError, match=f"^bridge.injector: kv: {family}[^\n]*: use [^\n]*residual$"):
+        if (family, injector) in WITHOUT:
+            with pytest.raises(ConfigError, match=rf"^bridge.injector: {re.escape(injector)}: {family}[^\n]*residual$"):
                 go_through(family, injector)
         else:
             go_through(family, injector)
@@ -152,7 +146,7 @@ def describe_families() -> str:
                 go_through(family, injector)
                 cells.append("works")
             except ConfigError as error:
-                cells.append(f"refused: {str(error).replace(str(make_folder(family)), family)}")
+                cells.append("refused: " + re.sub(r"'/[^']*' ", "", str(error)))
         lines.append(f"| {family} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
