@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -274,6 +275,7 @@ def load_weights(key: str, model: str, place: str, device: torch.device, dtype: 
     transformers.utils.logging.disable_progress_bar()  # it would stand in every log and notebook
     here = {} if device.type == "cpu" else dict(device_map={"": device})  # straight to its device
     try:
+        options |= ask_hub(name, revision) if is_hub else {}
         loaded, info = AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **here
         )
@@ -287,6 +289,18 @@ def load_weights(key: str, model: str, place: str, device: torch.device, dtype: 
     return loaded, tokenizer
 
 
+def ask_hub(name: str, revision: str) -> dict[str, bool]:
+    """Ask the hub once for a model; where it cannot be reached, which transformers would retry for minutes, a copy on
+    this disk will do."""
+    try:
+        HfApi().model_info(name, revision=revision or None, timeout=10)
+    except Exception as error:  # of the hub, or of whatever its client speaks to the network with
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision or None), str):
+            raise OSError(str(error)) from error
+        return dict(local_files_only=True)
+    return {}
+
+
 def explain_hub(error: BaseException, name: str, revision: str) -> str:
     """Why the hub did not give a model, and what to do."""
     first, kinds = str(error).strip().splitlines()[0], set()
@@ -298,7 +312,13 @@ def explain_hub(error: BaseException, name: str, revision: str) -> str:
         return f"it has no revision '{revision}'"
     if "safetensors" in first:
         return "it has no safetensors, and pickled weights can run code: use a revision that has them"
-    if kinds & {"RepositoryNotFoundError", "LocalEntryNotFoundError", "OfflineModeIsEnabled"}:
+    if kinds & {
+        "RepositoryNotFoundError",
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "ConnectError",
+        "ConnectTimeout",
+    }:
         return f"no folder '{name}' here, and the hub was not reached or shows no such model (private: `hf auth login`)"
     return first
 

@@ -21,6 +21,7 @@ from bridgekit.model.fingerprint import fingerprint_folder
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import (
     LanguageModel,
+    ask_hub,
     explain_hub,
     format_prompts,
     load_model,
@@ -282,6 +283,17 @@ def test_what_the_hub_says_becomes_one_line_with_a_way_out():
     assert "no revision 'v9'" in failure("RevisionNotFoundError") and failure("Other") == "first line"
     assert "no folder 'org/name' here" in failure("RepositoryNotFoundError")
     assert "pickled" in explain_hub(OSError("org/name has no file named model.safetensors"), "org/name", "")
+
+
+def test_a_model_on_this_disk_loads_where_the_hub_cannot_be_reached(monkeypatch):
+    def fail(*args, **options):
+        raise type("ConnectError", (Exception,), {})("no network")
+
+    monkeypatch.setattr("bridgekit.model.pair.HfApi.model_info", fail)
+    with pytest.raises(ConfigError, match="^pair.target_model: .*no folder 'pairs/mine' here"):
+        load_model("target_model", "pairs/mine", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("bridgekit.model.pair.try_to_load_from_cache", lambda *args, **options: "config.json")
+    assert ask_hub("org/name", "v9") == {"local_files_only": True}
 
 
 def test_pickled_weights_and_unsupported_kinds_are_refused_before_anything_is_loaded(copied):
