@@ -8,6 +8,7 @@ parameters cell and dotted overrides be one mechanism. The keys themselves stand
 """
 
 import difflib
+import json
 import math
 import re
 from collections.abc import Iterable
@@ -17,7 +18,19 @@ from pathlib import Path
 import yaml
 
 from bridgekit import keys
-from bridgekit.keys import BY_NAME, DEFAULTS, FILE_OBJECT, KEYS, NEVER, OPTIONS, SECTIONS, holds, is_path
+from bridgekit.keys import (
+    BY_NAME,
+    DEFAULTS,
+    FILE_OBJECT,
+    GEOMETRIES,
+    GEOMETRY,
+    KEYS,
+    NEVER,
+    OPTIONS,
+    SECTIONS,
+    holds,
+    is_path,
+)
 
 # The package takes the names of a configuration's parts from here.
 CONDITIONS, CONTROLS, GROUPS = keys.CONDITIONS, keys.CONTROLS, keys.GROUPS
@@ -271,22 +284,43 @@ def check_rules(c: Config) -> None:
 
 
 def resolve_model_folder(key: str, model: str) -> Path | None:
-    """The local folder of a model, or None for a hub id; a folder that is not there is refused."""
+    """The local folder of a model; None for a hub id or random weights. A folder that is not there is refused."""
     if model == "embedded":
         return EMBEDDED / key.split("_")[0]
-    path = Path(model)
-    looks_local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1
+    if is_geometry(model):
+        name = model.removeprefix(GEOMETRY).split("@")[0]
+        why = f"no shape '{name}' (nearest: {nearest(name, GEOMETRIES)}; there are: {', '.join(GEOMETRIES)})"
+        refuse_if(name not in GEOMETRIES, f"pair.{key}: {why}")
+        return None
+    path, hub_id = Path(model), model.split("@")[0]
+    looks_local = path.exists() or model.startswith((".", "/", "~")) or hub_id.count("/") != 1
     missing = looks_local and not (path / "config.json").is_file()
     refuse_if(missing, f"pair.{key}: no model in '{model}' (config.json not found): give a folder or a hub id")
     return path if looks_local else None
 
 
+def is_geometry(model: str) -> bool:
+    """Whether a model's name asks for random weights of a published shape."""
+    return model.startswith(GEOMETRY)
+
+
 def check_models(config: Config) -> None:
-    """Refuse a missing pair before any run folder is made or GPU taken."""
+    """Refuse a missing pair, and one of a kind that cannot work, before any run folder is made or GPU taken."""
     for key in ("source_model", "target_model"):
         folder = resolve_model_folder(key, getattr(config.pair, key))
-        if folder is not None and not any(folder.glob("*.safetensors")):
-            raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': make a pair with `bridgekit pair`")
+        if folder is None:
+            continue
+        if not any(folder.glob("*.safetensors")):
+            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+            out = "make a pair with `bridgekit pair`"
+            out = "save it again as safetensors: pickled weights can run code" if pickled else out
+            raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': {out}")
+        try:
+            kind = json.loads((folder / "config.json").read_text()).get("model_type")
+        except (ValueError, AttributeError):
+            raise ConfigError(f"pair.{key}: config.json in '{folder}' is not valid JSON: restore it") from None
+        out = "use a model with attention in all or some of its layers"
+        refuse_if(kind in keys.UNSUPPORTED, f"pair.{key}: '{folder}' is a {kind}, which no bridge works on here: {out}")
 
 
 def is_safe(key: str) -> bool:

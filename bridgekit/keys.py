@@ -24,6 +24,11 @@ SOFT_INJECTORS = ("prefix", "prefix+residual")  # those whose message takes plac
 CONTROLS = ("constant", "constant_natural", "self_bridge")  # each is a training of its own
 VIEWS, STARTS = ("prompt", "question", "solution", "facts"), ("auto", "prompt", "question")
 INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
+GEOMETRY = "geometry:"  # begins the name of a model with random weights (model/geometry.py)
+GEOMETRIES = ("tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "mistral-7b", "llama-3.1-8b", "llama-3.1-70b")
+# Kinds of model without a cache of keys and values, with one of their own, or with wrong states in a padded batch.
+UNSUPPORTED = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "minimax")
+PROMPT_FORMATS = ("plain", "chat")
 FILE_OBJECT = "path/to/file.py:Object"  # among the allowed names: an object in a file of the user's (extend.py)
 # {a key that may name such an object: the key with the object's options}
 OPTIONS = {key: f"{key}_options" for key in ("bridge.producer", "bridge.injector", "loss.extra")}
@@ -82,12 +87,17 @@ KEYS = {
     "run.cache_dir": Key("runs/.cache", "answers of the frozen models alone, by content", matters_if=NEVER),
     "run.seed": Key(1, "of the bridge's first weights, its examples and its sampler's noise", ">= 0 and < 4294967296"),
     # The two frozen models.
-    "pair.source_model": Key("embedded", "the model whose states are read: `embedded`, a local folder or a hub id"),
-    "pair.target_model": Key("embedded", "the model that answers: `embedded`, a local folder or a hub id"),
+    "pair.source_model": Key(
+        "embedded", "whose states are read: `embedded`, a folder, a hub id (org/name@revision), geometry:<name>"
+    ),
+    "pair.target_model": Key(
+        "embedded", "that answers: `embedded`, a folder, a hub id (org/name@revision), geometry:<name>"
+    ),
     "pair.direction": Key("forward", "`swapped` exchanges the two models", ("forward", "swapped")),
     "pair.source_device": Key("auto", "of the source: auto, cpu, mps, cuda or cuda:<number>"),
     "pair.target_device": Key("auto", "of the target: auto, cpu, mps, cuda or cuda:<number>"),
     "pair.dtype": Key("auto", "of both models; auto: float32 on CPU, bfloat16 on GPU", ("auto", "float32", "bfloat16")),
+    "pair.prompt_format": Key("plain", "a prompt as it is, or a user's turn of the chat template", PROMPT_FORMATS),
     # The questions.
     "task.task": Key("units", "invented units, or real questions", ("units", "gsm8k", FILE_OBJECT)),
     "task.options": Key((), "name=value of a task of your own", (), f"task.task = {FILE_OBJECT}"),

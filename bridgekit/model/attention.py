@@ -242,7 +242,7 @@ def share_start(lm: LanguageModel, ids: tuple[int, ...]) -> Shared | None:
 def attends_in_parts(lm: LanguageModel) -> bool:
     """Does two-part attention give this model's own hidden states? Tried once, on a few tokens."""
     if "_in_parts" not in lm.__dict__:
-        ids = torch.arange(1, 13, device=lm.device)[None] % lm.model.config.vocab_size
+        ids = torch.tensor([(lm.sample * 12)[:12]], device=lm.device)
         try:
             whole = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, 6:].float()
             cache = DynamicCache(config=lm.model.config)

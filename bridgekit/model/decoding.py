@@ -66,7 +66,7 @@ class OwnCache:
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone."""
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.mask, self.positions = self.mask[rows], self.positions[rows]
         self.message = self.message and self.message.select(rows)
 

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from bridgekit.config import ConfigError
+from bridgekit.model.adapter import add_to
 from bridgekit.model.attention import is_step
 from bridgekit.model.message import Injector, Message
 from bridgekit.model.pair import pick_layers
 from bridgekit.model.producers import Attention, average_spans
+from bridgekit.model.tryout import takes_soft_tokens, try_projections
 
 GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
 
@@ -24,6 +26,13 @@ class Prefix(Injector):
     """Soft tokens in the target's prompt; the target itself is left as it is."""
 
     reads_each_step = False
+
+    def __init__(self, config=None, target=None):
+        super().__init__(config, target)
+        if target is not None and not takes_soft_tokens(target.parts, target.sample):
+            kind = target.model.config.model_type
+            why = f"{kind} reads more of a token than its embedding, so it cannot read soft tokens: use residual"
+            raise ConfigError(f"bridge.injector: {config.injector}: {why}")
 
     def soft(self, message: Message) -> Message:
         return message
@@ -66,9 +75,11 @@ class Residual(Injector):
 
     @contextmanager
     def attach(self, target, current: Callable[[], Message]) -> Iterator[None]:
-        def add(reading, module, inputs, hidden):
+        def add(reading, module, inputs, output):
+            hidden = output[0] if isinstance(output, tuple) else output  # some families' layers give more
             with self.precision(hidden):
-                return reading(hidden, current())
+                new = reading(hidden, current())
+            return (new, *output[1:]) if isinstance(output, tuple) else new
 
         with ExitStack() as hooks:
             for index, reading in zip(self.layers, self.readings, strict=True):
@@ -113,12 +124,14 @@ class CacheFusion(Injector):
     def __init__(self, config, target):
         super().__init__()
         self.layers = pick_layers(target, config.inject_layers, "bridge.inject_layers")
-        projections = [getattr(getattr(target.layers[i], "self_attn", None), "k_proj", None) for i in self.layers]
-        if None in projections:
-            kind = target.model.config.model_type
-            raise ConfigError(f"bridge.injector: kv needs layers with self_attn.k_proj, {kind} has none: use residual")
-        for name in ("keys", "values"):
-            fusers = (Fuser(config, target.hidden_size, projection.out_features) for projection in projections)
+        found = {i: try_projections(target.parts, i, target.sample) for i in self.layers}
+        if without := [str(i) for i, projections in found.items() if projections is None]:
+            kind, others = target.model.config.model_type, [str(i) for i in found if found[i]]
+            out = f"bridge.inject_layers={','.join(others)} or residual" if others else "residual"
+            why = f"{kind} has layers without plain keys and values ({', '.join(without)}): use {out}"
+            raise ConfigError(f"bridge.injector: kv: {why}")
+        for name, projections in zip(("keys", "values"), zip(*found.values(), strict=True), strict=True):
+            fusers = (Fuser(config, target.hidden_size, projection.width) for projection in projections)
             self.add_module(name, nn.ModuleList(fusers))
 
     @contextmanager
@@ -130,23 +143,25 @@ class CacheFusion(Injector):
             cache, places = options.get("past_key_values"), options.get("position_ids")
             aligned.clear()
             if not is_step() and (cache is None or cache.get_seq_length() == 0):
-                if places is None:  # right-padded: a place is its index
+                mask = options.get("attention_mask")
+                if places is None and mask is not None:  # a family that counts places by the mask
+                    places = (mask.long().cumsum(1) - 1).clamp(min=0)
+                elif places is None:  # right-padded: a place is its index
                     rows, width, _ = options["inputs_embeds"].shape
                     places = torch.arange(width, device=target.device).expand(rows, -1)
                 aligned.extend(align_message(current(), places))
 
-        def fuse(fuser, module, inputs, own):
+        def fuse(fuser, own):
             if not aligned:
-                return own
+                return None
             with self.precision(own):
-                return own + fuser(own, aligned[0]) * aligned[1][..., None].to(own.dtype)
+                return fuser(own, aligned[0]) * aligned[1][..., None].to(own.dtype)
 
         with ExitStack() as hooks:
             hooks.callback(target.decoder.register_forward_pre_hook(look, with_kwargs=True).remove)
             for index, keys, values in zip(self.layers, self.keys, self.values, strict=True):
-                attention = target.layers[index].self_attn
-                for module, fuser in ((attention.k_proj, keys), (attention.v_proj, values)):
-                    hooks.callback(module.register_forward_hook(partial(fuse, fuser)).remove)
+                for projection, fuser in zip(target.parts.projections(index), (keys, values), strict=True):
+                    hooks.enter_context(add_to(projection, partial(fuse, fuser)))
             yield
 
     def gates(self) -> dict[str, float]:

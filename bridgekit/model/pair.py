@@ -5,21 +5,30 @@
 Shapes: B batch, S source tokens, T target tokens, L captured layers, D hidden size.
 """
 
-import hashlib
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cached_property
 
 import torch
 import transformers
+from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridgekit.config import Config, ConfigError, check_models, refuse_if, resolve_model_folder
-from bridgekit.tasks import Prompt, units
+from bridgekit.config import Config, ConfigError, check_models, is_geometry, refuse_if, resolve_model_folder
+from bridgekit.model.adapter import Decoder
+from bridgekit.model.attention import fuse_pieces
+from bridgekit.model.fingerprint import fingerprint_folder
+from bridgekit.model.geometry import make_geometry
+from bridgekit.model.tryout import try_decoder
+from bridgekit.tasks import CUE, Prompt, units
 
 MAX_AUTO_LAYERS = 8  # that an injector works on
+SAMPLE = "Question: What is 12 + 3?"  # what a model is tried on
+MARK = "prompt-goes-here"  # stands for a text while a chat template is filled in
+# What templates ask beside the messages: no worked thoughts, and no date of today, which would change every prompt.
+TEMPLATE = dict(tokenize=False, enable_thinking=False, date_string="26 Jul 2024")
 
 
 @dataclass
@@ -28,43 +37,62 @@ class LanguageModel:
 
     model: torch.nn.Module
     tokenizer: object
-    origin: str  # `embedded`, folder or hub id, as configured
+    origin: str  # `embedded`, folder, hub id or geometry, as configured
     fingerprint: str  # of weights and tokenizer
+    prompt_format: str = "plain"
 
     def __post_init__(self):
-        config, bos, eos = self.model.config, self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        self.parts, tokenizer = Decoder(self.model), self.tokenizer
+        config, bos, eos = self.parts.config, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.device, self.dtype = self.model.device, self.model.dtype
-        self.decoder = self.model.base_model  # without its head: embeddings or ids to hidden states
+        self.decoder = self.parts.module  # without its head: embeddings or ids to hidden states
         self.hidden_size, self.n_layers = config.hidden_size, config.num_hidden_layers
         self.max_positions = getattr(config, "max_position_embeddings", float("inf"))
-        self.bos: list[int] = [] if bos is None else [bos]
+        # BOS where the tokenizer puts it, or has a token that is nothing else; GPT-2's ends texts as well.
+        adds_bos = bos is not None and (bos != eos or tokenizer(SAMPLE)["input_ids"][:1] == [bos])
+        self.bos: list[int] = [bos] if adds_bos else []
         ends = self.model.generation_config.eos_token_id
-        self.eos_ids: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        ends = ends if isinstance(ends, list) else [eos] if ends is None else [ends]
+        self.eos_ids: set[int] = {end for end in ends if end is not None}
         # A taught answer ends in the tokenizer's own end token, which a chat model's turn ends in.
         self.end_id: int = eos if eos in self.eos_ids else min(self.eos_ids, default=eos)
         # What a cached text depends on: the fingerprint, which kept runs are matched by, and the end tokens.
         self.decode_key = f"{self.fingerprint}-{'.'.join(map(str, sorted(self.eos_ids)))}"
+        if self.prompt_format == "chat":
+            self.end_id, self.decode_key = self.turn_end(), f"{self.decode_key}-chat"
+            self.eos_ids |= {self.end_id}
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the weights are random: such a model is good for planning, no result can come from it."""
+        return is_geometry(self.origin)
 
     @property
     def layers(self) -> torch.nn.ModuleList:
         """The decoder's layers, for hooks."""
-        try:
-            return self.decoder.layers
-        except AttributeError:
-            kind = self.model.config.model_type
-            raise ConfigError(f"pair: {kind} ('{self.origin}') has no `layers` a bridge could work on") from None
+        return self.parts.layers
 
     @cached_property
     def embedding_rms(self) -> float:
-        """Root mean square of the embedding table's entries: the size a soft token should have."""
-        return self.model.get_input_embeddings().weight.float().pow(2).mean().sqrt().item()
+        """Root mean square of the embeddings' entries, as the decoder is given them: the size a soft token should have.
+
+        Some families scale what they look up in their table."""
+        table, ids = self.model.get_input_embeddings().weight, torch.tensor(self.sample, device=self.device)
+        looked_up, scaled = (x.float().pow(2).mean().sqrt() for x in (table[ids], self.embed(ids)))
+        return (table.float().pow(2).mean().sqrt() * (scaled / looked_up)).item()
+
+    @property
+    def sample(self) -> list[int]:
+        """A few tokens of plain text."""
+        return self.tokenize([SAMPLE])[0]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """Embeddings as the decoder takes them. (B, T) -> (B, T, D)"""
         return self.model.get_input_embeddings()(ids)
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits of last hidden states. (..., D) -> (..., V)"""
-        return self.model.get_output_embeddings()(hidden)
+        """The model's own logits of its last hidden states, also capped or scaled. (B, T, D) -> (B, T, V)"""
+        return self.parts.head(hidden)
 
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
@@ -74,22 +102,51 @@ class LanguageModel:
         options = dict(add_special_tokens=False, return_offsets_mapping=True)
         return self.tokenizer(texts, **options)["offset_mapping"] if texts else []
 
+    def tokenize_after(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[list[tuple]]]:
+        """Ids and character offsets of answers as they stand after their prompts.
+
+        Tokenized alone an answer would begin otherwise with tokenizers that put a mark before every text. Where the
+        prompt's end and the answer's beginning would be one token, the answer is tokenized alone: the model never
+        sees that token after this prompt."""
+        options, ids, offsets = dict(add_special_tokens=False, return_offsets_mapping=True), [], []
+        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        whole = self.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
+        rows = zip(self.tokenize(prompts), whole["input_ids"], whole["offset_mapping"], strict=True)
+        for prompt, answer, (before, both, places) in zip(prompts, answers, rows, strict=True):
+            if both[: len(before)] == before:
+                start, places = len(prompt), places[len(before) :]
+                ids.append(both[len(before) :])
+                offsets.append([(max(first - start, 0), last - start) for first, last in places])
+            else:
+                ids += self.tokenize([answer])
+                offsets += self.offsets([answer])
+        return ids, offsets
+
+    def fill_template(self, answer: str | None = None) -> list[str]:
+        """The chat template around a user's turn and, if there is one, the model's answer: what is not theirs."""
+        turns = [{"role": "user", "content": MARK}] + [{"role": "assistant", "content": MARK}] * (answer is not None)
+        try:
+            text = self.tokenizer.apply_chat_template(turns, add_generation_prompt=answer is None, **TEMPLATE)
+        except Exception as error:  # templates are programs of their authors
+            why = " ".join(str(error).split())[:120]
+            raise ConfigError(
+                f"pair.prompt_format: '{self.origin}' has no chat template for one turn ({why})"
+            ) from None
+        bos = self.tokenizer.bos_token
+        return (text.removeprefix(bos) if bos and self.bos else text).split(MARK)
+
+    def turn_end(self) -> int:
+        """The token that ends a turn of a chat model."""
+        (after,) = self.tokenize(self.fill_template(answer=MARK)[-1:])
+        ends = {self.tokenizer.eos_token_id, *self.eos_ids}
+        return next((token for token in after if token in ends), self.end_id)
+
     @torch.no_grad()
     def hidden_states(self, ids: torch.Tensor, mask, layers: tuple[int, ...], **options) -> torch.Tensor:
-        """States of right-padded prompts at `layers` (0 is the embeddings). (B, S) -> (B, S, L, D)"""
-        kept = {}
+        """States of right-padded prompts at `layers` (0 is the embeddings). (B, S) -> (B, S, L, D)
 
-        def keep(index, module, inputs, output):
-            kept[index] = output[0] if isinstance(output, tuple) else output
-
-        hooks = [self.layers[i - 1].register_forward_hook(partial(keep, i)) for i in layers if 0 < i < self.n_layers]
-        try:
-            out = self.decoder(input_ids=ids, attention_mask=mask, use_cache=False, **options)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        ends = {0: self.embed(ids) if 0 in layers else None, self.n_layers: out.last_hidden_state}
-        return torch.stack([ends[i] if i in ends else kept[i] for i in layers], dim=2)
+        The mask (B, S) may be None; further options are the decoder's."""
+        return self.parts.hidden_states(layers, input_ids=ids, attention_mask=mask, **options)
 
 
 @dataclass
@@ -113,12 +170,24 @@ class Pieces:
         return self.prefix + self.question + self.cue
 
 
+def format_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Prompt]:
+    """Prompts as the model is asked: with `pair.prompt_format: chat` each is a user's turn, without its cue.
+
+    The template's text in front goes to the prefix, what follows the question is the new cue."""
+    if lm.prompt_format == "plain":
+        return prompts
+    front, cue = lm.fill_template()
+    shared, ends = len(front), [cue + p.cue.removeprefix(CUE) for p in prompts]
+    return [Prompt(front + p.prefix, p.question, e, shared + p.n_shared) for p, e in zip(prompts, ends, strict=True)]
+
+
 def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
-    """Tokenize whole prompts, then cut at the pieces' character boundaries.
+    """Tokenize whole prompts as the model is asked, then cut at the pieces' character boundaries.
 
     Tokenizing the pieces one by one would give other tokens than the model saw in training; a token that straddles
     a boundary goes to the earlier piece.
     """
+    prompts = format_prompts(lm, prompts)
     texts, pieces = [p.text for p in prompts], []
     for prompt, ids, offsets in zip(prompts, lm.tokenize(texts), lm.offsets(texts), strict=True):
         first = sum(start < len(prompt.prefix) for start, _ in offsets)
@@ -174,36 +243,95 @@ def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, 
     return ids.to(device), mask.to(device)
 
 
-def fingerprint_folder(folder: Path) -> str:
-    """Hash of weights and tokenizer: which model this is. Kept runs are matched by it, so it may not change."""
-    digest = hashlib.sha256()
-    for path in [p for pattern in ("*.safetensors", "tokenizer*", "config.json") for p in sorted(folder.glob(pattern))]:
-        digest.update(path.name.encode())
-        with path.open("rb") as stream:
-            hashlib.file_digest(stream, lambda: digest)
-    return digest.hexdigest()[:16]
-
-
-def load_model(key: str, model: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
-    """A frozen model in eval mode from safetensors, without remote code; one with tensors missing is refused."""
+def load_model(
+    key: str, model: str, device: torch.device, dtype: torch.dtype, prompt_format: str = "plain"
+) -> LanguageModel:
+    """A frozen model in eval mode, tried on a few tokens; one that would fail or mislead later is refused."""
     folder = resolve_model_folder(key, model)
-    place, options = folder or model, dict(dtype=dtype, use_safetensors=True, output_loading_info=True)
+    if is_geometry(model):
+        loaded, tokenizer, fingerprint = make_geometry(key, model, device, dtype)
+    else:
+        with ThreadPoolExecutor(1) as pool:  # the files are hashed while they are loaded
+            hashed = pool.submit(fingerprint_folder, folder) if folder else None
+            loaded, tokenizer = load_weights(key, model, str(folder or model), device, dtype)
+            commit = f"{model.split('@')[0]}@{getattr(loaded.config, '_commit_hash', None)}"
+            fingerprint = hashed.result() if hashed else commit
+    why = (
+        f"'{model}' has a tokenizer that does not say which characters a token stands for: use one with tokenizer.json"
+    )
+    refuse_if(not tokenizer.is_fast, f"pair.{key}: {why}")
+    lm = LanguageModel(loaded.requires_grad_(False).eval(), tokenizer, model, fingerprint, prompt_format)
+    rows = loaded.get_input_embeddings().weight.shape[0]
+    refuse_if(lm.end_id is None, f"pair.{key}: '{model}' has no end token (eos_token_id): its answers would never end")
+    fits = max(*lm.sample, *lm.bos, lm.end_id) < rows
+    refuse_if(
+        not fits, f"pair.{key}: '{model}' has a tokenizer with more tokens than its {rows} embeddings: not its own"
+    )
+    try_decoder(lm.parts, lm.sample, f"pair.{key}: '{model}' ({loaded.config.model_type})")
+    fuse_pieces(loaded)
+    return lm
+
+
+def load_weights(key: str, model: str, place: str, device: torch.device, dtype: torch.dtype):
+    """Model and tokenizer from safetensors, without remote code; one with tensors missing is refused."""
+    is_hub = place == model and resolve_model_folder(key, model) is None
+    name, _, revision = place.partition("@") if is_hub else (place, "", "")
+    options = dict(trust_remote_code=False) | (dict(revision=revision) if revision else {})
     transformers.utils.logging.disable_progress_bar()  # it would stand in every log and notebook
+    here = {} if device.type == "cpu" else dict(device_map={"": device})  # straight to its device
     try:
-        loaded, info = AutoModelForCausalLM.from_pretrained(place, trust_remote_code=False, **options)
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"pair.{key}: cannot load '{model}': {str(error).strip().splitlines()[0]}") from None
+        options |= ask_hub(name, revision) if is_hub else {}
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, output_loading_info=True, **options, **here
+        )
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, SafetensorError, ValueError, RuntimeError, ImportError) as error:
+        why = explain_hub(error, name, revision) if is_hub else str(error).strip().splitlines()[0]
+        raise ConfigError(f"pair.{key}: cannot load '{model}': {why}") from None
     if missing := sorted(info["missing_keys"]):
         lost = f"{len(missing)} tensors, first '{missing[0]}'"
         raise ConfigError(f"pair.{key}: '{model}' lacks {lost}: they would be random; restore its safetensors")
-    hub = f"{model}@{getattr(loaded.config, '_commit_hash', None)}"
-    loaded.requires_grad_(False).eval().to(device)
-    return LanguageModel(loaded, tokenizer, model, fingerprint_folder(folder) if folder else hub)
+    return loaded, tokenizer
+
+
+def ask_hub(name: str, revision: str) -> dict[str, bool]:
+    """Ask the hub once for a model; where it cannot be reached, which transformers would retry for minutes, a copy on
+    this disk will do."""
+    try:
+        HfApi().model_info(name, revision=revision or None, timeout=10)
+    except Exception as error:  # of the hub, or of whatever its client speaks to the network with
+        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision or None), str):
+            raise OSError(str(error)) from error
+        return dict(local_files_only=True)
+    return {}
+
+
+def explain_hub(error: BaseException, name: str, revision: str) -> str:
+    """Why the hub did not give a model, and what to do."""
+    first, kinds = str(error).strip().splitlines()[0], set()
+    while error is not None:
+        kinds, error = kinds | {type(error).__name__}, error.__cause__ or error.__context__
+    if "GatedRepoError" in kinds:
+        return f"it is gated: ask for access at https://huggingface.co/{name}, then `hf auth login` or set HF_TOKEN"
+    if "RevisionNotFoundError" in kinds:
+        return f"it has no revision '{revision}'"
+    if "safetensors" in first:
+        return "it has no safetensors, and pickled weights can run code: use a revision that has them"
+    if kinds & {
+        "RepositoryNotFoundError",
+        "LocalEntryNotFoundError",
+        "OfflineModeIsEnabled",
+        "ConnectError",
+        "ConnectTimeout",
+    }:
+        return f"no folder '{name}' here, and the hub was not reached or shows no such model (private: `hf auth login`)"
+    return first
 
 
 def load_pair(config: Config, device: torch.device | None = None) -> Pair:
-    """Both models, already exchanged when the direction is swapped; `device` is where `auto` puts them."""
+    """Both models, already exchanged when the direction is swapped; `device` is where `auto` puts them.
+
+    One after the other: transformers changes torch's global defaults while it loads."""
     check_models(config)
     settings, seed = config.pair, units.load_lexicon_seed(config)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -213,5 +341,5 @@ def load_pair(config: Config, device: torch.device | None = None) -> Pair:
     for model, place in zip(models if settings.direction == "forward" else models[::-1], devices, strict=True):
         auto = "bfloat16" if place.type == "cuda" else "float32"
         dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
-        loaded.append(load_model(*model, place, dtype))
+        loaded.append(load_model(*model, place, dtype, settings.prompt_format))
     return Pair(*loaded, lexicon_seed=seed)

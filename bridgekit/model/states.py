@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from bridgekit.model.attention import Pass, attending, share_rows
-from bridgekit.model.pair import LanguageModel, Pieces, pad_ids, split_prompts
+from bridgekit.model.pair import LanguageModel, Pieces, format_prompts, pad_ids, split_prompts
 from bridgekit.tasks import Example, literal_prompt, source_prompt
 
 MOST_PLACES = 1 << 16  # that the source reads at once
@@ -24,7 +24,9 @@ def read_source(lm: LanguageModel, examples: list[Example], view: str, solutions
         return [lm.bos + ids for ids in lm.tokenize([p.prefix for p in prompts])]
     rows = [lm.bos + p.all for p in split_prompts(lm, prompts)]
     if view == "solution":
-        worked = lm.tokenize([solutions[e.id] for e in examples])
+        worked, _ = lm.tokenize_after(
+            [p.text for p in format_prompts(lm, prompts)], [solutions[e.id] for e in examples]
+        )
         rows = [row + answer for row, answer in zip(rows, worked, strict=True)]
     return rows
 
@@ -35,7 +37,8 @@ def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Ex
     -> rows of from, to, from, to, ... ; both tokenizers cut the same text at other places, and the source's prompt may
     have facts in front. BOS stands for BOS."""
     rows, first = [], len(source.bos)
-    read, asked = [source_prompt(e) for e in examples], [literal_prompt(e) for e in examples]
+    read = format_prompts(source, [source_prompt(e) for e in examples])
+    asked = format_prompts(target, [literal_prompt(e) for e in examples])
     offsets = zip(source.offsets([p.text for p in read]), target.offsets([p.text for p in asked]), strict=True)
     for of_source, of_target, (theirs, ours) in zip(read, asked, offsets, strict=True):
         starts, ends = np.array(theirs).T

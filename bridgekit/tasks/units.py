@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from bridgekit.config import GROUPS, Config, ConfigError, refuse_if, resolve_model_folder
+from bridgekit.config import GROUPS, Config, ConfigError, is_geometry, refuse_if, resolve_model_folder
 from bridgekit.tasks import Example, Task, give_donors
 
 VALUES = tuple(range(12, 60))
@@ -268,7 +268,10 @@ def load_lexicon_seed(config: Config) -> int | None:
     """The lexicon both models were taught, from their pairs' own records; another generator's or pair's is refused."""
     seeds: dict[str, int] = {}
     for key in ("target_model", "source_model"):
-        folder = resolve_model_folder(key, getattr(config.pair, key))
+        model = getattr(config.pair, key)
+        folder = resolve_model_folder(
+            key, "embedded" if is_geometry(model) else model
+        )  # random weights ask its questions
         record = folder and folder.parent / "pair.json"
         if not record or not record.is_file():
             continue

@@ -14,9 +14,9 @@ import torch
 from bridgekit.config import Config, refuse_if
 from bridgekit.model.attention import LEAST, Shared, share_rows
 from bridgekit.model.generation import answer_states
-from bridgekit.model.pair import LanguageModel, Pieces, split_prompts
+from bridgekit.model.pair import LanguageModel, Pieces, format_prompts, split_prompts
 from bridgekit.model.states import FlatStates, Ragged, SourceStates, count_shared, in_parts
-from bridgekit.tasks import Example, literal_prompt
+from bridgekit.tasks import Example, Prompt, literal_prompt
 
 
 def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -59,9 +59,10 @@ class TrainingTexts:
     def __init__(self, config: Config, target: LanguageModel, examples: list[Example]):
         mode = config.bridge.train_prompt_mode
         mode = config.bridge.prompt_mode if mode == "same" else mode
-        pieces = split_prompts(target, [literal_prompt(e) for e in examples])
+        prompts = [literal_prompt(e) for e in examples]
+        pieces = split_prompts(target, prompts)
         self.shared, before, after = split_target(config, target, pieces, mode)
-        answers, markers = tokenize_answers(target, [e.solution for e in examples])
+        answers, markers = tokenize_answers(target, prompts, [e.solution for e in examples])
         finals = [a[m.index(1) if 1 in m else len(a) :] for a, m in zip(answers, markers, strict=True)]
         first = config.loss.answer_tokens or None
         answers, markers = [a[:first] for a in answers], [m[:first] for m in markers]
@@ -141,11 +142,13 @@ def split_target(config: Config, lm: LanguageModel, pieces: list[Pieces], mode: 
     return shared, own, after
 
 
-def tokenize_answers(lm: LanguageModel, solutions: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+def tokenize_answers(
+    lm: LanguageModel, prompts: list[Prompt], solutions: list[str]
+) -> tuple[list[list[int]], list[list[int]]]:
     """Answer ids ending in the end token, and for each token whether it belongs to the `####` marker."""
-    encoded = lm.tokenizer(solutions, add_special_tokens=False, return_offsets_mapping=True)
+    encoded = lm.tokenize_after([p.text for p in format_prompts(lm, prompts)], solutions)
     answers, markers = [], []
-    for text, ids, offsets in zip(solutions, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+    for text, ids, offsets in zip(solutions, *encoded, strict=True):
         start = text.rfind("####")
         answers.append([*ids, lm.end_id])
         markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])

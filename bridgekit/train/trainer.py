@@ -9,11 +9,9 @@ Shapes: B batch, T tokens, A answer tokens, K soft tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,16 +19,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridgekit.config import Config
-from bridgekit.model import losses
 from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
-from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, unpad
-from bridgekit.model.message import Message
-from bridgekit.model.pair import LanguageModel, pad_ids
 from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
 from bridgekit.train.captured import Captured
 from bridgekit.train.checkpoints import STOP, Checkpoints, Window, deal_window
-from bridgekit.train.data import Batch, TrainingSet, step_batch
+from bridgekit.train.data import TrainingSet, step_batch
 from bridgekit.train.processes import Processes, sum_gradients
+from bridgekit.train.step import decode_loss, encode_batch, is_decoded, mean_losses, weigh
 
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
@@ -259,143 +254,6 @@ class BestWeights:
         for file_name, bridge in bridges.items():
             load_bridge(bridge, self.experiment.folder, file_name)
         return bridges
-
-
-# ---- the losses of one step -----------------------------------------------------------------------------------------
-
-
-def step_losses(
-    experiment: Experiment, bridge: Bridge, batch: Batch, step: int | None = 0, name: str = "bridged"
-) -> dict[str, losses.Total]:
-    """Every loss that has a weight and is due, as (sum, count) over this process's part of the batch.
-
-    Without a step that of free decoding is left out."""
-    config, target, processes = experiment.config_of(name), experiment.pair.target, experiment.processes
-    weights, extra = config.loss, experiment.extra_loss
-    message = encode_batch(experiment, bridge, batch, name)
-    result = {}
-    if weights.nll_weight or weights.kl_weight or weights.format_weight or extra:
-        texts = (batch.before, batch.after, batch.labels, batch.labels_mask)
-        logits = bridged_logits(target, bridge, message, *texts, batch.shared)
-        if weights.nll_weight:
-            result["nll"] = losses.answer_nll(logits, batch.labels, batch.labels_mask)
-        if weights.format_weight:
-            result["format"] = losses.format_nll(logits, batch.labels, batch.marker)
-        if weights.kl_weight:
-            with torch.no_grad():
-                alone = target_logits(target, batch)
-            result["kl"] = losses.kl_slice(logits, alone, batch.labels_mask, weights.kl_tokens)
-        if extra:
-            given = {"labels": batch.labels, "labels_mask": batch.labels_mask, "batch": batch, "target": target}
-            result["extra"] = extra(logits=logits, message=message, **given)
-    if weights.prompt_weight:
-        everywhere = {} if processes.world == 1 else {"reduce": lambda pair: tuple(map(processes.sum, pair))}
-        teacher = embed_teacher(config, target, batch)
-        result["prompt"] = losses.prompt_alignment(message.tokens, message.mask, *teacher, **everywhere)
-    if weights.info_nce_weight:
-        own = losses.pool(target.embed(batch.literal[0]), batch.literal[1])
-        anchors = losses.pool(message.tokens, message.mask)
-        offset = processes.rank * len(own)
-        result["info_nce"] = losses.info_nce(anchors, processes.gather(own), offset, weights.info_nce_temperature)
-    if weights.flow_weight and message.flow_error is not None:
-        result["flow"] = losses.flow(message.flow_error)
-    if is_decoded(config, step):
-        result["decode"] = decode_loss(experiment, bridge, batch, message)
-    return result
-
-
-def is_decoded(config: Config, step: int | None) -> bool:
-    """Is the loss on free decoding due at this step?"""
-    return step is not None and config.loss.decode_weight > 0 and (step + 1) % config.loss.decode_every == 0
-
-
-def embed_teacher(config: Config, target: LanguageModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of what flow and prompt alignment imitate, and their mask. (B, P, D), (B, P)"""
-    ids, mask = (batch.labels, batch.labels_mask) if config.bridge.teacher == "answer" else batch.literal
-    return target.embed(ids), mask
-
-
-def encode_batch(experiment: Experiment, bridge: Bridge, batch: Batch, name: str) -> Message:
-    """The messages of a batch; a generative producer sees its teacher where it learns from it."""
-    config = experiment.config_of(name)
-    needed = config.loss.flow_weight or config.bridge.dit_tokens == "teacher"
-    teacher = embed_teacher(config, experiment.pair.target, batch) if needed else None
-    return bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment, teacher=teacher)
-
-
-def target_logits(target: LanguageModel, batch: Batch) -> torch.Tensor:
-    """Logits of the target alone on a batch's answers. (B, A, V)"""
-    if batch.taught is not None:
-        return target.head(batch.taught)
-    nothing = (batch.asked[0][:, :0], batch.asked[1][:, :0])
-    return answer_logits(target, nothing, batch.asked, None, batch.labels, batch.labels_mask, batch.shared_asked)
-
-
-def wrap_extra_loss(loss: Callable, options: dict) -> Callable[..., losses.Total]:
-    """A user's loss, given those arguments that it names; a scalar is the mean over the batch's examples."""
-    parameters = inspect.signature(loss).parameters.values()
-    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters)
-    names = {p.name for p in parameters}
-
-    def extra(**given) -> losses.Total:
-        result = loss(**{k: v for k, v in given.items() if takes_all or k in names}, **options)
-        if isinstance(result, tuple):
-            return result
-        n = torch.tensor(len(given["labels"]), device=given["labels"].device)
-        return result * n, n
-
-    return extra
-
-
-def decode_loss(experiment: Experiment, bridge: Bridge, batch: Batch, message: Message) -> losses.Total:
-    """The bridged target answers the first `decode_batch` slots of the global batch; this process takes its own."""
-    settings, target, task = experiment.config.loss, experiment.pair.target, experiment.task
-    n, samples = int((batch.slots < settings.decode_batch).sum()), settings.decode_samples
-    rows = torch.arange(n, device=batch.mask.device)
-    sampled = settings.decode_estimator == "policy_gradient"
-    seeds = None
-    if sampled:  # every answer has a seed of its own, by its question's slot
-        draws = torch.arange(samples, device=rows.device).repeat(n)
-        rows = rows.repeat_interleave(samples)
-        seeds = batch.seeds[rows] + batch.slots[rows] * samples + draws
-    message = message.select(rows)
-    before, after, final = ((ids[rows], mask[rows]) for ids, mask in (batch.before, batch.after, batch.final))
-    texts = (unpad(*before), unpad(*after), settings.decode_tokens, seeds)
-    answers = decode_bridged(target, bridge, message, *texts, is_complete=task.is_complete, shared=batch.shared)
-    gold = unpad(*final)
-    if sampled:
-        labels, mask = pad_ids([list(g.ids) for g in answers], target.device)
-        wanted = [task.extract(t) for t in target.tokenizer.batch_decode(gold, skip_special_tokens=True)]
-        right = [float(task.is_right(task.extract(g.text), w)) for g, w in zip(answers, wanted, strict=True)]
-        reward = torch.tensor(right, device=target.device).view(n, samples)
-        logits = bridged_logits(target, bridge, message, before, after, labels, mask, batch.shared)
-        return losses.policy_gradient(logits, labels, mask, losses.leave_one_out(reward).flatten())
-    steps = [own_steps(target, g) for g in answers]
-    labels, mask = pad_ids([s + g for s, g in zip(steps, gold, strict=True)], target.device)
-    lengths = torch.tensor([len(s) for s in steps], device=target.device)
-    counted = mask & (torch.arange(mask.shape[1], device=target.device) >= lengths[:, None])
-    logits = bridged_logits(target, bridge, message, before, after, labels, mask, batch.shared)
-    return losses.answer_nll(logits, labels, counted)
-
-
-def own_steps(target: LanguageModel, generated: Generated) -> list[int]:
-    """The generated tokens up to the final answer: without the marker, what follows it, and the end."""
-    ids = [i for i in generated.ids if i not in target.eos_ids]
-    pieces = target.tokenizer.batch_decode([[i] for i in ids])
-    return ids[: next((n for n, piece in enumerate(pieces) if "#" in piece), len(ids))]
-
-
-# ---- the values of one step, and of several -------------------------------------------------------------------------
-
-
-def mean_losses(totals: dict[str, losses.Total], processes: Processes) -> dict[str, torch.Tensor]:
-    """This process's part of each loss's mean over the global batch."""
-    counts = processes.sum(torch.stack([count.float() for _, count in totals.values()])).clamp(min=1)
-    return {k: total / count for (k, (total, _)), count in zip(totals.items(), counts, strict=True)}
-
-
-def weigh(config: Config, means: dict[str, torch.Tensor]) -> torch.Tensor:
-    return sum(getattr(config.loss, f"{k}_weight") * mean for k, mean in means.items())
 
 
 def average(window: Window, processes: Processes) -> dict[str, float]:

@@ -88,8 +88,14 @@ def test_kv_refuses_what_leaves_nothing_to_align():
             load_config(injector="kv", n_soft_tokens=-1, **changes)
 
 
-def test_kv_refuses_a_target_without_key_projections(tiny):
-    config = SimpleNamespace(model_type="other", hidden_size=8)
-    target = SimpleNamespace(n_layers=2, layers=[torch.nn.Linear(1, 1)] * 2, model=SimpleNamespace(config=config))
-    with pytest.raises(ConfigError, match="^bridge.injector: kv needs .*k_proj, other has none"):
-        CacheFusion(tiny().bridge, target)
+def test_kv_refuses_layers_without_plain_keys_and_names_those_that_have_them(tiny, monkeypatch):
+    def target(*plain):
+        found = {i: (SimpleNamespace(width=8),) * 2 for i in plain}
+        monkeypatch.setattr("bridgekit.model.injectors.try_projections", lambda parts, i, ids: found.get(i))
+        model = SimpleNamespace(config=SimpleNamespace(model_type="other"))
+        return SimpleNamespace(n_layers=2, hidden_size=8, parts=None, sample=[], model=model)
+
+    for plain, out in ((), "residual"), ((1,), "bridge.inject_layers=1 or residual"):
+        with pytest.raises(ConfigError, match=f"^bridge.injector: kv: other has layers .*0.*: use {out}$"):
+            CacheFusion(tiny().bridge, target(*plain))
+    CacheFusion(tiny().bridge, target(0, 1))

@@ -4,19 +4,27 @@ python -m pytest tests/model/test_pair.py
 """
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
+from bridgekit.model import fingerprint
+from bridgekit.model.fingerprint import fingerprint_folder
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import (
-    fingerprint_folder,
+    LanguageModel,
+    ask_hub,
+    explain_hub,
+    format_prompts,
+    load_model,
     load_pair,
     pick_layers,
     split_prompts,
@@ -106,6 +114,69 @@ def test_a_words_tokens_are_those_that_share_its_characters(pair, val, role):
     assert len(word_tokens(lm, "A sisaken is no sisak.", "sisak")) == 1
 
 
+@pytest.mark.parametrize("role", ROLES)
+def test_an_answer_after_its_prompt_has_the_embedded_pairs_own_tokens(pair, val, role):
+    lm, prompts, answers = getattr(pair, role), [literal_prompt(e).text for e in val], [e.solution for e in val]
+    assert lm.tokenize_after(prompts, answers) == (lm.tokenize(answers), lm.offsets(answers))
+    # " 3" after "Question:" is one token with its space, and it belongs to the answer.
+    (ids,), (offsets,) = lm.tokenize_after(["Question:"], [" 3 pins"])
+    assert lm.tokenize(["Question:"])[0] + ids == lm.tokenize(["Question: 3 pins"])[0]
+    assert offsets[0][0] == 0 and offsets[-1][1] == len(" 3 pins")
+
+
+def test_an_answer_has_no_mark_that_a_tokenizer_puts_before_every_text(pair):
+    from tokenizers import pre_tokenizers
+
+    marks = tokenizer_of(pair.source)
+    marks.backend_tokenizer.normalizer = None
+    marks.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    lm = LanguageModel(pair.source.model, marks, "marks", "none")
+    alone, ((ids,), (offsets,)) = lm.tokenize(["So 3"])[0], lm.tokenize_after(["Answer:\n"], ["So 3"])
+    assert ids != alone and lm.tokenize(["Answer:\n"])[0] + ids == lm.tokenize(["Answer:\nSo 3"])[0]
+    assert offsets[0][0] == 0 and offsets[-1][1] == 4
+
+
+def tokenizer_of(lm):
+    """The embedded tokenizer of a model, loaded again, so that a test may change it."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(lm.tokenizer.name_or_path)
+
+
+def test_a_chat_prompt_is_a_users_turn_and_its_answer_ends_as_a_turn_does(pair, val):
+    tokenizer, plain = tokenizer_of(pair.target), pair.target
+    with pytest.raises(ConfigError, match="^pair.prompt_format: 'x' has no chat template"):
+        LanguageModel(plain.model, tokenizer, "x", "none", "chat")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}[{{ m.role }}] {{ m.content | trim }}"
+        "{{ '<|end|>' if m.role == 'assistant' else '<turn>' }}{% endfor %}"
+        "{{ '[assistant]\n' if add_generation_prompt }}"
+    )
+    lm = LanguageModel(plain.model, tokenizer, "x", "none", "chat")
+    (prompt,) = format_prompts(lm, [literal_prompt(val[0])])
+    assert prompt.text == f"[user] {literal_prompt(val[0]).question}<turn>[assistant]\n"
+    (pieces,) = split_prompts(lm, [literal_prompt(val[0])])
+    assert lm.tokenizer.decode(pieces.question).strip() == literal_prompt(val[0]).question
+    assert lm.tokenizer.decode(lm.bos + pieces.all) == tokenizer.bos_token + prompt.text
+    assert lm.end_id == tokenizer.eos_token_id and lm.decode_key != plain.decode_key
+    assert format_prompts(plain, [literal_prompt(val[0])]) == [literal_prompt(val[0])]
+
+
+@pytest.mark.parametrize(
+    "ends, eos, wanted", [([7, 8, 9], 9, (9, {7, 8, 9})), (7, 9, (7, {7})), (None, 9, (9, {9})), (9, 9, (9, {9}))]
+)
+def test_an_answer_ends_in_the_tokenizers_end_where_the_model_ends_there(pair, ends, eos, wanted):
+    tokenizer, old = tokenizer_of(pair.target), pair.target.model.generation_config.eos_token_id
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(eos)
+    pair.target.model.generation_config.eos_token_id = ends
+    try:
+        lm = LanguageModel(pair.target.model, tokenizer, "x", "none")
+    finally:
+        pair.target.model.generation_config.eos_token_id = old
+    assert (lm.end_id, lm.eos_ids) == wanted
+
+
 def test_layers_to_read_and_to_work_on(pair):
     lm, key = pair.source, "bridge.inject_layers"
     n, auto = lm.n_layers, pick_layers(lm, "auto")
@@ -120,6 +191,19 @@ def test_layers_to_read_and_to_work_on(pair):
                 pick_layers(lm, wrong, name)
     with pytest.raises(ConfigError, match=f"this model has 0 to {n - 1}"):
         pick_layers(lm, str(n), key)
+
+
+def test_hidden_states_and_logits_are_those_that_transformers_gives(pair):
+    for lm in (pair.source, pair.target):
+        ids = torch.tensor([lm.sample, lm.sample[::-1]])
+        out = lm.decoder(input_ids=ids, output_hidden_states=True, use_cache=False)
+        layers = (0, 2, lm.n_layers)
+        for mask in (None, torch.ones_like(ids)):
+            states = lm.hidden_states(ids, mask, layers)
+            assert torch.equal(states, torch.stack([out.hidden_states[i] for i in layers], 2))
+        assert torch.equal(lm.head(out.last_hidden_state), lm.model.get_output_embeddings()(out.last_hidden_state))
+        moved = lm.hidden_states(ids, None, layers, position_ids=torch.arange(ids.shape[1])[None] * 3)
+        assert not torch.allclose(moved[:, :, -1], states[:, :, -1])
 
 
 # -- loading ------------------------------------------------------------------------------------------------
@@ -183,3 +267,92 @@ def test_a_model_the_hub_cannot_give_is_refused(monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # no test waits for a network
     real = dict(task="gsm8k", data="x", controls=["constant"], conditions=["source", "target", "bridged"])
     refuse(load_config(target_model="no-such-owner/no-such-model", **real), "pair.target_model", "no-such-owner")
+
+
+def test_what_the_hub_says_becomes_one_line_with_a_way_out():
+    def failure(kind):
+        try:
+            try:
+                raise type(kind, (Exception,), {})()
+            except Exception as cause:
+                raise OSError("first line\nsecond") from cause
+        except OSError as error:
+            return explain_hub(error, "org/name", "v9")
+
+    assert "huggingface.co/org/name" in failure("GatedRepoError") and "HF_TOKEN" in failure("GatedRepoError")
+    assert "no revision 'v9'" in failure("RevisionNotFoundError") and failure("Other") == "first line"
+    assert "no folder 'org/name' here" in failure("RepositoryNotFoundError")
+    assert "pickled" in explain_hub(OSError("org/name has no file named model.safetensors"), "org/name", "")
+
+
+def test_a_model_on_this_disk_loads_where_the_hub_cannot_be_reached(monkeypatch):
+    def fail(*args, **options):
+        raise type("ConnectError", (Exception,), {})("no network")
+
+    monkeypatch.setattr("bridgekit.model.pair.HfApi.model_info", fail)
+    with pytest.raises(ConfigError, match="^pair.target_model: .*no folder 'pairs/mine' here"):
+        load_model("target_model", "pairs/mine", torch.device("cpu"), torch.float32)
+    monkeypatch.setattr("bridgekit.model.pair.try_to_load_from_cache", lambda *args, **options: "config.json")
+    assert ask_hub("org/name", "v9") == {"local_files_only": True}
+
+
+def test_pickled_weights_and_unsupported_kinds_are_refused_before_anything_is_loaded(copied):
+    folder, config = copied
+    (folder / "target/config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(ConfigError, match="^pair.target_model: .*is a mamba"):
+        check_models(config)
+    (folder / "target/model.safetensors").rename(folder / "target/pytorch_model.bin")
+    with pytest.raises(ConfigError, match="^pair.target_model: .*pickled weights"):
+        check_models(config)
+
+
+def test_a_model_whose_logits_are_not_its_hidden_states_is_refused(copied, monkeypatch):
+    from bridgekit.model.adapter import Decoder
+
+    _, config = copied
+    monkeypatch.setattr(Decoder, "head", lambda self, hidden: 1.01 * self.model.lm_head(hidden))
+    refuse(config, "pair.source_model", "cannot be reproduced from its hidden states")
+
+
+def test_a_large_folder_is_hashed_whole_and_remembered_until_a_file_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(fingerprint, "CHUNK", 1000)
+    folder, cache = tmp_path / "model", tmp_path / "cache/bridgekit/fingerprints.json"
+    folder.mkdir()
+    data = os.urandom(3500)
+    (folder / "model.safetensors").write_bytes(data)
+    (folder / "config.json").write_text("{}")
+    small = fingerprint_folder(folder)
+    assert not cache.exists()
+    monkeypatch.setattr(fingerprint, "LARGE", 1000)
+    first = fingerprint_folder(folder)
+    assert first != small and first == fingerprint_folder(folder) and first in cache.read_text()
+    hashed = []
+    real = fingerprint.hash_chunk
+    monkeypatch.setattr(fingerprint, "hash_chunk", lambda chunk: hashed.append(chunk) or real(chunk))
+    assert fingerprint_folder(folder) == first and not hashed
+    for place in (0, 1700, 3499):  # a byte of any chunk
+        (folder / "model.safetensors").write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+        assert fingerprint_folder(folder) != first
+    assert len(hashed) == 3 * 5
+    (folder / "model.safetensors").write_bytes(data)
+    for broken in ("", "[]", '{"x', json.dumps({str(folder.resolve()): 3})):
+        cache.write_text(broken)
+        assert fingerprint_folder(folder) == first
+
+
+def test_random_geometries_are_made_by_name_and_seed_and_say_that_they_are_random(pair):
+    place = torch.device("cpu")
+    first, again, other = (
+        load_model("target_model", f"geometry:tiny{s}", place, torch.float32) for s in ("", "@1", "@2")
+    )
+    assert first.is_random and not pair.target.is_random
+    assert first.fingerprint == again.fingerprint == "geometry-tiny-1-float32" != other.fingerprint
+    weights = [lm.model.state_dict()["model.layers.0.mlp.up_proj.weight"] for lm in (first, again, other)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert first.tokenize(["So 3"]) == pair.target.tokenize(["So 3"])
+    config = load_config(source_model="geometry:tiny", target_model="geometry:tiny@2")
+    check_models(config)
+    assert units.load_lexicon_seed(config) == pair.lexicon_seed and load_pair(config).source.hidden_size == 64
+    with pytest.raises(ConfigError, match="^pair.target_model: no shape 'tinny' .nearest: tiny"):
+        check_models(load_config(target_model="geometry:tinny"))

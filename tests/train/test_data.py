@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.tasks import CUE, literal_prompt
+from bridgekit.tasks import CUE, Prompt, literal_prompt
 from bridgekit.train.data import indices_at, noise_seeds, step_batch, tokenize_answers
 
 
@@ -82,14 +82,10 @@ def test_a_training_batch_says_what_the_examples_say(tiny, pair, training_set, v
 def test_the_marker_is_the_last_one():
     """Also where it shares no token with the rest, stands twice or not at all."""
 
-    class Letters:  # one token a character
-        def __call__(self, texts, add_special_tokens, return_offsets_mapping):
-            return {
-                "input_ids": [[ord(c) for c in t] for t in texts],
-                "offset_mapping": [[(i, i + 1) for i in range(len(t))] for t in texts],
-            }
+    def tokenize_after(prompts, answers):  # one token a character
+        return [list(map(ord, t)) for t in answers], [[(i, i + 1) for i in range(len(t))] for t in answers]
 
-    lm = SimpleNamespace(tokenizer=Letters(), eos_ids={3, 5}, end_id=3)
-    answers, markers = tokenize_answers(lm, ["#### 1\n#### 22", "no answer"])
+    lm = SimpleNamespace(tokenize_after=tokenize_after, prompt_format="plain", end_id=3)
+    answers, markers = tokenize_answers(lm, [Prompt("", "Question: one")] * 2, ["#### 1\n#### 22", "no answer"])
     assert answers[0] == [*map(ord, "#### 1\n#### 22"), 3]
     assert markers[0] == [0] * 7 + [1] * 4 + [0] * 4 and markers[1] == [0] * 10
