@@ -28,7 +28,7 @@ from bridgekit.results.tables import escape
 from bridgekit.tasks import Example, source_prompt
 from bridgekit.train.conditions import keep_attention, save_attention
 from bridgekit.train.experiment import Experiment, chunks, encode_chunk
-from bridgekit.train.step import target_logits
+from bridgekit.train.objective import target_logits
 
 TOKEN_CLASSES = {1: "unit word", 2: "digits", 0: "rest"}  # as attention.npz numbers them
 N_FOLDS = 10  # of units, left out in turn for the interval of a CKA

@@ -38,8 +38,7 @@ from bridgekit.model.pair import Pair, load_pair, pick_layers, split_prompts
 from bridgekit.model.states import SourceStates, align_tokens, count_shared, read_source
 from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
 from bridgekit.tasks import Example, extend, get_task, source_prompt, units
-from bridgekit.train import step as steps
-from bridgekit.train import trainer
+from bridgekit.train import objective, trainer
 from bridgekit.train.baselines import Baselines
 from bridgekit.train.conditions import (
     TABLE,
@@ -202,9 +201,9 @@ class Experiment:
         self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged"
     ) -> dict[str, torch.Tensor]:
         """The mean of each loss that has a weight, and their weighted sum as `loss`, which has the gradient."""
-        totals = steps.step_losses(self, bridge, batch, step, name)
-        means = steps.mean_losses(totals, self.processes)
-        return means | {"loss": steps.weigh(self.config_of(name), means)}
+        totals = objective.step_losses(self, bridge, batch, step, name)
+        means = objective.mean_losses(totals, self.processes)
+        return means | {"loss": objective.weigh(self.config_of(name), means)}
 
     @cached_property
     def extra_loss(self):
@@ -212,7 +211,7 @@ class Experiment:
         if not self.config.loss.extra_weight:
             return None
         loss, options = extend.load_checked(self.config, "loss.extra", self.code_dir)
-        return steps.wrap_extra_loss(loss, options)
+        return objective.wrap_extra_loss(loss, options)
 
     # ---- answering --------------------------------------------------------------------------------------------------
 

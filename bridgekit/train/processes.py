@@ -6,8 +6,6 @@ Shapes: B batch, D width.
 import torch
 from accelerate.utils import gather_object
 
-from bridgekit.model.bridge import Bridge
-
 
 class Processes:
     """This process among those of the job; without an accelerator it is the only one."""
@@ -41,7 +39,7 @@ class Processes:
         return [value] if self.world == 1 else gather_object([value])
 
 
-def sum_gradients(bridge: Bridge, processes: Processes) -> None:
+def sum_gradients(bridge: torch.nn.Module, processes: Processes) -> None:
     """Add all processes' gradients; each already is its part of the global mean."""
     if processes.world == 1:
         return

@@ -24,8 +24,8 @@ from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
 from bridgekit.train.captured import Captured
 from bridgekit.train.checkpoints import STOP, Checkpoints, Window, deal_window
 from bridgekit.train.data import TrainingSet, step_batch
+from bridgekit.train.objective import decode_loss, encode_batch, is_decoded, mean_losses, weigh
 from bridgekit.train.processes import Processes, sum_gradients
-from bridgekit.train.step import decode_loss, encode_batch, is_decoded, mean_losses, weigh
 
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment

@@ -19,8 +19,8 @@ from bridgekit.model.generation import Generated, decode_bridged, unpad
 from bridgekit.runs import load_jsonl
 from bridgekit.tasks import load_examples
 from bridgekit.tasks.answers import extract_answer
-from bridgekit.train import step, trainer
-from bridgekit.train.step import decode_loss, own_steps, step_losses
+from bridgekit.train import objective, trainer
+from bridgekit.train.objective import decode_loss, own_steps, step_losses
 from bridgekit.train.trainer import BestWeights
 
 NAMES = ("nll", "kl", "prompt", "info_nce", "format", "flow")
@@ -140,7 +140,7 @@ def test_a_loss_of_one_s_own_is_given_what_it_names(one_step):
 def replace_extra(experiment, loss, **options) -> SimpleNamespace:
     names = ("config_of", "pair", "processes", "task", "config")
     own = {name: getattr(experiment, name) for name in names}
-    return SimpleNamespace(**own, extra_loss=step.wrap_extra_loss(loss, options))
+    return SimpleNamespace(**own, extra_loss=objective.wrap_extra_loss(loss, options))
 
 
 # -- decode-aware supervision -----------------------------------------------------------------------------------------
@@ -212,7 +212,7 @@ def test_the_decoded_questions_are_the_first_slots_however_they_are_dealt_out(on
         )
         return decode_bridged(target, bridge, message, before, after, n, seeds, **options)
 
-    monkeypatch.setattr(step, "decode_bridged", watch)
+    monkeypatch.setattr(objective, "decode_bridged", watch)
     decode_loss(experiment, bridge, batch, message)
     for rank in range(2):
         rows = torch.arange(rank, 6, 2)
