@@ -20,7 +20,7 @@ from bridgekit.keys import INVALID
 MAX_NUMBER_CHARS = 300  # longer runs of digits are degenerate text, and int() refuses them beyond 4,300
 
 _MARKER = re.compile(r"(?<!#)####(?!#)([^\n]*)")
-_FOLLOW_UP = re.compile(r"\n[ \t>*#_]*(?:Q|Question|Problem|Human|User)(?:[ \t]*\d+)?[ \t*_]*:", re.IGNORECASE)
+FOLLOW_UP = re.compile(r"\n[ \t>*#_]*(?:Q|Question|Problem|Human|User)(?:[ \t]*\d+)?[ \t*_]*:", re.IGNORECASE)
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")
 _EQUATION = re.compile(r"\s*[\d.,$ ]+(?:[-+*/×÷][\d.,$ ]+)+=(?=\s*[-+$.\d])")
 _DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d*)?|\.\d+"
@@ -35,7 +35,6 @@ _CONTINUES = re.compile(
     r"|\s*[xX]\s*\d|\s*,?\s*\d|\s*[a-zA-Z]*\s*(?:,|&|and)\s+\$?\d|\s*or\s+\$?\d"  # 120 minutes or 2 hours: the same
 )
 _STATED = re.compile(r"\banswer(?:[ \t]+is\b|[ \t]*:)(?P<said>[^\n]+)|^[ \t>*_]*A[*_]*:(?P<alone>[^\n]+)", re.I | re.M)
-_ALONE = re.compile(r"[^\w\n]*\w+(?:[.,/]\d+)*\W*[a-z]*\W*", re.I)  # a line `A: n`, with its unit: no sentence
 _BLOCK = re.compile(r"\n\s*\n(?=[ \t>*#_]*(?:Q|Question|Problem|Human|User)\b)", re.I)
 
 _CHARACTERS = dict(zip("−–—‒‐‑﹣－＋，٬．٫＄＃％⁄∕／", "--------+,,..$#%///", strict=True))
@@ -58,7 +57,7 @@ def truncate_followups(text: str) -> str:
     cuts it before a final answer, and one that repeats the first, word for word, never does.
     """
     asked = None
-    for match in _FOLLOW_UP.finditer("\n" + text):  # match positions are those of `text`, one later
+    for match in FOLLOW_UP.finditer("\n" + text):  # match positions are those of `text`, one later
         before = plain_characters(text[: match.start()])
         question = " ".join(text[match.end() - 1 :].lstrip().partition("\n")[0].split())
         if asked is None and not any(map(str.isdigit, before)):
@@ -127,7 +126,7 @@ def _marked(text: str) -> list[str]:
 def _stated(text: str, alone: bool = True) -> list[str]:
     """The numbers of "The answer is n" and, unless not `alone`, of lines that are "A: n"."""
     found = ((m["said"], m["alone"]) for m in _STATED.finditer(text))
-    return _readable(said or line for said, line in found if said or alone and _ALONE.fullmatch(line))
+    return _readable(said or line for said, line in found if said or alone and len(line.split()) <= 5)  # no sentence
 
 
 def _final(text: str) -> str:
