@@ -242,7 +242,8 @@ def check_rules(c: Config) -> None:
         ("task.n_shots", units and task.n_shots, "task units has no solved questions in front: leave it at 0"),
         ("task.data", real and not task.data, f"task {task.task} needs a folder with train.jsonl and test.jsonl "
          f"(`bridgekit fetch {task.task} --out DIR`)"),
-        ("task.variant", not units and not paragraphs and task.variant != "weights", no_groups("task.variant", "'weights'")),
+        ("task.variant", task.variant != "weights" and not units and not paragraphs,
+         no_groups("task.variant", "'weights'")),
         ("task.train_units_share", not units and task.train_units_share != 1, no_groups("train_units_share", 1)),
         ("task.train_values_share", not units and task.train_values_share != 1, no_groups("train_values_share", 1)),
         ("task.source_only_share", real and task.source_only_share != -1, no_groups("task.source_only_share", -1)),

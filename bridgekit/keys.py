@@ -92,9 +92,7 @@ KEYS = {
     # The questions.
     "task.task": Key("units", "invented units, or real questions", ("units", *REAL, FILE_OBJECT)),
     "task.options": Key((), "name=value of a task of your own", (), f"task.task = {FILE_OBJECT}"),
-    "task.data": Key(
-        "", "folder with train.jsonl and test.jsonl (or .json), from the project's root", "", "task.task != units"
-    ),
+    "task.data": Key("", "folder with train.jsonl and test.jsonl, from the project's root", "", "task.task != units"),
     "task.n_shots": Key(0, "solved training questions in front of each real question", ">= 0"),
     "task.variant": Key("weights", "the source has facts in its weights or in its context", ("weights", "context")),
     "task.n_paragraphs": Key(0, "of hotpotqa, the supporting ones before others; 0: all", ">= 0", PARAGRAPHS),

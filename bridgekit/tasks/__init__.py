@@ -159,8 +159,9 @@ def from_jsonl(
 
 
 def load_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """(number, row) of a file with a JSON value a line or one JSON list, or of a folder with a JSON file for each row; a
-    row that is no JSON is None."""
+    """(number, row) of a file with a JSON value a line or one JSON list, or of a folder with a JSON file for each row.
+
+    A row that is no JSON is None."""
     if path.is_dir():
         yield from enumerate((parse_json(file.read_bytes()) for file in sorted(path.rglob("*.json"))), start=1)
         return

@@ -1,4 +1,4 @@
-"""MATH: rows with `problem` and `solution`, whose last \\boxed{...} is the answer; math-verify compares (equivalence.py).
+"""MATH: rows with `problem` and `solution`, whose last \\boxed{...} is the answer; math-verify compares answers.
 
 bridgekit fetch math --out data/math
 task.task=math task.data=data/math

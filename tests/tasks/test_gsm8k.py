@@ -83,11 +83,13 @@ def test_what_real_questions_cannot_have_is_refused(real):
 @pytest.mark.parametrize(
     ("text", "answer"),
     [
-        ("#### 1,200", "1200"), ("#### $1,200.00", "1200"), ("#### 12 dollars", "12"), ("Steps.\nThe answer is 12.", "12"),
-        ("A: 12", "12"), ("**A:** $12 per day.\n\nQ: And 5?\nA: 5", "12"), ("The final answer is: $\\boxed{12}$.", "12"),
+        ("#### 1,200", "1200"), ("#### $1,200.00", "1200"), ("#### 12 dollars", "12"),
+        ("Steps.\nThe answer is 12.", "12"), ("A: 12", "12"), ("**A:** $12 per day.\n\nQ: And 5?\nA: 5", "12"),
+        ("The final answer is: $\\boxed{12}$.", "12"),
         ("Q: How many now?\nA: 3\n\nQ: And then?\nA: 3+4=7\n#### 7\n\nQ: More?\n#### 9", "7"),
-        ("A: 11\nWait: the answer is 12", "12"), ("#### 12\nThe answer is 5", "12"), ("A: She has 12 pens.", "[invalid]"),
-        ("The answer is unknown.", "[invalid]"), ("12", "[invalid]"), ("#### 120 minutes or 2 hours", "120"),
+        ("A: 11\nWait: the answer is 12", "12"), ("#### 12\nThe answer is 5", "12"), ("12", "[invalid]"),
+        ("A: She has 12 pens.", "[invalid]"), ("The answer is unknown.", "[invalid]"),
+        ("#### 120 minutes or 2 hours", "120"),
     ],
 )  # fmt: skip
 def test_an_answer_counts_as_the_field_writes_it(real, text, answer):
