@@ -154,7 +154,7 @@ FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, wha
     "study": ("study", "many runs at once, on the GPUs there are"),
     "sweep": ("study", "the former name of study"),
     "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),
-    "fetch": ("tasks.gsm8k", "bring real questions into a folder that runs read"),
+    "fetch": ("tasks.real", "bring real questions into a folder that runs read"),
     "audit": ("audit.report", "recompute every claim from its data"),
     "report": ("results.reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),
     "preserve": ("audit.keep", "keep what is worth keeping of a run in preserved_data/"),

@@ -229,7 +229,8 @@ def check_value(name: str, value: object) -> object:
 def check_rules(c: Config) -> None:
     """Refuse settings that exclude each other; the message names the key and the way out."""
     task, bridge, loss, flat, n = c.task, c.bridge, c.loss, to_flat(c), c.train.num_processes
-    units, gsm8k, kv = task.task == "units", task.task == "gsm8k", bridge.injector == "kv"
+    units, real, kv = task.task == "units", task.task in keys.REAL, bridge.injector == "kv"
+    paragraphs = task.task == "hotpotqa"
     decodes, samples = loss.decode_weight > 0, loss.decode_estimator == "policy_gradient"
     has_flow = holds(keys.DIT, flat) or bridge.producer == "constant"
     is_device = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?").fullmatch
@@ -252,14 +253,17 @@ def check_rules(c: Config) -> None:
         ("loss.flow_weight", loss.flow_weight and not has_flow, "needs bridge.producer: dit, nothing else has a flow"),
         ("loss.extra_weight", loss.extra_weight and not loss.extra, f"needs loss.extra={FILE_OBJECT}"),
         ("task.n_shots", units and task.n_shots, "task units has no solved questions in front: leave it at 0"),
-        ("task.data", gsm8k and not task.data,
-         "task gsm8k needs a folder with train.jsonl and test.jsonl (`bridgekit fetch gsm8k --out DIR`)"),
-        ("task.variant", not units and task.variant != "weights", no_groups("task.variant", "'weights'")),
+        ("task.data", real and not task.data, f"task {task.task} needs a folder with train.jsonl and test.jsonl "
+         f"(`bridgekit fetch {task.task} --out DIR`)"),
+        ("task.variant", task.variant != "weights" and not units and not paragraphs,
+         no_groups("task.variant", "'weights'")),
         ("task.train_units_share", not units and task.train_units_share != 1, no_groups("train_units_share", 1)),
         ("task.train_values_share", not units and task.train_values_share != 1, no_groups("train_values_share", 1)),
-        ("task.source_only_share", gsm8k and task.source_only_share != -1, no_groups("task.source_only_share", -1)),
-        ("eval.conditions", gsm8k and "target_told" in c.eval.conditions,
-         "'target_told' needs the fact in words, which task gsm8k does not have: leave it out"),
+        ("task.source_only_share", real and task.source_only_share != -1, no_groups("task.source_only_share", -1)),
+        ("eval.conditions", real and not paragraphs and "target_told" in c.eval.conditions,
+         f"'target_told' needs the fact in words, which task {task.task} does not have: leave it out"),
+        ("loss.format_weight", paragraphs and loss.format_weight,
+         "an answer of task hotpotqa has no marker that a loss could ask for: leave it at 0"),
         ("train.controls", not units and task.source_only_share == -1 and "constant_natural" in c.train.controls,
          f"'constant_natural' is 'constant' again in task {task.task}, which has one mix: leave it out"),
         ("bridge.inject_from", bridge.inject_from == "question" and bridge.injector in SOFT_INJECTORS

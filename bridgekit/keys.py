@@ -21,6 +21,7 @@ GROUPS = ("source_only", "target_only", "both")
 PRODUCERS = ("resampler", "dit", "constant")
 INJECTORS = ("prefix", "residual", "prefix+residual", "kv")
 SOFT_INJECTORS = ("prefix", "prefix+residual")  # those whose message takes places in the target's prompt
+REAL = ("gsm8k", "math", "hotpotqa")  # tasks of real questions, read from files
 CONTROLS = ("constant", "constant_natural", "self_bridge")  # each is a training of its own
 VIEWS, STARTS = ("prompt", "question", "solution", "facts"), ("auto", "prompt", "question")
 INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
@@ -35,7 +36,8 @@ OPTIONS = {key: f"{key}_options" for key in ("bridge.producer", "bridge.injector
 OPTIONS["task.task"] = "task.options"
 
 # Conditions of several keys; `=` also holds for an object of the user's, which may use every key.
-CONTEXT, WEIGHTS = "task.variant = context", "task.variant = weights"
+FACTS, WEIGHTS = "task.variant = context and task.task = units", "task.variant = weights"
+PARAGRAPHS = "task.task = hotpotqa"
 DIT, READS = "bridge.producer = dit", "bridge.producer != constant"
 WIDE = f"{READS} or bridge.injector != prefix"
 SOFT = "bridge.injector != residual and bridge.injector != kv"
@@ -99,13 +101,14 @@ KEYS = {
     "pair.dtype": Key("auto", "of both models; auto: float32 on CPU, bfloat16 on GPU", ("auto", "float32", "bfloat16")),
     "pair.prompt_format": Key("plain", "a prompt as it is, or a user's turn of the chat template", PROMPT_FORMATS),
     # The questions.
-    "task.task": Key("units", "invented units, or real questions", ("units", "gsm8k", FILE_OBJECT)),
+    "task.task": Key("units", "invented units, or real questions", ("units", *REAL, FILE_OBJECT)),
     "task.options": Key((), "name=value of a task of your own", (), f"task.task = {FILE_OBJECT}"),
     "task.data": Key("", "folder with train.jsonl and test.jsonl, from the project's root", "", "task.task != units"),
-    "task.n_shots": Key(0, "solved training questions in front of each question (gsm8k)", ">= 0"),
+    "task.n_shots": Key(0, "solved training questions in front of each real question", ">= 0"),
     "task.variant": Key("weights", "the source has facts in its weights or in its context", ("weights", "context")),
-    "task.n_facts": Key(4, "facts in the source's context", "> 0", CONTEXT),
-    "task.vary_facts": Key(False, "train on 1, 2, 4, ... n_facts facts", "", f"{CONTEXT} and task.n_facts > 1"),
+    "task.n_paragraphs": Key(0, "of hotpotqa, the supporting ones before others; 0: all", ">= 0", PARAGRAPHS),
+    "task.n_facts": Key(4, "facts in the source's context", "> 0", FACTS),
+    "task.vary_facts": Key(False, "train on 1, 2, 4, ... n_facts facts", "", f"{FACTS} and task.n_facts > 1"),
     "task.data_seed": Key(1, "of the problems that are drawn, and of the order of real questions"),
     "task.n_train": Key(16384, "training problems", "> 0"),
     "task.n_val": Key(512, "validation problems", "> 0"),

@@ -5,20 +5,21 @@
     task.is_right(task.extract(text), examples[0].gold)
 
 A task of your own is a class with `examples(config, split)`, named as `task.task: path/to/file.py:Class`. It may also
-define `extract(text)`, `is_complete(text)`, `is_right(extracted, gold)` and `has_groups`; see `from_jsonl`.
+define `extract(text)`, `is_complete(text)`, `is_right(extracted, gold)`, `measures(extracted, gold)`, `marker`,
+`write(answer)` and `has_groups`; see `from_jsonl`.
 """
 
+import gzip
 import importlib
 import inspect
 import json
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bridgekit.config import Config, ConfigError, check_models, refuse_if, resolve_model_folder
 from bridgekit.keys import INVALID, SOFT_INJECTORS, is_path
-from bridgekit.runs import load_jsonl
 from bridgekit.tasks import extend
 from bridgekit.tasks.answers import answer_is_complete, extract_answer
 
@@ -98,16 +99,23 @@ class Task:
     extract: Callable[[str], str] = extract_answer
     is_complete: Callable[[str], bool] = answer_is_complete  # may decoding stop here?
     is_right: Callable[[str, str], bool] = lambda extracted, gold: extracted == gold != INVALID
+    measures: Callable[[str, str], dict[str, float]] = lambda extracted, gold: {}  # reported beside it, e.g. F1
+    marker: str = "####"  # what a solution has before its final answer; empty: it is nothing but the answer
+    write: Callable[[str], str] = "#### {}".format  # an extracted answer as a text that `extract` reads
+
+
+PARTS = ("has_groups", "extract", "is_complete", "is_right", "measures", "marker", "write")  # a user's may have them
+FILES = {"math": "math_problems"}  # tasks that do not stand in the file of their name
 
 
 def get_task(config: Config, code_dir: str | Path | None = None) -> Task:
     """The configuration's task; one of the user's comes from `code_dir`, a run folder's copy, or from the project."""
     name = config.task.task
     if not is_path(name):
-        return importlib.import_module(f"bridgekit.tasks.{name}").TASK  # they take `Example` from here
+        return importlib.import_module(f"bridgekit.tasks.{FILES.get(name, name)}").TASK  # they take `Example` from here
     made, options = extend.load_checked(config, "task.task", code_dir)
     own = made(**options) if inspect.isclass(made) else made
-    parts = {p: getattr(own, p) for p in ("has_groups", "extract", "is_complete", "is_right") if hasattr(own, p)}
+    parts = {part: getattr(own, part) for part in PARTS if hasattr(own, part)}
 
     def examples(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
         config = config if share is None else config.with_(source_only_share=share)
@@ -123,20 +131,55 @@ def load_examples(config: Config, lexicon_seed: int | None, split: str, share: f
 
 
 def from_jsonl(
-    path: str | Path, split: str, question="question", answer="answer", name="", extract=extract_answer
-) -> list[Example]:
-    """The questions of a file with one JSON object a line; a row that is none is refused with its number."""
-    path, examples = Path(path), []
-    refuse_if(not path.is_file(), f"task.data: no file '{path}'")
-    for number, row in enumerate(load_jsonl(path), start=1):
-        where, texts = f"task.data: {path}, row {number}:", [row.get(question), row.get(answer)]
-        are_texts = all(isinstance(text, str) and text.strip() for text in texts)
-        refuse_if(not are_texts, f"{where} needs texts `{question}` and `{answer}`")
-        asked, worked = map(str.strip, texts)
-        gold, name_of = extract(worked), f"{name or path.stem}-{split}-{number:05d}"
-        refuse_if(gold == INVALID, f"{where} no final answer in its `{answer}`, such as `#### 12`")
-        examples.append(Example(id=name_of, split=split, question=asked, solution=worked, gold=gold))
+    path: str | Path, split: str, question="question", answer="answer", name="", extract=extract_answer,
+    form="`#### 12`", more: Callable[[dict], dict] = lambda row: {},
+) -> list[Example]:  # fmt: skip
+    """The questions of a file with one JSON object a line, or a JSON list of them; rows that are none are refused.
+
+    `more(row)` gives further fields of an Example, or says in a ValueError what is wrong with the row."""
+    path, examples, wrong = Path(path), [], []
+    refuse_if(not path.exists(), f"task.data: no file '{path}'")
+    for number, row in load_rows(path):
+        row = row if isinstance(row, dict) else {}
+        texts = [row.get(question), row.get(answer)]
+        try:
+            if not all(isinstance(text, str) and text.strip() for text in texts):
+                has = f" (it has {', '.join(map(str, row))})" if row else ""
+                raise ValueError(f"needs texts `{question}` and `{answer}`{has}")
+            asked, worked = map(str.strip, texts)
+            if (gold := extract(worked)) == INVALID:
+                raise ValueError(f"no final answer in its `{answer}`, such as {form}")
+            fields = {"question": asked, "solution": worked, "gold": gold} | more(row)
+            examples.append(Example(id=f"{name or path.stem}-{split}-{number:05d}", split=split, **fields))
+        except ValueError as error:
+            wrong.append(f"row {number}: {error}")
+    rest = f"; and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+    refuse_if(wrong, f"task.data: {path}, {'; '.join(wrong[:3])}{rest}: correct them, or take them out")
+    refuse_if(not examples, f"task.data: {path} is empty: it needs a JSON object a line, one for each question")
     return examples
+
+
+def load_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """(number, row) of a file with a JSON value a line or one JSON list, or of a folder with a JSON file for each row.
+
+    A row that is no JSON is None."""
+    if path.is_dir():
+        yield from enumerate((parse_json(file.read_bytes()) for file in sorted(path.rglob("*.json"))), start=1)
+        return
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError):
+        raise ConfigError(f"task.data: {path} is damaged: restore it") from None
+    rows = parse_json(raw) if raw.lstrip()[:1] == b"[" else map(parse_json, filter(bytes.strip, raw.split(b"\n")))
+    refuse_if(rows is None, f"task.data: {path} is not one whole JSON list: restore it")
+    yield from enumerate(rows, start=1)
+
+
+def parse_json(raw: bytes) -> object:
+    try:
+        return json.loads(raw)
+    except (ValueError, RecursionError):
+        return None
 
 
 def give_donors(examples: list[Example], differs: str = "gold", rng=None, answer_with=None) -> list[Example]:

@@ -1,10 +1,12 @@
 """Read the final answer out of generated text: one canonical number string, or `[invalid]`.
 
     extract_answer("... so she has 18 left.\\n#### 18.00")      # "18"
+    extract_answer("16 - 3 = 13. The answer is $13.")         # "13"
 
 Rules, so that one text can be scored under each: `marker_last` and `marker_first`, this project's own, take the last or
 first `#### n` before any follow-up question that the model invents, in canonical form ("8/3" stays a fraction, "400-x"
-is no answer); `seeds` is the first experiments' evaluator, `lm_eval_strict` and `lm_eval_flexible` are the filters of
+is no answer); `final`, the default, is `marker_last`, and without a marker the number of "The answer is n" or of a line
+"A: n"; `seeds` is the first experiments' evaluator, `lm_eval_strict` and `lm_eval_flexible` are the filters of
 lm-evaluation-harness for GSM8K: these three return a label exactly as those programs would compare it.
 """
 
@@ -18,7 +20,7 @@ from bridgekit.keys import INVALID
 MAX_NUMBER_CHARS = 300  # longer runs of digits are degenerate text, and int() refuses them beyond 4,300
 
 _MARKER = re.compile(r"(?<!#)####(?!#)([^\n]*)")
-_FOLLOW_UP = re.compile(r"\n[ \t>*#_]*(?:Q|Question|Problem|Human|User)(?:[ \t]*\d+)?[ \t*_]*:", re.IGNORECASE)
+FOLLOW_UP = re.compile(r"\n[ \t>*#_]*(?:Q|Question|Problem|Human|User)(?:[ \t]*\d+)?[ \t*_]*:", re.IGNORECASE)
 _CALCULATION = re.compile(r"<<[^<>\n]*>>")
 _EQUATION = re.compile(r"\s*[\d.,$ ]+(?:[-+*/×÷][\d.,$ ]+)+=(?=\s*[-+$.\d])")
 _DIGITS = r"(?:\d{1,3}(?:,\d{2,3})*,\d{3}|\d+)(?:\.\d*)?|\.\d+"
@@ -30,8 +32,10 @@ _NUMBER = re.compile(
 # The number read is only the start of something else: 1.2.3, 10², 400-x, 3 * 4, 1 hour and 30 minutes.
 _CONTINUES = re.compile(
     r"[.:]\d|[²³⁴⁵⁶⁷⁸⁹⁰¹√]|\s*/\s*\d|\s*[-+*×÷^·]\s*(?:[$(]?\d|[a-zA-Z]\b)"
-    r"|\s*[xX]\s*\d|\s*,?\s*\d|\s*[a-zA-Z]*\s*(?:,|&|and|or)\s+\$?\d"
+    r"|\s*[xX]\s*\d|\s*,?\s*\d|\s*[a-zA-Z]*\s*(?:,|&|and)\s+\$?\d|\s*or\s+\$?\d"  # 120 minutes or 2 hours: the same
 )
+_STATED = re.compile(r"\banswer(?:[ \t]+is\b|[ \t]*:)(?P<said>[^\n]+)|^[ \t>*_]*A[*_]*:(?P<alone>[^\n]+)", re.I | re.M)
+_BLOCK = re.compile(r"\n\s*\n(?=[ \t>*#_]*(?:Q|Question|Problem|Human|User)\b)", re.I)
 
 _CHARACTERS = dict(zip("−–—‒‐‑﹣－＋，٬．٫＄＃％⁄∕／", "--------+,,..$#%///", strict=True))
 _SPACED_THOUSANDS = re.compile("(?<=\\d)[\u00a0\u2009\u202f'’](?=\\d{3}(?!\\d))")
@@ -39,7 +43,7 @@ _MARKER_OF_SEEDS = re.compile(r"#### (-?[0-9.,]+)")
 _FLEXIBLE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
-def extract_answer(text: str, rule: str = "marker_last") -> str:
+def extract_answer(text: str, rule: str = "final") -> str:
     """Return the answer stated in `text` under the named rule, or `[invalid]`."""
     if rule not in RULES:
         raise ValueError(f"extraction rule {rule!r} is not known; use one of: {', '.join(RULES)}")
@@ -47,25 +51,27 @@ def extract_answer(text: str, rule: str = "marker_last") -> str:
 
 
 def truncate_followups(text: str) -> str:
-    """Cut the text where the model starts another question of its own.
+    """Cut the text where the model starts another question of its own, once it has given an answer.
 
-    A question before anything else is the one it was asked, repeated; it stays, and so do its repetitions.
+    A text that opens with a question repeats the one it was asked, or works through sub-questions: no further question
+    cuts it before a final answer, and one that repeats the first, word for word, never does.
     """
     asked = None
-    for match in _FOLLOW_UP.finditer("\n" + text):  # match positions are those of `text`, one later
-        words = text[match.end() - 1 : match.end() + 199].strip().split("\n")[0]  # its first line will do
-        question = " ".join(words.split())[:40]
-        if not any(map(str.isalnum, text[: match.start()])):
+    for match in FOLLOW_UP.finditer("\n" + text):  # match positions are those of `text`, one later
+        before = plain_characters(text[: match.start()])
+        question = " ".join(text[match.end() - 1 :].lstrip().partition("\n")[0].split())
+        if asked is None and not any(map(str.isdigit, before)):
             asked = question
-        elif question != asked:
+        elif question != asked and (asked is None or _marked(before) or _stated(before, alone=False)):
             return text[: max(match.start() - 1, 0)]
     return text
 
 
 def answer_is_complete(text: str) -> bool:
-    """True once a `####` line holds a readable number and its newline: decoding may stop there."""
-    lines = plain_characters(text).split("\n")[:-1]
-    return any(read_number(m.group(1)) != INVALID for line in lines for m in _MARKER.finditer(line))
+    """True once a `####` line holds a readable number and its newline, or a follow-up question's line has ended:
+    decoding may stop there."""
+    lines = text[: text.rfind("\n") + 1]
+    return bool(_marked(plain_characters(lines))) or truncate_followups(lines) != lines
 
 
 def read_number(text: str) -> str:
@@ -109,9 +115,29 @@ def _plain_character(character: str) -> str:
     return _CHARACTERS.get(character, character)
 
 
+def _readable(texts) -> list[str]:
+    return [answer for answer in map(read_number, texts) if answer != INVALID]
+
+
+def _marked(text: str) -> list[str]:
+    return _readable(m[1] for m in _MARKER.finditer(text))
+
+
+def _stated(text: str, alone: bool = True) -> list[str]:
+    """The numbers of "The answer is n" and, unless not `alone`, of lines that are "A: n"."""
+    found = ((m["said"], m["alone"]) for m in _STATED.finditer(text))
+    return _readable(said or line for said, line in found if said or alone and len(line.split()) <= 5)  # no sentence
+
+
+def _final(text: str) -> str:
+    """The last marked number; without one the last that is stated before the next question."""
+    text = plain_characters(truncate_followups(text))
+    blocks = (_stated(block) for block in _BLOCK.split(text))
+    return (_marked(text) or next(filter(None, blocks), [INVALID]))[-1]
+
+
 def _marked_numbers(text: str) -> list[str]:
-    found = (read_number(m.group(1)) for m in _MARKER.finditer(plain_characters(truncate_followups(text))))
-    return [answer for answer in found if answer != INVALID] or [INVALID]
+    return _marked(plain_characters(truncate_followups(text))) or [INVALID]
 
 
 def lm_eval_cleanup(text: str) -> str:
@@ -126,4 +152,5 @@ RULES = {
     "seeds": lambda text: (_MARKER_OF_SEEDS.findall(text) or [INVALID])[0].replace(",", ""),
     "lm_eval_strict": lambda text: lm_eval_cleanup((_MARKER_OF_SEEDS.findall(text) or [INVALID])[0]),
     "lm_eval_flexible": lambda text: lm_eval_cleanup((_FLEXIBLE.findall(text) or [INVALID])[-1].strip()),
+    "final": _final,
 }

@@ -285,6 +285,7 @@ def make_row(experiment: Experiment, example: Example, said: dict[str, Generated
         row[f"{condition}_extracted"] = extracted
         row[f"{condition}_logprob"] = round(generated.logprob, 5)
         row[f"{condition}_correct"] = bool(task.is_right(extracted, example.gold))
+        row |= {f"{condition}_{name}": value for name, value in task.measures(extracted, example.gold).items()}
     return row
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from bridgekit.config import ConfigError
-from bridgekit.tasks import CUE, check_inputs, gsm8k, literal_prompt, load_examples, relay_prompt, source_prompt
+from bridgekit.tasks import CUE, check_inputs, get_task, literal_prompt, load_examples, relay_prompt, source_prompt
+from bridgekit.tasks.real import fetch, main
 
 CONDITIONS = ("source", "target", "bridged", "shuffled", "relay_full")
 N_TRAIN, N_TEST = 40, 12
@@ -79,6 +80,31 @@ def test_what_real_questions_cannot_have_is_refused(real):
             real(**changes)
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("#### 1,200", "1200"), ("#### $1,200.00", "1200"), ("#### 12 dollars", "12"),
+        ("Steps.\nThe answer is 12.", "12"), ("A: 12", "12"), ("**A:** $12 per day.\n\nQ: And 5?\nA: 5", "12"),
+        ("The final answer is: $\\boxed{12}$.", "12"),
+        ("Q: How many now?\nA: 3\n\nQ: And then?\nA: 3+4=7\n#### 7\n\nQ: More?\n#### 9", "7"),
+        ("A: 11\nWait: the answer is 12", "12"), ("#### 12\nThe answer is 5", "12"), ("12", "[invalid]"),
+        ("A: She has 12 pens.", "[invalid]"), ("The answer is unknown.", "[invalid]"),
+        ("#### 120 minutes or 2 hours", "120"),
+    ],
+)  # fmt: skip
+def test_an_answer_counts_as_the_field_writes_it(real, text, answer):
+    task = get_task(real())
+    assert task.extract(text) == answer and task.is_right(task.extract(text), "12") == (answer == "12")
+
+
+def test_an_invented_question_ends_the_answer(real):
+    is_complete, asked = get_task(real()).is_complete, "How many of the pens that Ann bought in May are red?"
+    assert is_complete("A: 12\n\nQ: And you?\n") and not is_complete("A: 12\n\nQ: And y")
+    assert not is_complete(f"Q: {asked}\nA: 3 + 4\n\nQ: How many are left?\n")
+    ended = f"Q: {asked}\nThe answer is 7.\n\nQ: {asked}\n"
+    assert not is_complete(ended) and is_complete(ended.replace("red?\n", "blue?\n").replace("blue", "red", 1))
+
+
 def test_what_is_missing_in_the_folder_is_named(real, data):
     with pytest.raises(ConfigError, match="task.n_train: 100 asked for, .* has 29, once 2 shown and 8 for validation"):
         load_examples(real(n_train=100, n_shots=2), None, "train")
@@ -90,6 +116,18 @@ def test_what_is_missing_in_the_folder_is_named(real, data):
     write(data / "train.jsonl", [{"question": "How many?"}])
     with pytest.raises(ConfigError, match="row 1: needs texts `question` and `answer`"):
         load_examples(real(), None, "train")
+    (data / "train.jsonl").write_text("")
+    with pytest.raises(ConfigError, match="train.jsonl is empty: it needs a JSON object a line"):
+        check_inputs(real())
+    (data / "train.jsonl").write_text('[{"question": "How')
+    with pytest.raises(ConfigError, match="train.jsonl is not one whole JSON list: restore it"):
+        check_inputs(real())
+    rows = [question(1), *({"problem": f"{i}?", "solution": "4"} for i in range(5))]
+    (data / "train.jsonl").write_text("\n".join([*map(json.dumps, rows), "{no json"]))
+    with pytest.raises(ConfigError) as caught:
+        check_inputs(real())
+    said = "row 2: needs texts `question` and `answer` (it has problem, solution); row 3: "
+    assert said in str(caught.value) and str(caught.value).endswith("; and 3 more: correct them, or take them out")
     (data / "test.jsonl").unlink()
     for refused in (lambda: load_examples(real(), None, "test"), lambda: check_inputs(real())):
         with pytest.raises(ConfigError, match="no test.jsonl in .*: `bridgekit fetch gsm8k --out DIR` makes both"):
@@ -98,16 +136,29 @@ def test_what_is_missing_in_the_folder_is_named(real, data):
 
 def test_fetching_writes_the_folder_whole_or_not_at_all(data, tmp_path, capsys):
     out = tmp_path / "fetched"
-    assert gsm8k.main(["gsm8k", "--out", str(out), "--origin", str(data)]) == 0
+    assert main(["gsm8k", "--out", str(out), "--origin", str(data)]) == 0
     assert "40 and 12 questions; now task.task=gsm8k" in capsys.readouterr().out
     for split in ("train", "test"):
         rows = [json.loads(line) for line in (out / f"{split}.jsonl").read_text().splitlines()]
         assert rows == [json.loads(line) for line in (data / f"{split}.jsonl").read_text().splitlines()]
     with pytest.raises(FileExistsError, match="--out"):
-        gsm8k.fetch(out, str(data))
+        fetch("gsm8k", out, str(data))
     with pytest.raises(ConfigError, match="--origin: cannot load"):
-        gsm8k.fetch(tmp_path / "other", str(tmp_path / "nowhere"))
+        fetch("gsm8k", tmp_path / "other", str(tmp_path / "nowhere"))
     write(data / "test.jsonl", [{"question": "How many?", "answer": "Seven."}])
     with pytest.raises(ConfigError, match="no final answer"):
-        gsm8k.fetch(tmp_path / "other", str(data))
+        fetch("gsm8k", tmp_path / "other", str(data))
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != "data") == ["fetched"]
+
+
+def test_files_are_read_in_each_public_form(real, data):
+    expected = {split: load_examples(real(), None, split) for split in ("train", "val", "test")}
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    (data / "train.jsonl").unlink()
+    (data / "train.json").write_text(json.dumps(rows, indent=1))
+    assert {split: load_examples(real(), None, split) for split in expected} == expected
+    (data / "train.json").unlink()
+    for i, row in enumerate(rows):
+        write(data / f"train/topic{i // 20}/{i:03d}.json", [])
+        (data / f"train/topic{i // 20}/{i:03d}.json").write_text(json.dumps(row, indent=1))
+    assert {split: load_examples(real(), None, split) for split in expected} == expected
