@@ -77,7 +77,7 @@ def cut_to_soft_tokens(experiment: Experiment, texts: list[str]) -> list[str]:
 
 
 def answer_alone(experiment: Experiment, texts: list[str]) -> list[str]:
-    return ["" if a == INVALID else f"#### {a}" for a in map(experiment.task.extract, texts)]
+    return ["" if a == INVALID else experiment.task.write(a) for a in map(experiment.task.extract, texts)]
 
 
 def find_donor(example: Example, by_id: dict[str, Example]) -> Example:

@@ -56,14 +56,15 @@ class Batch:
 class TrainingTexts:
     """What the target reads of all training examples, tokenized; shared by a bridge and its controls."""
 
-    def __init__(self, config: Config, target: LanguageModel, examples: list[Example]):
+    def __init__(self, config: Config, target: LanguageModel, examples: list[Example], marker: str = "####"):
         mode = config.bridge.train_prompt_mode
         mode = config.bridge.prompt_mode if mode == "same" else mode
         prompts = [literal_prompt(e) for e in examples]
         pieces = split_prompts(target, prompts)
         self.shared, before, after = split_target(config, target, pieces, mode)
-        answers, markers = tokenize_answers(target, prompts, [e.solution for e in examples])
-        finals = [a[m.index(1) if 1 in m else len(a) :] for a, m in zip(answers, markers, strict=True)]
+        answers, markers = tokenize_answers(target, prompts, [e.solution for e in examples], marker)
+        nowhere = len if marker else lambda answer: 0  # an answer without marker is nothing but final
+        finals = [a[m.index(1) if 1 in m else nowhere(a) :] for a, m in zip(answers, markers, strict=True)]
         first = config.loss.answer_tokens or None
         answers, markers = [a[:first] for a in answers], [m[:first] for m in markers]
         literal = [target.bos + p.all for p in pieces]
@@ -143,13 +144,13 @@ def split_target(config: Config, lm: LanguageModel, pieces: list[Pieces], mode: 
 
 
 def tokenize_answers(
-    lm: LanguageModel, prompts: list[Prompt], solutions: list[str]
+    lm: LanguageModel, prompts: list[Prompt], solutions: list[str], marker: str = "####"
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Answer ids ending in the end token, and for each token whether it belongs to the `####` marker."""
+    """Answer ids ending in the end token, and for each token whether it belongs to the last `marker`."""
     encoded = lm.tokenize_after([p.text for p in format_prompts(lm, prompts)], solutions)
     answers, markers = [], []
     for text, ids, offsets in zip(solutions, *encoded, strict=True):
-        start = text.rfind("####")
+        start = text.rfind(marker) if marker else -1
         answers.append([*ids, lm.end_id])
-        markers.append([int(start >= 0 and a < start + 4 and b > start) for a, b in offsets] + [0])
+        markers.append([int(start >= 0 and a < start + len(marker) and b > start) for a, b in offsets] + [0])
     return answers, markers

@@ -179,7 +179,7 @@ class Experiment:
         share = config.task.source_only_share
         examples = self.examples("train", share)
         if share not in self._texts:
-            self._texts[share] = TrainingTexts(config, self.pair.target, examples)
+            self._texts[share] = TrainingTexts(config, self.pair.target, examples, self.task.marker)
         if config.loss.kl_weight and self.device.type == "cuda":
             self._texts[share].teach(self.pair.target, config.train.cache_states_gb)
         return TrainingSet(self._texts[share], self.source_states(examples, name, config.train.cache_states_gb))
@@ -187,7 +187,9 @@ class Experiment:
     def training_set(self, examples: list[Example]) -> TrainingSet:
         """Any examples as training would see them, in the prompt mode and at the length of evaluation."""
         whole = self.config.with_(train_prompt_mode="same", answer_tokens=0)
-        return TrainingSet(TrainingTexts(whole, self.pair.target, examples), self.source_states(examples))
+        return TrainingSet(
+            TrainingTexts(whole, self.pair.target, examples, self.task.marker), self.source_states(examples)
+        )
 
     @cached_property
     def _data(self) -> TrainingSet:

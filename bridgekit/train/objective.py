@@ -133,7 +133,7 @@ def decode_loss(experiment: Experiment, bridge: Bridge, batch: Batch, message: M
         reward = torch.tensor(right, device=target.device).view(n, samples)
         logits = bridged_logits(target, bridge, message, before, after, labels, mask, batch.shared)
         return losses.policy_gradient(logits, labels, mask, losses.leave_one_out(reward).flatten())
-    steps = [own_steps(target, g) for g in answers]
+    steps = [own_steps(target, g, task.marker) for g in answers]
     labels, mask = pad_ids([s + g for s, g in zip(steps, gold, strict=True)], target.device)
     lengths = torch.tensor([len(s) for s in steps], device=target.device)
     counted = mask & (torch.arange(mask.shape[1], device=target.device) >= lengths[:, None])
@@ -141,11 +141,15 @@ def decode_loss(experiment: Experiment, bridge: Bridge, batch: Batch, message: M
     return losses.answer_nll(logits, labels, counted)
 
 
-def own_steps(target: LanguageModel, generated: Generated) -> list[int]:
-    """The generated tokens up to the final answer: without the marker, what follows it, and the end."""
+def own_steps(target: LanguageModel, generated: Generated, marker: str = "####") -> list[int]:
+    """The generated tokens up to the final answer: without the marker, what follows it, and the end.
+
+    Where answers have no marker they have no steps."""
     ids = [i for i in generated.ids if i not in target.eos_ids]
-    pieces = target.tokenizer.batch_decode([[i] for i in ids])
-    return ids[: next((n for n, piece in enumerate(pieces) if "#" in piece), len(ids))]
+    text = target.tokenizer.decode(ids)
+    start = text.find(marker) if marker in text else len(text)
+    lengths = map(len, target.tokenizer.batch_decode([ids[: n + 1] for n in range(len(ids))]))
+    return ids[: next((n for n, length in enumerate(lengths) if length > start), len(ids))]
 
 
 def mean_losses(totals: dict[str, losses.Total], processes: Processes) -> dict[str, torch.Tensor]:
