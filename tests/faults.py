@@ -88,12 +88,18 @@ def start(kind: str, project: Path) -> subprocess.Popen:
     return subprocess.Popen(command_of(kind, project), cwd=project, env=environment, stdout=log, stderr=log)
 
 
-def processes_of(project: Path) -> list[psutil.Process]:
-    """Everything that works in a project's folder."""
+def run_of(pid: int) -> str:
+    """The run folder that a worker or its launcher was started for."""
+    return next((part for part in psutil.Process(pid).cmdline() if "/runs/" in part), "nowhere")
+
+
+def processes_of(project: Path, run: str = "") -> list[psutil.Process]:
+    """Everything that works in a project's folder; with `run` what was started for that run folder alone."""
     found = []
     for process in psutil.process_iter():
         try:
-            if process.pid != os.getpid() and process.cwd() == str(project) and process.status() != "zombie":
+            is_mine = process.pid != os.getpid() and process.cwd() == str(project) and process.status() != "zombie"
+            if is_mine and (not run or run in process.cmdline()):
                 found.append(process)
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
@@ -155,19 +161,25 @@ def kill_once(kind: str, project: Path, rng: random.Random, seconds: float) -> d
         ]
         targets = [child.pid] if victim == "command" else [p.pid for p in processes_of(project) if is_victim(p, victim)]
         if targets and (here or time.time() > deadline):
-            os.kill(rng.choice(targets), sent)
+            chosen = rng.choice(targets)
+            others_go_on = kind == "study" and victim != "command"  # a study loses one run, and trains the others
+            ends = run_of(chosen) if others_go_on else ""
+            os.kill(chosen, sent)
             fate["killed"] = True
             break
         time.sleep(0.003 if moment in MOMENTS else 0.05)
     if fate["killed"]:
         since = time.time()
-        while (left := processes_of(project)) and time.time() - since < END_SECONDS:
+        while (left := processes_of(project, ends)) and time.time() - since < END_SECONDS:
             child.poll()
             time.sleep(0.1)
         fate["seconds"] = round(time.time() - since, 1)
         fate["orphans"] = len(left)
-        for process in left:
-            process.kill()
+        if others_go_on and child.poll() is None:  # it is gone on with once more below
+            child.terminate()
+        else:
+            for process in left:
+                process.kill()
     child.wait()
     fate["lost"] = len(find_damage(project)) + sum(not folder.is_dir() for folder in before)
     fate["false"] = sum(not (folder / "verdict.json").is_file() for folder in finished(project))
@@ -212,9 +224,9 @@ def kill_and_go_on(kind: str, project: Path, kills: int, seed: int, reference: d
 
 
 def harm(kind: str, project: Path, volume: Path | None) -> None:
-    """What is done to a run in the middle of its training."""
-    (run,) = run_folders(project)
+    """What is done to a run in the middle of its training; a folder that is read-only is so from the start."""
     if kind == "folder deleted":
+        (run,) = run_folders(project)
         shutil.rmtree(run)
     elif kind == "worker stopped":
         workers = [process for process in processes_of(project) if is_victim(process, "-m bridgekit.train.worker")]
