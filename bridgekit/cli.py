@@ -154,6 +154,7 @@ FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, wha
     "study": ("study", "many runs at once, on the GPUs there are"),
     "sweep": ("study", "the former name of study"),
     "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),
+    "bench": ("train.bench", "what steps and answers cost on this machine, with models of real size"),
     "fetch": ("tasks.real", "bring real questions into a folder that runs read"),
     "audit": ("audit.report", "recompute every claim from its data"),
     "report": ("results.reports", "write LOG.md, EXPERIMENTS_SUMMARY.md and REPORT.md of a runs folder again"),

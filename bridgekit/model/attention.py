@@ -227,7 +227,7 @@ def share_start(lm: LanguageModel, ids: tuple[int, ...]) -> Shared | None:
     """The start's keys and values, of the last few starts asked for; None where sharing is no use or not possible."""
     if len(ids) < LEAST or not attends_in_parts(lm):
         return None
-    known = lm.__dict__.setdefault("_shared", {})
+    known = lm.starts
     if ids not in known:
         for old in list(known)[:-3]:
             del known[old]
@@ -241,7 +241,7 @@ def share_start(lm: LanguageModel, ids: tuple[int, ...]) -> Shared | None:
 @torch.no_grad()
 def attends_in_parts(lm: LanguageModel) -> bool:
     """Does two-part attention give this model's own hidden states? Tried once, on a few tokens."""
-    if "_in_parts" not in lm.__dict__:
+    if lm.in_parts is None:
         ids = torch.tensor([(lm.sample * 12)[:12]], device=lm.device)
         try:
             whole = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, 6:].float()
@@ -252,10 +252,10 @@ def attends_in_parts(lm: LanguageModel) -> bool:
             with attending(lm, Pass(Shared(tuple(range(6)), layers))):
                 parts = lm.decoder(input_ids=ids[:, 6:], use_cache=False, **options).last_hidden_state
             apart = ((parts.float() - whole).norm() / whole.norm()).item()
-            lm._in_parts = apart < (1e-3 if lm.dtype == torch.float32 else 0.2)  # half precision adds up over layers
+            lm.in_parts = apart < (1e-3 if lm.dtype == torch.float32 else 0.2)  # half precision adds up over layers
         except (NotImplementedError, AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError):
-            lm._in_parts = False  # another kind of attention: this model runs unshared
-    return lm._in_parts
+            lm.in_parts = False  # another kind of attention: this model runs unshared
+    return lm.in_parts
 
 
 def share_rows(lm: LanguageModel, rows: list[list[int]], n: int) -> tuple[Shared | None, list[list[int]]]:

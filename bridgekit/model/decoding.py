@@ -33,7 +33,7 @@ def open_steps(lm: LanguageModel, shared: Shared | None, rows: int, places: int)
     """What decodes `rows` rows of at most `places` own places. A room that is large enough is used once more."""
     if shared is None and not (lm.device.type == "cuda" and attends_in_parts(lm)):
         return OwnCache(lm)
-    kept = lm.__dict__.setdefault("_rooms", [])
+    kept = lm.rooms
     for room in kept:
         if room.shared is shared and room.cache.places >= places and rows <= room.cache.rows <= 2 * rows:
             return room

@@ -42,6 +42,8 @@ class LanguageModel:
     prompt_format: str = "plain"
 
     def __post_init__(self):
+        self.forget()
+        self.in_parts: bool | None = None  # does two-part attention work with it? Tried when it is first needed
         self.parts, tokenizer = Decoder(self.model), self.tokenizer
         config, bos, eos = self.parts.config, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.device, self.dtype = self.model.device, self.model.dtype
@@ -61,6 +63,10 @@ class LanguageModel:
         if self.prompt_format == "chat":
             self.end_id, self.decode_key = self.turn_end(), f"{self.decode_key}-chat"
             self.eos_ids |= {self.end_id}
+
+    def forget(self) -> None:
+        """Free what is kept between batches: the keys of shared starts, and room with its captured graphs."""
+        self.starts, self.rooms = {}, []
 
     @property
     def is_random(self) -> bool:
