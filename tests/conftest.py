@@ -82,8 +82,3 @@ def make_experiment(pair, accelerator):
         return Experiment(config, create_run(config, folder), accelerator, pair)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def make_job(make_experiment):
-    return make_experiment
