@@ -161,7 +161,9 @@ def test_cka_intervals_leave_out_units_and_cover_the_value_of_many():
         measure.cka_table({"a": x, "b": x}, [0] * 80)
 
 
-def test_the_probe_of_the_message_reports_each_held_out_unit_once(experiment):
+def test_the_probe_of_the_message_reports_each_held_out_unit_once(experiment, monkeypatch):
+    pick = experiment.pick
+    monkeypatch.setattr(experiment, "pick", lambda group, n: 2 * pick(group, n))
     frame = measure.probe_message(experiment, n=100)
     held = {e.unit for e in experiment.test if e.group == "source_only" and e.novelty == "held_unit"}
     assert set(frame[frame["novelty"] == "held_unit"]["n"]) == {len(held)}
