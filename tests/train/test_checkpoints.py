@@ -25,6 +25,7 @@ EVERYTHING = dict(
 
 def run(experiment: Experiment) -> Experiment:
     """All of a run's stages in this process, from what its folder holds; a new object, as a new process has."""
+    torch.manual_seed(99)  # another process has other random numbers
     fresh = Experiment(experiment.config, experiment.folder, experiment.processes.accelerator, experiment.pair)
     worker.run_training(fresh)
     return fresh
@@ -78,7 +79,9 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
     [
-        (trainer, "train_step", 6),  # between two checkpoints, with values that no line of metrics has yet
+        pytest.param(
+            trainer, "train_step", 6, marks=SLOW
+        ),  # between two checkpoints, with values that no line of metrics has yet
         pytest.param(trainer, "validate", 2, marks=SLOW),
         pytest.param(trainer, "save_bridge", 3, marks=SLOW),
         (checkpoints, "hash_file", 11),  # in the middle of a checkpoint
@@ -95,7 +98,6 @@ def test_a_run_that_is_killed_anywhere_ends_as_if_nobody_had(
         with pytest.raises(KeyboardInterrupt):
             run(experiment)
     assert load_status(experiment.folder)["state"] != "finished"
-    torch.manual_seed(99)  # another process has other random numbers
     run(experiment)
     assert differing(experiment.folder, whole) == []
 
