@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import torch
 
+from bridgekit.config import CONTROLS, to_flat
 from bridgekit.model import losses
 from bridgekit.model.bridge import checkpoint_path
 from bridgekit.model.generation import Generated
@@ -156,6 +157,18 @@ def test_patience_stops_a_bridge_at_once_and_a_control_after_half_of_its_steps(t
 
 
 # -- what is trained, and how fast ------------------------------------------------------------------------------------
+
+
+def test_a_control_is_the_bridge_s_own_training_but_for_one_thing(tiny):
+    config = tiny(producer="dit", flow_weight=0.1, info_nce_weight=0.2, source_only_share=0.6)
+    changed = {
+        name: {k for k, v in to_flat(trainer.control_config(config, name)).items() if v != to_flat(config)[k]}
+        for name in CONTROLS
+    }
+    speak_of_the_source = {"loss.flow_weight", "loss.info_nce_weight"}
+    assert changed["self_bridge"] == set()
+    assert changed["constant"] == {"bridge.producer", *speak_of_the_source}
+    assert changed["constant_natural"] == {"bridge.producer", "task.source_only_share", *speak_of_the_source}
 
 
 @pytest.mark.parametrize("share", [0.75, -1.0])
