@@ -4,6 +4,7 @@ Nothing here imports torch before a test asks for it, so that the tests of facts
 """
 
 import itertools
+import os
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,14 @@ TINY = dict(
     heads=2, depth=1, n_soft_tokens=4, steps=4, batch_size=8, eval_every=2, warmup_steps=1, max_new_tokens=24,
     controls=[], conditions=["source", "target", "bridged"],
 )  # fmt: skip
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk():
+    """A kill leaves what was written, and no test cuts the power; test_runs.py looks at the order of both."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +91,3 @@ def make_experiment(pair, accelerator):
         return Experiment(config, create_run(config, folder), accelerator, pair)
 
     return make
-
-
-@pytest.fixture(scope="session")
-def make_job(make_experiment):
-    return make_experiment

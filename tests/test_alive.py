@@ -25,9 +25,6 @@ def python(code: str, **more) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True, cwd=ROOT, **more)
 
 
-# -- who writes a folder ----------------------------------------------------------------------------------------
-
-
 def test_a_folder_has_one_writer_of_each_role_and_a_killed_one_leaves_it_free(tmp_path):
     folder = tmp_path / "run"
     code = (
@@ -56,6 +53,18 @@ def test_who_only_looks_does_not_keep_a_writer_out(tmp_path):
         with lock_run(tmp_path / "run"):
             pass
     looker.kill()
+
+
+def test_a_lock_whose_file_its_last_holder_has_removed_is_taken_again(tmp_path, monkeypatch):
+    path, tries, take = alive.lock_path(tmp_path / "run", "launcher"), [], alive.take_lock
+
+    def take_late(file, kind):
+        tries.append(len(tries) or (path.unlink(), path.touch()))  # another process has made it anew
+        return take(file, kind)
+
+    monkeypatch.setattr(alive, "take_lock", take_late)
+    with lock_run(tmp_path / "run"):
+        assert path.exists() and len(tries) == 2
 
 
 def write_beats(folder: Path, ages: dict[int, float]) -> None:
@@ -89,9 +98,6 @@ def test_silence_is_measured_by_the_clock_of_the_file_system(tmp_path, monkeypat
 def test_a_damaged_status_is_named_and_stops_nobody(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     assert "status.json is damaged" in true_status(tmp_path)["error"]
-
-
-# -- children ---------------------------------------------------------------------------------------------------
 
 
 def test_a_child_knows_its_parent_and_does_not_spin(tmp_path, monkeypatch):
@@ -136,8 +142,7 @@ def test_a_worker_is_asked_to_stop_when_who_it_works_for_is_gone(tmp_path, gone)
     assert launcher.stdout.readline() == "on\n"
     (left,) = psutil.Process(launcher.pid).children()
     (asker if gone == "asker" else launcher).kill()
-    for process in (asker, launcher) if gone == "asker" else (launcher,):
-        process.wait(30)
+    (asker if gone == "asker" else launcher).wait(30)
     assert launcher.stdout.readline() == "asked\n"
     psutil.wait_procs([left], timeout=10)
     assert not left.is_running()

@@ -3,7 +3,6 @@
 python -m pytest tests/test_cli.py
 """
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -20,13 +19,12 @@ NOTEBOOK = ROOT / "notebooks/phase1.ipynb"
 
 @pytest.fixture(autouse=True)
 def command_forgotten(monkeypatch):
-    monkeypatch.setenv("BRIDGEKIT_COMMAND", "")  # `main` writes it for the children
+    monkeypatch.setenv("BRIDGEKIT_COMMAND", "")  # `main` writes it for the children: see test_runner.py
 
 
 def write_yaml(folder: Path, text: str, name: str = "some.yaml") -> Path:
-    path = folder / name
-    path.write_text(text)
-    return path
+    (folder / name).write_text(text)
+    return folder / name
 
 
 @pytest.mark.parametrize(
@@ -34,16 +32,13 @@ def write_yaml(folder: Path, text: str, name: str = "some.yaml") -> Path:
     [
         ("run {notebook} -f parameters/swap.yaml", ["swap.yaml", "'swap'"]),
         ("train -f parameters/swap.yaml", ["swap.yaml", "'swap'"]),
-        ("run notebooks/none.ipynb", ["notebooks/none.ipynb"]),
         ("run parameters/swap.yaml", ["swap.yaml", "notebook"]),
-        ("run {notebook} -o train.steps", ["train.steps", "key=value"]),
         ("run {notebook} --trust-code", ["trust_code"]),
         ("run {notebook} -p name a/b", ["run.name"]),
         ("run {notebook} -f stpes:20", ["stpes", "'steps'", "phase1.ipynb"]),
         ("run {notebook} -f depth:3", ["depth", "override"]),
         ("run {notebook} -f run_dir:runs/old", ["run_dir", "name"]),
         ("run {notebook} -f overrides:[train.stps=3]", ["train.stps", "train.steps"]),
-        ("train -o train.steps=x", ["train.steps"]),
         ("study parameters/studies/flow.yaml --slots -2", ["slots", "-2"]),
         ("verdict runs/none", ["runs/none"]),
     ],
@@ -73,9 +68,7 @@ def test_later_parameters_win_and_overrides_add_up(tmp_path):
     two = write_yaml(tmp_path, "steps: 8\noverrides: [task.n_val=350]\n", "two.yaml")
     values = launch.gather_parameters(NOTEBOOK, [one, two], {"seed": 5}, ["task.n_val=400"])
     assert (values["steps"], values["seed"], "notebook" in values) == (8, 5, False)
-    config = launch.resolve_config(values)
-    assert (config.train.steps, config.task.n_val, config.run.seed) == (9, 400, 5)
-    # files without a list keep the notebook's own, files with lists replace it
+    # files with lists replace the notebook's own, files without keep it
     assert values["overrides"] == ["task.n_val=300", "train.steps=9", "task.n_val=350", "task.n_val=400"]
     kept = launch.gather_parameters(NOTEBOOK, [write_yaml(tmp_path, "steps: 7\n")], {}, ["task.n_val=400"])
     assert kept["overrides"] == [*launch.load_defaults(NOTEBOOK)["overrides"], "task.n_val=400"]
@@ -93,18 +86,11 @@ def test_printed_configuration_reads_back(tmp_path, capsys):
 
 
 def test_python_m_bridgekit_is_the_command_and_a_mistake_leaves_no_traceback():
-    command = [sys.executable, "-m", "bridgekit", "run", str(NOTEBOOK), "-o", "train.stps=3"]
+    command = [sys.executable, "-m", "bridgekit", "config", "-o", "train.stps=3"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
-def test_a_command_is_recorded_as_it_can_be_typed(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    cli.main(["config", "-f", str(ROOT / "parameters/phase1.yaml"), "-o", "run.name=a b"])
-    assert os.environ["BRIDGEKIT_COMMAND"] == "bridgekit config -f parameters/phase1.yaml -o 'run.name=a b'"
-
-
 def test_the_names_of_a_notebook_are_there():
     assert all(getattr(bridgekit, name) is not None for name in bridgekit.__all__)
-    assert "Experiment" in dir(bridgekit) and not hasattr(bridgekit, "nothing")

@@ -3,8 +3,6 @@
 python -m pytest tests/test_config.py
 """
 
-from pathlib import Path
-
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -17,7 +15,6 @@ from bridgekit.config import (
     ConfigError,
     build_config,
     check_models,
-    describe_keys,
     differences,
     dump_config,
     effective_settings,
@@ -28,24 +25,18 @@ from bridgekit.config import (
 )
 
 
-def refuse(*named: str, **values) -> str:
-    """The one line that values, or a file and overrides, are refused with."""
+def refuse(*named: str, **values) -> None:
+    """Values, or a file and overrides, are refused in one line that names these."""
     with pytest.raises(ConfigError) as caught:
         load_config(**values)
     message = str(caught.value)
-    assert "\n" not in message
-    for part in named:
-        assert part in message, message
-    return message
+    assert "\n" not in message and all(part in message for part in named), message
 
 
 @pytest.fixture
 def write(tmp_path):
-    def make(text: str) -> Path:
-        (tmp_path / "some.yaml").write_text(text)
-        return tmp_path / "some.yaml"
-
-    return make
+    path = tmp_path / "some.yaml"
+    return lambda text: path.write_text(text) and path
 
 
 # -- refused ------------------------------------------------------------------------------------------------
@@ -76,7 +67,6 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
     ("values", "named"),
     [
         ({"stpes": 3}, ["'stpes'", "'steps'"]),
-        ({"bridge.deph": 3}, ["'bridge.deph'", "'bridge.depth'"]),
         ({"overrides": ["train.bridge_dim=3"]}, ["'train.bridge_dim'"]),
         ({"overrides": ["steps"]}, ["key=value"]),
         ({"overrides": ["controls=["]}, ["YAML"]),
@@ -86,11 +76,9 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
         ({"n_soft_tokens": 0}, ["bridge.n_soft_tokens", "= -1 or >= 1 and <= 2048", "got 0"]),
         ({"eval_samples": 2001}, ["eval.eval_samples", "2000"]),
         ({"val_samples": 513}, ["train.val_samples", "512"]),
-        ({"producer": "transformer"}, ["bridge.producer", f"resampler, dit, constant, {FILE_OBJECT}", "'transformer'"]),
-        ({"producer": "/home/me/mine.py:Mine"}, ["bridge.producer", FILE_OBJECT]),
+        ({"producer": "/home/me/mine.py:Mine"}, ["bridge.producer", f"resampler, dit, constant, {FILE_OBJECT}"]),
         ({"extra": "mine.py"}, ["loss.extra", FILE_OBJECT]),
         ({"injector": "suffix"}, ["bridge.injector", "nearest: prefix"]),
-        ({"task": "gsm9k"}, ["task.task", "nearest: gsm8k"]),
         ({"task": "gsm8k"}, ["task.data", "bridgekit fetch gsm8k"]),
         ({"task": "gsm8k", "data": "x", "variant": "context"}, ["task.variant", "no knowledge groups"]),
         ({"source_device": "cuda:"}, ["pair.source_device", "cuda:<number>"]),
@@ -118,10 +106,9 @@ def test_an_impossible_value_is_refused(values, named):
 
 
 def test_any_loss_of_every_step_is_enough():
-    assert load_config(**NOTHING | {"decode_weight": 1.0, "decode_every": 1}) and load_config(**NOTHING | {"steps": 0})
-    assert load_config(**NOTHING | {"flow_weight": 1.0, "producer": "dit"})
-    assert load_config(**PROMPT | {"controls": ["self_bridge"]}) and load_config(**PROMPT | {"kl_weight": 1.0})
-    assert load_config(nll_weight=0.0, extra="mine.py:loss", extra_weight=1.0)
+    enough = [{"decode_weight": 1.0, "decode_every": 1}, {"steps": 0}, {"flow_weight": 1.0, "producer": "dit"}]
+    enough += [{"prompt_weight": 1.0, "controls": ["self_bridge"]}, {"extra": "mine.py:loss", "extra_weight": 1.0}]
+    assert all(load_config(**NOTHING | values) for values in enough) and load_config(**PROMPT | {"kl_weight": 1.0})
 
 
 def test_every_number_has_a_lower_limit_and_every_condition_names_keys():
@@ -130,7 +117,6 @@ def test_every_number_has_a_lower_limit_and_every_condition_names_keys():
             refuse(name, **{name: type(default)(-2)})
         names = [part.split()[0] for either in condition.split(" or ") for part in either.split(" and ") if part]
         assert condition == NEVER or set(names) <= set(KEYS)
-    assert "only if loss.kl_weight > 0" in describe_keys()
 
 
 @pytest.mark.parametrize(
@@ -171,27 +157,27 @@ def test_later_sources_win(write):
     assert config.train.lr == 0.2  # the file's overrides over both
     assert config.bridge.depth == 4  # the caller's overrides over all, the last one first
     assert config.train.batch_size == 64 and config.run == Config().run
-    assert Config().with_(steps=7, **{"bridge.depth": 3}).train.steps == 7
     with pytest.raises(ConfigError, match="bridge.depth"):  # a copy with changes is checked too
         Config().with_(depth=0)
+
+
+TAUGHT = {"teacher": "prompt", "prompt_weight": 0.1}
 
 
 @pytest.mark.parametrize(
     ("values", "mode"),
     [
-        ({}, "soft_plus_text"),
         ({"teacher": "prompt"}, "soft_plus_text"),  # nothing is taught by it
         ({"prompt_weight": 0.1}, "soft_plus_text"),  # the teacher is the answer
-        ({"teacher": "prompt", "prompt_weight": 0.1}, "soft_only"),
+        (TAUGHT, "soft_only"),
         ({"teacher": "prompt", "dit_tokens": "teacher", "producer": "dit"}, "soft_only"),
-        ({"teacher": "prompt", "prompt_weight": 0.1, "injector": "residual"}, "soft_plus_text"),  # no tokens
-        ({"teacher": "prompt", "prompt_weight": 0.1, "prompt_mode": "soft_plus_text"}, "soft_plus_text"),
+        (TAUGHT | {"injector": "residual"}, "soft_plus_text"),  # no tokens
+        (TAUGHT | {"prompt_mode": "soft_plus_text"}, "soft_plus_text"),
     ],
 )
 def test_a_prompt_teacher_chooses_soft_only_unless_told_otherwise(values, mode, write):
     config = load_config(**values)
-    assert config.bridge.prompt_mode == mode
-    assert load_config(write(dump_config(config))).bridge.prompt_mode == mode
+    assert config.bridge.prompt_mode == load_config(write(dump_config(config))).bridge.prompt_mode == mode
     # resolved once: a control that drops the teacher's loss keeps the mode of the bridge it is compared with
     assert config.with_(prompt_weight=0.0, flow_weight=0.0).bridge.prompt_mode == mode
 
@@ -215,8 +201,7 @@ def test_what_is_written_is_read_back_equal(tmp_path_factory, data):
     changes = {key: data.draw(values_of(key), label=key) for key in keys}
     try:
         config = load_config(**changes)
-    except ConfigError as error:
-        assert "\n" not in str(error)
+    except ConfigError:
         assume(False)
     path, flat = tmp_path_factory.mktemp("config") / "config.yaml", to_flat(config)
     path.write_text(dump_config(config))
@@ -238,7 +223,6 @@ ALONE, OWN = {"prompt_mode": "soft_only"}, {"producer": "a.py:A"}
         ({"decode_weight": 1.0}, {"decode_weight": 1.0, "decode_every": 3}, ["loss.decode_every"], []),
         ({}, {"dit_steps_eval": 9, "teacher": "prompt"}, [], ["bridge.dit_steps_eval", "bridge.teacher"]),
         (OWN, OWN | {"dit_steps_eval": 9}, ["bridge.dit_steps_eval"], []),
-        (OWN, OWN | {"producer_options": ["k=2"]}, ["bridge.producer_options"], []),
         ({}, {"n_facts": 8}, [], ["task.n_facts"]),
         ({}, {"soft_position": "question"}, [], ["bridge.soft_position"]),  # without shots it is the start
         ({}, {"soft_position": "end"}, ["bridge.soft_position"], []),

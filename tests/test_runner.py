@@ -11,21 +11,14 @@ import pytest
 import yaml
 from conftest import TINY
 
-from bridgekit import cli, launch, runner, runs
+from bridgekit import cli, launch, runner
 from bridgekit.alive import Child, lock_run
 from bridgekit.config import ConfigError, load_config
-from bridgekit.results.live import LiveView
 from bridgekit.runner import SLOTS_PER_GPU, Runner, is_done, list_gpus, run_planned
-from bridgekit.runs import create_run, load_jsonl, load_status, write_status
+from bridgekit.runs import create_run, load_status, write_status
 
 FINISH = "(path / 'status.json').write_text(json.dumps({'state': 'finished'}))"
 FAST = TINY | dict(steps=2, n_test=8, n_val=8, val_samples=8, n_train=16, eval_every=2, max_new_tokens=4)
-
-
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    """Children inherit it; two threads that wait for each other crawl where tests share the cores."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
@@ -133,22 +126,6 @@ def test_a_run_on_two_gpus_gets_two_and_is_not_overtaken(tmp_path, scripted, mon
     assert {outcome.outcome["a"], outcome.outcome["z"]} <= {"0", "1"}
 
 
-def test_progress_of_all_runs_is_one_line_that_a_waiting_terminal_can_follow(tmp_path, scripted, monkeypatch):
-    scripted["long"] = (
-        "p = path / 'status.json'\n"
-        "p.write_text(json.dumps({'state': 'running', 'stage': 'train bridged', 'step': 3, 'steps': 8}))\n"
-        f"time.sleep(1); {FINISH}"
-    )
-    shown = []
-    monkeypatch.setattr(LiveView, "_show_in_notebook", lambda self, text, status: shown.append(text))
-    made = Runner(plan("long", "short"), tmp_path, 1)
-    made.view.in_notebook, made.view.followed = True, tmp_path
-    made.run()
-    wanted = ("0 of 2 runs finished · 0:00:0", "so far", "long: train bridged · step 3/8")
-    assert any(all(part in text for part in wanted) for text in shown), shown
-    assert load_status(tmp_path)["stage"].endswith("of 2 runs finished")
-
-
 def test_an_interruption_ends_the_children_and_marks_their_runs(tmp_path, scripted, monkeypatch):
     """As in a notebook, whose kernel lives on after the stop button."""
     scripted["long"] = "time.sleep(600)"
@@ -162,19 +139,16 @@ def test_an_interruption_ends_the_children_and_marks_their_runs(tmp_path, script
         pass
 
 
-def test_a_study_trains_through_accelerate(tmp_path, capsys):
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(FAST))
-    study = {"name": "some", "base": str(tmp_path / "tiny.yaml"), "seeds": [1]}
+def test_a_study_is_run_by_its_command(tmp_path, scripted, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study = {"name": "some", "base": "tiny.yaml", "seeds": [1]}
     study["variants"] = {"one": {}, "two": {"num_processes": 2, "lr": 0.5}}
-    file = tmp_path / "some.yaml"
-    file.write_text(yaml.safe_dump(study))
-    assert cli.main(["study", str(file), "--runs-dir", str(tmp_path / "runs"), "--only", "one"]) == 0
-    assert "1 of 1 runs done" in capsys.readouterr().out
-    folder = tmp_path / "runs" / "some_one_seed1"
-    assert load_status(folder)["state"] == "finished"
-    assert len(list(load_jsonl(runs.find_eval(folder)))) == 8 + 8
-    record = json.loads((folder / "provenance.json").read_text())
-    assert record["processes"] == 1 and record["command"].startswith("bridgekit study ")
-    assert cli.main(["sweep", str(file), "--runs-dir", str(tmp_path / "runs"), "--slots", "-1"]) == 2
-    assert cli.main(["study", str(file), "--only", "three"]) == 2
-    assert not Path(tmp_path / "runs" / "some_two_seed1").exists()
+    for name, values in (("tiny", FAST), ("some", study)):
+        Path(f"{name}.yaml").write_text(yaml.safe_dump(values))
+    scripted["some_one_seed1"] = f"(path / 'summary.log').write_text(os.environ['BRIDGEKIT_COMMAND']); {FINISH}"
+    assert cli.main(["study", "some.yaml", "--only", "one"]) == 0
+    shown = capsys.readouterr().out
+    assert "some_one_seed1: bridgekit study some.yaml --only one\n" in shown and "1 of 1 runs done" in shown
+    for wrong in (["sweep", "some.yaml", "--slots", "-1"], ["study", "some.yaml", "--only", "three"]):
+        assert cli.main(wrong) == 2
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["some_one_seed1"]

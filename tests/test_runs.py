@@ -19,7 +19,7 @@ import pytest
 from bridgekit import runs
 from bridgekit.config import ConfigError, load_config
 from bridgekit.results.preserve import keep_study
-from bridgekit.runs import create_run, find_eval, load_eval, load_jsonl, open_study, write_jsonl
+from bridgekit.runs import create_run, find_eval, load_eval, open_study, write_jsonl
 
 ROOT = Path(__file__).parent.parent
 N = 300  # lines used of a preserved evaluation, enough for a verdict
@@ -29,9 +29,6 @@ N = 300  # lines used of a preserved evaluation, enough for a verdict
 def lines() -> list[bytes]:
     with gzip.open(find_eval(ROOT / "preserved_data" / "headline_dit_seed1")) as stream:
         return [line for line, _ in zip(stream, range(N), strict=False)]
-
-
-# -- folders ----------------------------------------------------------------------------------------------------
 
 
 def at_once(call, n: int = 4) -> list:
@@ -86,11 +83,8 @@ def test_the_record_names_machine_code_and_a_command_that_can_be_typed(monkeypat
     assert runs.join_command([f"{Path.home()}/x/run"]) == "~/x/run"
 
 
-# -- evaluations ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["eval_samples_step_final.jsonl", "eval_samples_step_final.jsonl.gz"])
-@pytest.mark.parametrize(("number", "end"), [(1, b"\n"), (7, b"\xc3\n"), (N, b"\n")])  # also inside a character
+@pytest.mark.parametrize("name", ["some.jsonl", "some.jsonl.gz"])
+@pytest.mark.parametrize(("number", "end"), [(7, b"\xc3\n"), (N, b"\n")])  # also inside a character
 def test_a_line_cut_in_half_is_named_and_left_out_only_when_asked(tmp_path, lines, name, number, end):
     cut = [*lines[: number - 1], lines[number - 1][: len(lines[number - 1]) // 2] + end, *lines[number:]]
     path, data = tmp_path / name, b"".join(cut)
@@ -124,29 +118,19 @@ def test_a_file_that_is_no_evaluation_is_refused(tmp_path, text, named):
         load_eval(tmp_path / "some.jsonl")
 
 
-def test_rows_are_read_back_as_written(tmp_path):
-    rows = [{"a": 1, "b": "\u00e9"}, {}, {"a": None}]
-    for name in ("some.jsonl", "some.jsonl.gz"):
-        assert write_jsonl(tmp_path / name, rows) is None and list(load_jsonl(tmp_path / name)) == rows
-
-
 def test_the_task_s_own_score_counts_where_there_is_one(tmp_path):
     row = {"gold_extracted": "1/2", "source_extracted": "0.5", "target_extracted": "1/2", "constant_extracted": "1/2"}
     row |= {"constant.last_extracted": "3", "bridged_extracted": "[invalid]"}
-    old, new = row | {"gold_extracted": "[invalid]"}, row | {"source_correct": True, "constant_correct": None}
-    write_jsonl(tmp_path / "old.jsonl", [row, old])
+    write_jsonl(tmp_path / "old.jsonl", [row, row | {"gold_extracted": "[invalid]"}])
     frame = load_eval(tmp_path / "old.jsonl")
     assert frame["source_correct"].tolist() == [False, False] and frame["target_correct"].tolist() == [True, False]
     assert frame["bridged_correct"].tolist() == [False, False] and frame["union_correct"].tolist() == [True, False]
     assert not frame["constant.last_correct"].any() and "controls" not in frame.attrs
-    write_jsonl(tmp_path / "new.jsonl.gz", [new])
+    write_jsonl(tmp_path / "new.jsonl.gz", [row | {"source_correct": True, "constant_correct": None}])
     (tmp_path / "controls.json").write_text(json.dumps({"constant": {"mix": 300}}))
     frame = load_eval(tmp_path / "new.jsonl.gz", texts=False)
     assert frame["source_correct"].tolist() == [True] and frame["constant_correct"].tolist() == [False]
     assert frame["constant_correct"].dtype.kind == "b" and frame.attrs["controls"] == {"constant": {"mix": 300}}
-
-
-# -- kept studies -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -155,10 +139,10 @@ def some_runs(tmp_path) -> Path:
     usual = {"unit": "w", "group": "source_only", "novelty": "held_unit", "target_extracted": "0", "family": None}
     usual |= {"question": "Q", "source_full": "text"}
     for seed in (1, 2, 3):
-        folder = create_run(load_config(seed=seed), tmp_path / "runs" / f"s_t_base_seed{seed}")
-        answers = [(str(i), str(i if i % (seed + 1) else 0)) for i in range(40)]
-        own = [{"gold_extracted": i, "source_extracted": i, "bridged_extracted": bridged} for i, bridged in answers]
-        rows = [usual | row | {"index": i, "id": f"u-{i}"} for i, row in enumerate(own)]
+        folder, rows = create_run(load_config(seed=seed), tmp_path / "runs" / f"s_t_base_seed{seed}"), []
+        for i in range(40):
+            answers = {"gold": str(i), "source": str(i), "bridged": str(i if i % (seed + 1) else 0)}
+            rows.append(usual | {"index": i, "id": f"u-{i}"} | {f"{k}_extracted": v for k, v in answers.items()})
         write_jsonl(folder / runs.FINAL, rows)
         runs.write_status(folder, state="finished" if seed < 3 else "running")
     return tmp_path / "runs"

@@ -78,10 +78,13 @@ def test_a_bridge_that_does_not_read_the_question_has_no_causal_check(open_fresh
 
 def test_swapped_runs_ask_the_other_models_units(tiny, pair):
     swapped = replace(pair, source=pair.target, target=pair.source)
-    experiment = Experiment(tiny(n_test=120, direction="swapped"), pair=swapped)
-    known = {u.word for u in units.make_lexicon(pair.lexicon_seed) if u.group == "target_only"}
-    assert {e.unit for e in experiment.pick("source_only", 20)} <= known
-    assert causal.pair_with_donors(experiment, experiment.pick("source_only", 5))
+    experiment, lexicon = (
+        Experiment(tiny(n_test=120, direction="swapped"), pair=swapped),
+        units.make_lexicon(pair.lexicon_seed),
+    )
+    asked = experiment.pick("source_only", 20)
+    assert {e.unit for e in asked} <= {u.word for u in lexicon if u.group == "target_only"}
+    assert causal.pair_with_donors(experiment, asked[:5])
 
 
 def test_the_answer_of_a_trained_bridge_follows_the_donor(pair, tmp_path):

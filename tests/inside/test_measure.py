@@ -16,9 +16,6 @@ from bridgekit.inside import measure
 RNG = np.random.default_rng
 
 
-# ---- messages -------------------------------------------------------------------------------------------------------
-
-
 def test_picked_examples_ask_each_unit_once_before_any_twice(open_fresh):
     words = [e.unit for e in open_fresh(n_test=2000).pick("source_only", 1000)]
     n = len(set(words))
@@ -51,8 +48,7 @@ def test_a_soft_token_that_is_a_vocabulary_token_finds_itself_also_in_an_untrain
 
 
 def test_what_the_browser_shows_of_a_message_is_escaped(experiment, monkeypatch):
-    tokenizer = experiment.pair.target.tokenizer
-    monkeypatch.setattr(type(tokenizer), "decode", lambda *a, **k: "<b>$x|\n")
+    monkeypatch.setattr(type(experiment.pair.target.tokenizer), "decode", lambda *a, **k: "<b>$x|\n")
     text = measure.describe_message(experiment)(experiment.test[0].id)
     assert "<b>" not in text and "$" not in text and text.count("<tr>") == 1 + 4
 
@@ -60,8 +56,7 @@ def test_what_the_browser_shows_of_a_message_is_escaped(experiment, monkeypatch)
 def test_soft_tokens_have_the_tables_size_and_only_a_constant_never_varies(experiment):
     table = measure.soft_token_sizes(experiment, experiment.test[:40])
     assert np.allclose(table["rms"], table["table_rms"], rtol=1e-3) and (table["point"] > 0.001).all()
-    constant = measure.soft_token_sizes(experiment, experiment.test[:40], "constant")
-    assert constant["point"].abs().max() < 1e-9
+    assert measure.soft_token_sizes(experiment, experiment.test[:40], "constant")["point"].abs().max() < 1e-9
 
 
 def test_the_share_of_a_soft_token_that_varies_is_the_planted_one():
@@ -69,9 +64,7 @@ def test_the_share_of_a_soft_token_that_varies_is_the_planted_one():
     fixed *= np.sqrt(200 / (fixed**2).sum(2, keepdims=True))
     table = measure.varying_share(fixed + own * np.array([0, 1, 3])[None, :, None])
     assert table["point"].tolist() == pytest.approx([0, 0.5, 0.9], abs=0.04)
-    assert (
-        table["point"][0] == pytest.approx(0, abs=1e-12) and table["point"].between(table["low"], table["high"]).all()
-    )
+    assert table["point"].between(table["low"], table["high"]).all()
     assert (table["high"] - table["low"])[1:].max() < 0.1
     few = measure.varying_share(RNG(3).normal(size=(4, 1, 20_000)))["point"]
     assert few.tolist() == pytest.approx([1], abs=0.02)  # nothing is shared, though the mean of four is no zero
@@ -118,7 +111,6 @@ def test_attention_by_class_is_the_mean_share_beside_an_even_one():
 
 def test_maps_of_what_only_the_source_knew_come_first_with_their_tokens():
     assert measure.map_ids(ARRAYS, FRAME, 5) == {"q3": "A tor is 40", "q1": "A pim is 12"}
-    assert measure.map_ids({}, FRAME, 5) == {}
     rows = measure.map_frame(ARRAYS, "q3")
     assert list(rows["token"]) == list("abcd") * 2 and rows["weight"].sum() == pytest.approx(2)
 
@@ -131,9 +123,6 @@ def test_attention_is_made_where_the_run_has_none_and_stays_small(experiment, tm
     assert sum(key.startswith("map/") for key in arrays) == 16  # of the others the mean over soft tokens alone
     monkeypatch.setitem(experiment.bridges, "bridged", experiment.bridges["constant"])
     assert measure.load_attention(experiment, examples[:2], tmp_path / "none")[0] == {}
-
-
-# ---- CKA ------------------------------------------------------------------------------------------------------------
 
 
 def draw_states(n=120, width=20, seed=0):
@@ -154,10 +143,9 @@ def test_cka_does_not_change_under_rotation_scale_and_shift_and_falls_with_noise
     assert cka(x, np.ones((120, 3))) == pytest.approx(0)
 
 
-@pytest.mark.parametrize("width", [5, 2000])
-def test_cka_of_independent_states_is_about_zero_also_where_they_are_wider_than_many(width):
+def test_cka_of_independent_states_is_about_zero_also_where_they_are_wider_than_many():
     """The plain estimate is far above zero there: with 2,000 wide states of 100 questions it is about 0.95."""
-    found = [cka(RNG(i).normal(size=(100, width)), RNG(900 + i).normal(size=(100, width))) for i in range(8)]
+    found = [cka(RNG(i).normal(size=(100, 2000)), RNG(900 + i).normal(size=(100, 2000))) for i in range(8)]
     assert abs(np.mean(found)) < 0.03 and max(map(abs, found)) < 0.15
 
 
@@ -173,38 +161,24 @@ def test_cka_intervals_leave_out_units_and_cover_the_value_of_many():
         measure.cka_table({"a": x, "b": x}, [0] * 80)
 
 
-def test_representations_are_compared_with_the_digits_of_the_value(experiment):
-    table = measure.compare_representations(experiment, experiment.pick(None, 60))
-    found = {frozenset((row.a, row.b)): row.point for row in table.itertuples()}
-    n = 2 * len(experiment.layers) + 4  # each layer at the word and on the mean; messages, embeddings, digits
-    assert len(found) == n * (n - 1) / 2
-    assert found[frozenset(("source layer 4, word end", "source layer 5, word end"))] > 0.4
-    assert abs(found[frozenset(("target embeddings, question", "digits of the value"))]) < 0.2
-
-
-# ---- where the fact is ----------------------------------------------------------------------------------------------
-
-
-def test_the_probe_of_the_message_reports_each_held_out_unit_once(experiment):
+def test_the_probe_of_the_message_reports_each_held_out_unit_once(experiment, monkeypatch):
+    pick = experiment.pick
+    monkeypatch.setattr(experiment, "pick", lambda group, n: 2 * pick(group, n))
     frame = measure.probe_message(experiment, n=100)
     held = {e.unit for e in experiment.test if e.group == "source_only" and e.novelty == "held_unit"}
     assert set(frame[frame["novelty"] == "held_unit"]["n"]) == {len(held)}
 
 
-KINDS = (
-    dict(injector="residual"), dict(injector="kv", n_soft_tokens=-1), dict(injector="prefix+residual"),
-    dict(variant="context", source_view="facts"),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("changes", KINDS, ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize(
+    "changes",
+    [dict(injector="kv", n_soft_tokens=-1), dict(injector="residual", variant="context", source_view="facts")],
+)
 def test_every_bridge_can_be_looked_into(open_fresh, changes):
     experiment = open_fresh(**changes)
     examples = experiment.test[:8]
     entropy = measure.answer_entropy(experiment, examples).set_index(["condition", "id"])[["entropy", "right"]]
     assert entropy.notna().all(axis=None)
-    if changes.get("injector") in ("residual", "kv"):  # closed gates
-        assert np.allclose(entropy.loc["bridged"], entropy.loc["target"], atol=1e-4)
+    assert np.allclose(entropy.loc["bridged"], entropy.loc["target"], atol=1e-4)  # closed gates
     assert len(measure.soft_token_sizes(experiment, examples)) and len(measure.probe_message(experiment, n=60))
     names = set(measure.compare_representations(experiment, experiment.pick(None, 24))["a"])
     assert f"source layer {experiment.layers[0]}, word end" in names
@@ -213,7 +187,7 @@ def test_every_bridge_can_be_looked_into(open_fresh, changes):
 
 
 def test_facts_in_the_context_are_probed_on_problems(open_fresh):
-    frame = measure.probe_source(open_fresh(variant="context"), every=40)
+    frame = measure.probe_source(open_fresh(variant="context"), every=80)
     assert set(frame["novelty"]) == {"held_unit"} and len(frame) == 6 * 3 * 3
 
 

@@ -24,7 +24,6 @@ def test_attention_shows_the_whole_matrix_of_a_short_prompt():
     assert image.get_clim() == (0, 0.4)  # the same scale for every question
     shown = [t.get_text() for t in fig.axes[0].get_xticklabels()]
     assert shown == ["Hal", "has", "9", "s", "is", "ak", "\N{OPEN BOX}", plots.NEWLINE]
-    assert [t.get_text() for t in fig.axes[0].get_yticklabels()] == ["So  1", "9  2", "$  3"]
 
 
 def test_attention_shows_the_stretch_of_a_long_prompt_that_is_read_most():
@@ -32,7 +31,6 @@ def test_attention_shows_the_stretch_of_a_long_prompt_that_is_read_most():
     weights[:, 40:88] = 5.0
     fig = plots.plot_attention(weights, [f"t{i}" for i in range(100)])
     assert [t.get_text() for t in fig.axes[0].get_xticklabels()] == [f"t{i}" for i in range(40, 88)]
-    assert fig.axes[0].get_xlabel() == f"source token (41\N{EN DASH}88 of 100, {480 / 490.4:.0%} of the attention)"
 
 
 @pytest.mark.parametrize("weights, message", [(np.ones((3, 7)), "3 rows, 8 tokens"), (np.ones((3, 8)) * np.nan, "NaN")])

@@ -41,9 +41,8 @@ def test_planted_digits_are_read_also_of_values_that_were_never_fitted():
         assert fitted.right(plant(values, 0.1, 5), values)[2].double().mean() > 0.98
 
 
-@pytest.mark.parametrize("side", ["source", "target"])
-def test_places_are_the_words_last_token_the_next_one_and_the_prompts_last(pair, side):
-    lm = getattr(pair, side)
+def test_places_are_the_words_last_token_the_next_one_and_the_prompts_last(pair):
+    lm = pair.source
     asked = probe.ask_units(random.Random(1).sample(units.make_lexicon(pair.lexicon_seed), 60), random.Random(2))
     for a, row, (end, after, last) in zip(asked, *probe.find_places(lm, asked), strict=True):
         assert row[: len(lm.bos)] == lm.bos and after == end + 1 and last == len(row) - 1

@@ -4,8 +4,7 @@ python -m pytest tests/train/test_conditions.py
 """
 
 import itertools
-import json
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridgekit.config import CONDITIONS, Config
-from bridgekit.model.generation import Generated, decode_bridged
+from bridgekit.model.generation import Generated
 from bridgekit.model.pair import Pair, Prompt, split_prompts
-from bridgekit.model.states import SourceStates, read_source
 from bridgekit.runs import find_eval, load_eval, load_jsonl
 from bridgekit.tasks import get_task, literal_prompt, load_examples
 from bridgekit.tasks.answers import INVALID, extract_answer
@@ -32,7 +30,6 @@ from bridgekit.train.conditions import (
     lead,
     make_prompts,
     matched_noise,
-    sampler_seed,
     tune_router,
 )
 from bridgekit.train.data import split_rows
@@ -76,8 +73,7 @@ def test_a_row_of_the_table_is_all_a_new_condition_needs(tiny, val, make_experim
     bridges = build_bridges(experiment)
     mine = {
         "hint": Text("target", lambda e: replace(literal_prompt(e), prefix="Think.\n")),
-        "next": Bridged("bridged", reads=lambda e, by_id: val[(val.index(e) + 1) % len(val)]),
-        "bridged": TABLE["bridged"],
+        "next": Bridged("bridged", reads=lambda e, by_id: val[val.index(e) + 1]),
     }
     rows = experiment.evaluate(val[:3], bridges, conditions=mine)
     assert not list(experiment.folder.glob("eval_samples*"))  # without a step nothing is written
@@ -96,20 +92,6 @@ def test_controls_that_were_not_trained_are_left_out(tiny, val, make_experiment,
     assert {k for k in row if k.endswith("_full")} == {"source_full", "target_full", "bridged_full"}
     with pytest.raises(ValueError, match="no bridge 'bridged'"):
         experiment.evaluate(val[:1], {}, None, ("bridged",))
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_evaluation_that_breaks_off_leaves_no_finished_file(tiny, val, make_experiment, error, monkeypatch):
-    experiment = make_experiment(tiny(max_new_tokens=4))
-
-    def break_off(stage: str) -> None:
-        if stage.endswith("target"):
-            raise error
-
-    monkeypatch.setattr(experiment, "report", break_off)
-    with pytest.raises(error):
-        experiment.evaluate(val, {}, "final", ("source", "target"), stage="test")
-    assert not list(experiment.folder.glob("eval_samples*")) and not list(experiment.folder.glob("*.npz"))
 
 
 # -- baselines, by content --------------------------------------------------------------------------------------------
@@ -146,30 +128,26 @@ def test_a_baseline_is_made_anew_when_what_it_depends_on_changes(tiny, pair, val
     assert own.key(half, prompt) != own.key(pair.target, prompt)
 
 
-def append_some(path, n: int) -> None:
-    file = AnswerFile(path)
-    for i in range(20):
-        file.add({f"{n} {i}": (Generated(f"text {i} " * 200, -0.5, 3), {})})
-
-
 def test_answers_of_parallel_runs_are_all_kept(tmp_path):
     path = tmp_path / "cache" / "answers.jsonl"
-    workers = [threading.Thread(target=append_some, args=(path, n)) for n in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+
+    def append_some(n: int) -> None:
+        file = AnswerFile(path)
+        for i in range(20):
+            file.add({f"{n} {i}": (Generated(f"text {i} " * 200, -0.5, 3), {})})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(append_some, range(4)))
     assert len(AnswerFile(path).known) == 80 and all(line.endswith("}") for line in path.read_text().splitlines())
 
 
-@pytest.mark.parametrize("damage", ['{"key": "a", "te', '{"text": "no key"}\n', "\x00\x00"])
-def test_damaged_lines_of_a_cache_are_left_out_and_the_others_used(tiny, val, make_experiment, damage):
+def test_damaged_lines_of_a_cache_are_left_out_and_the_others_used(tiny, val, make_experiment):
     config = tiny(max_new_tokens=8)
     experiment = make_experiment(config)
     first = experiment.evaluate(val, {}, "0", ("target",))
     path = experiment.baselines.file.path
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[1:]) + damage)
+    path.write_text("".join(lines[1:]) + '{"text": "no key"}\n\x00\x00\n{"key": "a", "te')
     again = make_experiment(config)
     assert len(again.baselines.file.known) == len(val) - 1
     assert again.evaluate(val, {}, "0", ("target",)) == first
@@ -195,7 +173,7 @@ def test_an_evaluation_goes_on_where_it_was_killed(tiny, make_experiment, build_
     monkeypatch.setattr(conditions, "decode_bridged", kill)
     with pytest.raises(KeyboardInterrupt):
         killed.evaluate(test, bridges, "final", names, want_attention=True)
-    assert not (killed.folder / "eval_samples_step_final.jsonl").exists()
+    assert not [*killed.folder.glob("eval_samples*"), *killed.folder.glob("*.npz")]
     goes_on = Experiment(config, killed.folder, whole.processes.accelerator, pair=whole.pair)
     assert goes_on.evaluate(test, bridges, "final", names, want_attention=True) == rows
     assert len(batches) == 1 + 3 * -(-len(test) // 4), "no batch was decoded twice but the one that was killed"
@@ -206,41 +184,24 @@ def test_an_evaluation_goes_on_where_it_was_killed(tiny, make_experiment, build_
 # -- what each condition reads ----------------------------------------------------------------------------------------
 
 
-def decode(config, pair, bridge, examples, readers, change=None) -> list[Generated]:
-    """Bridged text of `examples` from the states of `readers`, put together here from its parts."""
-    layers = tuple(map(int, config.bridge.source_layers.split(",")))
-    states = SourceStates(pair.source, read_source(pair.source, readers, "prompt", {}), layers, 0)
-    hidden, mask = states.batch(np.arange(len(readers)), pair.target.device)
-    seeds = torch.tensor([sampler_seed(config.run.seed, e.id) for e in examples])
-    pieces = split_prompts(pair.target, [literal_prompt(e) for e in examples])
-    before, after = split_rows(pair.target, pieces, config.bridge.soft_position, config.bridge.prompt_mode)
-    with torch.no_grad():
-        message = bridge.eval().encode(change(hidden, mask, seeds) if change else hidden, mask, seeds)
-        return decode_bridged(pair.target, bridge, message, before, after, config.eval.max_new_tokens)
+def test_bridged_shuffled_zero_and_noise_read_what_they_should(tiny, val, make_experiment, build_bridges, monkeypatch):
+    experiment = make_experiment(tiny(source_layers="2,4", max_new_tokens=4, eval_batch_size=len(val)))
+    bridge, read = build_bridges(experiment)["bridged"], []
+    encode, by_seed = bridge.encode, dict(zip(experiment.seeds(val).tolist(), val, strict=True))
 
+    def watch(states, mask, seeds, **more):
+        read.append({by_seed[int(seed)].id: states[i][mask[i]] for i, seed in enumerate(seeds)})
+        return encode(states, mask, seeds, **more)
 
-@pytest.mark.parametrize("producer", ["resampler", "dit"])
-def test_bridged_shuffled_zero_and_noise_read_what_they_should(
-    tiny, pair, val, make_experiment, build_bridges, producer
-):
-    config = tiny(producer=producer, source_layers="2,4", max_new_tokens=12, soft_position="end")
-    experiment = make_experiment(config)
-    bridge = build_bridges(experiment)["bridged"]
-    asked, by_id = val[:6], {e.id: e for e in val}
-    donors = [by_id[e.donor_id] for e in asked]
-    rows = experiment.evaluate(val, {"bridged": bridge}, "0", ("bridged", "shuffled", "zero", "noise"))[:6]
-    wanted = {
-        "bridged": decode(config, pair, bridge, asked, asked),
-        "shuffled": decode(config, pair, bridge, asked, donors),
-        "zero": decode(config, pair, bridge, asked, asked, lambda hidden, *_: torch.zeros_like(hidden)),
-        "noise": decode(config, pair, bridge, asked, asked, matched_noise),
-    }
-    for condition, generated in wanted.items():
-        assert [row[f"{condition}_full"] for row in rows] == [g.text for g in generated], condition
-        found = [row[f"{condition}_logprob"] for row in rows]
-        assert found == pytest.approx([g.logprob for g in generated], abs=2e-5)
-    for one, other in itertools.combinations(wanted, 2):  # four conditions, not one under four names
-        assert any(abs(row[f"{one}_logprob"] - row[f"{other}_logprob"]) > 1e-4 for row in rows), (one, other)
+    monkeypatch.setattr(bridge, "encode", watch)
+    experiment.evaluate(val, {"bridged": bridge}, None, ("bridged", "shuffled", "zero", "noise"))
+    bridged, shuffled, zero, noise = read
+    for e in val:
+        own = experiment.source_states([e]).batch([0], bridged[e.id].device)[0][0]
+        assert torch.allclose(bridged[e.id], own, atol=1e-3)
+        assert torch.allclose(shuffled[e.id], bridged[e.donor_id], atol=1e-3)
+        assert not zero[e.id].any() and zero[e.id].shape == noise[e.id].shape == own.shape
+        assert noise[e.id].all() and not torch.allclose(noise[e.id], own, atol=0.1)
 
 
 def test_a_donor_need_not_be_among_the_problems_evaluated(tiny, val, make_experiment, build_bridges):
@@ -265,27 +226,6 @@ def test_matched_noise_has_the_size_of_the_states():
         assert ratio.numpy() == pytest.approx(1, abs=0.1) and not noise[i, n:].any()
     assert torch.equal(matched_noise(hidden[1:], mask[1:], seeds[1:]), noise[1:])
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), hidden.flatten()]))[0, 1]) < 0.05
-
-
-def test_text_conditions_say_what_their_names_promise(tiny, pair, val, make_experiment):
-    experiment = make_experiment(tiny(n_soft_tokens=5))
-    texts = ["<<2*13=26>>26 pins.\n#### 26", "no answer\nat all", "####"]
-    asked = val[:3]
-
-    def prompts(condition):
-        return [p.text for p in make_prompts(experiment, TABLE[condition], asked, texts)]
-
-    literal = [literal_prompt(e).text for e in asked]
-    assert prompts("source") == prompts("target") == prompts("target_suffix") == literal
-    assert prompts("target_told") == [e.told + text for e, text in zip(asked, literal, strict=True)]
-    relays = [c for c in CONDITIONS if c.startswith("relay")]
-    relayed = {c: [p.removesuffix(t) for p, t in zip(prompts(c), literal, strict=True)] for c in relays}
-    assert relayed["relay_full"] == [f"Helper: {text.replace(chr(10), ' ')}\n" for text in texts]
-    assert relayed["relay_answer"] == ["Helper: #### 26\n", "Helper: \n", "Helper: \n"]
-    for text, whole, cut in zip(texts, relayed["relay_full"], relayed["relay_cut"], strict=True):
-        ids = pair.target.tokenize([text])[0][:5]
-        assert cut == f"Helper: {pair.target.tokenizer.decode(ids).strip().replace(chr(10), ' ')}\n"
-        assert whole.startswith(cut.strip())
 
 
 @pytest.mark.parametrize("mode", ["soft_plus_text", "soft_only"])
@@ -320,12 +260,10 @@ def test_no_answer_flips_between_batch_sizes_on_cpu(tiny, val, make_experiment, 
     experiment = make_experiment(tiny(eval_batch_size=16, max_new_tokens=12, source_view="solution"))
     bridge = build_bridges(experiment)["bridged"]
     rows = experiment.evaluate(val, {"bridged": bridge}, None, ("bridged",))
+    rows[0]["bridged_extracted"] += "0"
     with forwards(pair.source) as count:  # what the source wrote is no part of the comparison: it is not made again
         found = count_flips(experiment, val, bridge, rows)
-    assert found == {"batch_sizes": [16, 2], "flipped": 0, "n": len(val)}
-    assert count[0] == 0
-    rows[0]["bridged_extracted"] += "0"
-    assert count_flips(experiment, val, bridge, rows)["flipped"] == 1
+    assert found == {"batch_sizes": [16, 2], "flipped": 1, "n": len(val)} and count[0] == 0
 
 
 def test_the_task_says_where_an_answer_is_complete(tiny, val, make_experiment, build_bridges):
@@ -378,11 +316,5 @@ def test_the_router_takes_the_source_above_its_threshold(tiny, val, make_experim
         experiment.router_threshold = threshold
         assert [g.text for g in experiment.answer("router", val)] == texts[wanted]
     experiment.router_threshold = None  # tuned on the validation problems when it is asked for
-    rows = experiment.evaluate(val, {}, None, ("source", "target"))
     experiment.answer("router", val[:2])
-    assert experiment.router_threshold == tune_router(rows)
-
-
-def test_rows_are_plain_json(tiny, val, make_experiment):
-    (row,) = make_experiment(tiny(max_new_tokens=4)).evaluate(val[:1], {}, None, ("source", "target"))
-    assert json.loads(json.dumps(row)) == row and isinstance(row["source_correct"], bool)
+    assert experiment.router_threshold == tune_router(experiment.evaluate(val, {}, None, ("source", "target")))

@@ -18,6 +18,8 @@ from bridgekit.train import experiment as experiment_module
 from bridgekit.train.conditions import Text
 from bridgekit.train.experiment import Experiment
 
+QUESTION = "Hal has 9 sisak of pins. How many pins?"
+
 
 @pytest.fixture(scope="module")
 def experiment(tiny, pair):
@@ -41,9 +43,6 @@ def copy(run, tmp_path):
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-# -- in a notebook ----------------------------------------------------------------------------------------------------
-
-
 def test_a_notebook_sees_a_question_states_a_message_a_loss_and_a_loop(experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     example = experiment.examples("val")[0]
@@ -51,6 +50,7 @@ def test_a_notebook_sees_a_question_states_a_message_a_loss_and_a_loop(experimen
     states, mask = experiment.source_states([example]).batch([0], experiment.device)
     assert states.shape == (1, mask.sum(), len(experiment.layers), experiment.pair.source.hidden_size)
     bridge = experiment.bridges["bridged"] = experiment.build_bridge()
+    assert all(map(torch.equal, bridge.parameters(), experiment.build_bridge().parameters()))  # from the run's seed
     tokens, real = experiment.encode([example])
     assert tokens.shape == (1, 4, experiment.pair.target.hidden_size) and real.all()
     optimizer, found = torch.optim.AdamW(bridge.parameters(), lr=5e-3), []
@@ -67,19 +67,11 @@ def test_a_notebook_sees_a_question_states_a_message_a_loss_and_a_loop(experimen
     assert not list(tmp_path.iterdir())  # nothing is written
 
 
-def test_a_bridge_starts_from_the_run_s_seed(experiment):
-    first, again = experiment.build_bridge(), experiment.build_bridge()
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
-    assert first.producer.queries.points.device == experiment.pair.target.device
-
-
 def test_a_question_of_one_s_own_is_answered_side_by_side(experiment):
-    question = "Hal has 9 sisak of pins. How many pins?"
-    frame = experiment.ask(question)
-    assert list(frame) == ["condition", "answer", "extracted"] and list(frame["condition"]) == ["source", "target"]
-    frame = experiment.ask(question, experiment.build_bridge())
+    assert list(experiment.ask(QUESTION)["condition"]) == ["source", "target"]
+    frame = experiment.ask(QUESTION, experiment.build_bridge())
+    assert list(frame) == ["condition", "answer", "extracted"]
     assert list(frame["condition"]) == ["source", "target", "bridged"]
-    assert list(frame["extracted"]) == [experiment.task.extract(text) for text in frame["answer"]]
     example = experiment.examples("test")[0]  # any field of an Example may be given
     frame = experiment.ask(example.question, names=("target_told",), told=example.told)
     assert list(frame["extracted"]) == [example.gold]
@@ -98,9 +90,6 @@ def test_any_condition_answers_by_name_or_as_a_row_of_one_s_own(experiment):
         experiment.answer("union", [example])
 
 
-# -- finished runs ----------------------------------------------------------------------------------------------------
-
-
 def test_a_finished_run_opens_with_both_its_bridges_and_is_not_written_to(run, pair):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     opened = Experiment.load(run, device="cpu", pair=pair)
@@ -108,7 +97,7 @@ def test_a_finished_run_opens_with_both_its_bridges_and_is_not_written_to(run, p
     assert not any(p.requires_grad for p in opened.bridges["bridged"].parameters())
     assert all(e.novelty != "seen" for e in opened.test) and len(opened.pick("both", 3)) == 3
     opened.evaluate(opened.test[:2])
-    opened.ask("Hal has 9 sisak of pins. How many pins?")
+    opened.ask(QUESTION)
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
@@ -119,8 +108,7 @@ def test_an_exported_bridge_opens_anywhere_and_says_the_same(run, pair, tmp_path
     assert {p.name for p in out.iterdir()} == names
     monkeypatch.chdir(out)
     again = Experiment.load(".")
-    question = "Hal has 9 sisak of pins. How many pins?"
-    assert again.ask(question).equals(opened.ask(question))
+    assert again.ask(QUESTION).equals(opened.ask(QUESTION))
     card = (out / "CARD.md").read_text()
     assert opened.pair.source.fingerprint in card and "What it may claim" in card
     with pytest.raises(ConfigError, match="not empty"):
@@ -138,12 +126,7 @@ def test_code_of_a_user_s_own_is_not_run_unless_trusted(copy, pair, monkeypatch)
     (copy / "code").mkdir()
     (copy / "code/code.json").write_text("{}")
     build, code_dirs = experiment_module.build_bridge, []
-
-    def watch(*arguments):
-        code_dirs.append(arguments[-1])
-        return build(*arguments)
-
-    monkeypatch.setattr(experiment_module, "build_bridge", watch)
+    monkeypatch.setattr(experiment_module, "build_bridge", lambda *given: code_dirs.append(given[-1]) or build(*given))
     assert "code of its own" in refused(copy, pair) and not code_dirs
     Experiment.load(copy, pair=pair, trust_code=True)
     assert set(code_dirs) == {copy / "code"}
@@ -180,9 +163,9 @@ def test_another_pair_than_the_one_trained_on_is_refused(copy, pair, role):
         assert "does not say which pair" in refused(copy, pair)
 
 
-@pytest.mark.parametrize("damage", [b"", b"not safetensors at all"])
-def test_a_damaged_or_foreign_checkpoint_is_refused(copy, pair, damage, experiment):
-    checkpoint_path(copy, "bridged").write_bytes(damage)
-    assert "does not fit the run's config.yaml" in refused(copy, pair)
+def test_a_damaged_or_foreign_checkpoint_is_refused(copy, pair, experiment):
+    for damage in (b"", b"not safetensors at all"):
+        checkpoint_path(copy, "bridged").write_bytes(damage)
+        assert "does not fit the run's config.yaml" in refused(copy, pair)
     save_bridge(experiment.build_bridge("constant"), copy, "bridged", {})
     assert "does not fit the run's config.yaml" in refused(copy, pair)

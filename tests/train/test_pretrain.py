@@ -53,12 +53,6 @@ def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
             assert f"*{values[unit]}=" in answer
 
 
-def test_a_corpus_has_the_kinds_of_documents_and_sizes_of_notes_it_was_asked_for():
-    both = make_documents(units.make_lexicon(SEED), "source", 400, SEED, {"note": 1, "problem": 3}, (3, 16))
-    notes = [prompt for prompt, _ in both if prompt.startswith("Note: ")]
-    assert 60 < len(notes) < 140 and {len(re.findall(r"A \w+ is \d+\.", note)) for note in notes} == {3, 16}
-
-
 @pytest.mark.parametrize(
     "options, text",
     [
@@ -85,17 +79,6 @@ def test_options_of_the_command_are_the_recipe():
     assert (recipe.lexicon_seed, recipe.lr, recipe.kinds) == (5, 1e-4, {"note": 60, "problem": 40})
     assert recipe.note_facts == (1, 4) and recipe.shape == {"layers": 2}
     assert pretrain.parse_recipe(argv[:2]).kinds == pretrain.KINDS
-
-
-def test_each_line_of_the_log_has_the_mean_of_the_steps_since_the_last(capsys):
-    # Nothing is learned: each step has the same loss.
-    recipe = pretrain.parse_recipe("--out x --steps 5 --log-every 4 --batch 2 --lr 1e-9".split())
-    tokenizer = pretrain.train_tokenizer("target", ["12 pins"], 300)
-    model = pretrain.build_model("target", tokenizer, SMALL)
-    ids = torch.randint(len(tokenizer), (4, 16), generator=torch.Generator().manual_seed(1))
-    pretrain.fit(model, ids, torch.ones(4, 16), recipe, "target")
-    first, last = (float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out))
-    assert last == pytest.approx(first, rel=0.05)  # not a quarter of it
 
 
 def test_a_pair_is_made_by_two_children_that_end_with_it_and_its_record_comes_last(tmp_path, monkeypatch):
@@ -134,7 +117,7 @@ def test_what_a_model_knows_is_measured_on_validation_units(pair):
     json.dumps(probe)
 
 
-def test_only_weighed_tokens_are_learned(capsys):
+def test_only_weighed_tokens_are_learned_and_a_line_of_the_log_is_the_mean_since_the_last(capsys):
     """`fit` on a table of bigrams: the weighed token is predicted from the one before it, and nothing else moves."""
 
     class Bigrams(torch.nn.Module):
@@ -147,16 +130,16 @@ def test_only_weighed_tokens_are_learned(capsys):
 
     model, ids, weights = Bigrams(), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
     before = model.logits.detach().clone()
-    recipe = pretrain.parse_recipe("--out x --steps 1 --batch 1 --weight-decay 0".split())
+    recipe = pretrain.parse_recipe("--out x --steps 5 --log-every 4 --batch 1 --lr 1e-6 --weight-decay 0".split())
     pretrain.fit(model, ids, weights, recipe, "source")
-    assert f"loss {-before[2].log_softmax(-1)[3]:.4f}" in capsys.readouterr().out
+    lines = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert lines == pytest.approx([-before[2].log_softmax(-1)[3].item()] * 2, abs=2e-4)  # nearly nothing is learned
     assert (model.logits != before).any(1).tolist() == [False, False, True, False, False]
 
 
 def test_the_start_of_a_document_is_not_learned_and_a_list_of_facts_only_in_its_digits():
     tokenizer = pretrain.train_tokenizer("source", ["A bag has 12 pins.", "sisak: 15", "0123456789"] * 40, 300)
-    documents = [("A bag", "12"), ("", "sisak: 15")] * 200
-    ids, weights = pretrain.pack_documents(tokenizer, documents, 0.25)
+    ids, weights = pretrain.pack_documents(tokenizer, [("A bag", "12"), ("", "sisak: 15")] * 200, 0.25)
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
     assert (weights[ids == tokenizer.bos_token_id] == 0).all() and (weights[torch.isin(ids, digits)] == 1).all()
     assert weights.unique().tolist() == [0.0, 0.25, 1.0]

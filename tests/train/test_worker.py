@@ -60,17 +60,14 @@ def test_a_run_folder_is_whole(past_the_best):
         "attention.npz", "checkpoint", "verdict.json", "summary.log", "timing.json", "status.json", ".report.json",
     }  # fmt: skip
     status = load_status(folder)
-    assert set(status) >= {"state", "stage", "elapsed", "parameters"} and status["state"] == "finished"
-    assert status["parameters"] == past_the_best.build_bridge().n_parameters
+    assert status["state"] == "finished" and status["parameters"] == past_the_best.build_bridge().n_parameters
     frame = load_eval(find_eval(folder))
     assert set(frame["split"]) == {"test"} and Counter(frame["novelty"])["seen"] == 8
     for step in (0, 4, 8, 12, 16):  # selection looks at validation alone
         assert {row["split"] for row in load_jsonl(folder / f"eval_samples_step_{step}.jsonl")} == {"val"}
     losses = [m for m in load_jsonl(folder / "metrics.jsonl") if "loss" in m]
     assert [m["step"] for m in losses] == list(range(1, 17))
-    for m in losses:
-        assert {"loss", "lr", "grad_norm", "losses", "seconds"} <= set(m) and set(m["losses"]) == {"nll"}
-        assert m["loss"] == pytest.approx(m["losses"]["nll"], abs=1e-5) and m["grad_norm"] > 0
+    assert all(set(m["losses"]) == {"nll"} and m["grad_norm"] > 0 for m in losses)
     assert (folder / "summary.log").read_text().startswith(f"{folder.name} n 20 source ")  # held-out problems alone
     spent = json.loads((folder / "timing.json").read_text())
     assert {"prepare", "train bridged", "validate bridged", "train constant", "test"} <= set(spent)
@@ -82,13 +79,8 @@ def test_each_selection_of_a_control_stands_in_the_final_evaluation(past_the_bes
     assert set(steps) == {"mix", "source_only", "last"} and min(steps.values()) >= 8 and steps["last"] == 16
     (row, *_) = load_jsonl(find_eval(folder))
     names = {k.removesuffix("_full") for k in row if k.startswith("constant") and k.endswith("_full")}
-    beside = {f"constant.{key}" for key, step in steps.items() if step != steps["mix"]}
-    assert names == {"constant"} | beside
-    assert {f"{n}_{part}" for n in names for part in ("extracted", "logprob", "correct")} <= set(row)
+    assert names == {"constant"} | {f"constant.{key}" for key, step in steps.items() if step != steps["mix"]}
     assert {p.stem for p in (folder / "checkpoint").iterdir()} == {"bridged"} | names
-
-
-# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def fail(capsys, folder, code: int | type[Exception]) -> str:
@@ -128,15 +120,11 @@ def test_a_full_disk_is_said_in_one_line(tiny, capsys, monkeypatch):
     (dict(n_test=2, conditions=["source", "target", "bridged", "shuffled"]), "task.n_test"),
     (dict(num_processes=2), "train.num_processes: 2 asked for, 1 started"),
 ])  # fmt: skip
-def test_what_cannot_work_is_refused_before_training(tiny, capsys, changes, key):
+def test_what_cannot_work_is_refused_before_training(tiny, tmp_path, capsys, changes, key):
     folder = create_run(tiny(**changes))
     assert key in fail(capsys, folder, 2)
     assert load_status(folder)["state"] == "failed" and not (folder / "headroom.jsonl").exists()
-
-
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    assert "config.yaml" in fail(capsys, tmp_path, 2)
-    assert "config.yaml" in fail(capsys, tmp_path / "nothing", 2)
+    assert "config.yaml" in fail(capsys, tmp_path, 2)  # which is no run
 
 
 def test_a_finished_run_is_not_read_again(past_the_best, capsys):
@@ -151,7 +139,7 @@ def test_fewer_test_problems_keep_all_donors(tiny, make_experiment):
     conditions = ["source", "target", "bridged", "shuffled"]
     experiment = make_experiment(tiny(n_test=40, eval_samples=5, conditions=conditions))
     test, held = worker.choose_test(experiment), experiment.test
-    assert [e for e in test if e.novelty != "seen"] == held[:5] and len(held) == 40
+    assert [e for e in test if e.novelty != "seen"] == held[:5] and len(held) == 40 and len(test) > 5
     assert {e.donor_id for e in test} <= {e.id for e in experiment.examples("test")}
 
 
