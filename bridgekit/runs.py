@@ -190,6 +190,17 @@ def load_jsonl(path: str | Path, broken: list[int] | None = None) -> Iterator[di
             note(number + 1, "the compressed file is cut here")
 
 
+def load_json(path: Path) -> dict:
+    """A JSON file; {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a whole JSON object; restore it, or remove it")
+    return found
+
+
 def hash_file(path: str | Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

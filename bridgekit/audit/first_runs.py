@@ -22,8 +22,7 @@ import yaml
 
 from bridgekit import config as configuration
 from bridgekit.results.preserve import EVAL_FILE, find_runs, generation_of
-from bridgekit.results.reports import load_json
-from bridgekit.runs import INVALID, load_jsonl, load_run_config
+from bridgekit.runs import INVALID, load_json, load_jsonl, load_run_config
 
 SETTINGS_AS_FACTS = {"world_size": "world_size", "translator_params_m": "parameters_m", "gpu": "gpu"}  # in config.yaml
 PATH_KEYS = ("log_dir", "save_path")  # where a run was written is no part of its configuration

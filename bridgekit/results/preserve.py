@@ -23,15 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bridgekit import runs
-from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, load_json, render, write_blocks, write_entry
+from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, render, write_blocks, write_entry
 from bridgekit.results.table import said_value
-from bridgekit.runs import FINAL, find_eval, hash_file, load_jsonl
+from bridgekit.runs import FINAL, find_eval, hash_file, load_json, load_jsonl
 
 ROOT, FIRST = Path("preserved_data"), "first_experiments"
 EVAL_FILE = re.compile(r"eval_samples_step_(\d+|final)\.jsonl(?:\.gz)?")
 FILES = (  # all that the numbers of a run are recomputed from, and how it went
     "config.yaml provenance.json status.json metrics*.jsonl summary.log verdict.json controls.json timing.json "
-    "train.log attention.npz code.json code/*.py"
+    "train.log attention.npz code/code.json code/*.py"
 ).split()
 _PROSE = re.compile(r"\*\*(Why it was run|Publishability)\.\*\*\s*(.*?)\s*(?=\n\*\*|\n<!--|\Z)", re.DOTALL)
 STUDIES = ROOT / "studies"

@@ -19,7 +19,7 @@ import pandas as pd
 
 from bridgekit import runs
 from bridgekit.results import compare, table, verdict
-from bridgekit.results.reports import load_control_steps, render
+from bridgekit.results.reports import render
 from bridgekit.results.style import format_interval, format_share
 from bridgekit.tasks.units import make_lexicon, pick_train_units
 
@@ -144,7 +144,7 @@ class Numbers:
 
     def trained_controls(self) -> dict[str, int]:
         """How many trained controls are kept, and how many of them are weights from before the first step."""
-        steps = [s["mix"] for path in self.root.glob("*/config.yaml") for s in load_control_steps(path.parent).values()]
+        steps = [s["mix"] for path in self.root.glob("*/config.yaml") for s in table.load_control_steps(path.parent).values()]
         return {"all": len(steps), "untrained": steps.count(0)}
 
     def lines_of_code(self) -> int:
