@@ -225,7 +225,8 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
 
     The task's own `_correct` counts where it was written; older files are scored by equal answers. With `skip_broken`
     broken lines are left out and listed in `frame.attrs["left_out"]`; without `texts` memory holds only what is
-    counted. `frame.attrs["controls"]` says from which steps the trained controls come, where the run has kept it.
+    counted. `attrs["controls"]` says from which steps the trained controls come, where the run has kept it;
+    `attrs["unscored"]` names the conditions that some row has no answer or no score of: there it counts as wrong.
     """
     import pandas as pd
 
@@ -244,6 +245,8 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
         answer, by_task = frame[f"{condition}_extracted"], frame.get(f"{condition}_correct")
         equal = (answer == frame["gold_extracted"]) & (answer != INVALID)
         frame[f"{condition}_correct"] = equal if by_task is None else by_task.eq(True)
+        if answer.isna().any() or by_task is not None and by_task.isna().any():
+            frame.attrs.setdefault("unscored", []).append(condition)
     frame["union_correct"] = frame["source_correct"] | frame["target_correct"]
     if broken:
         frame.attrs["left_out"] = broken

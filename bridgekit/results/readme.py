@@ -115,8 +115,9 @@ class Numbers:
         folder = arms["after"][0]
         trained = [unit for unit in make_lexicon(runs.lexicon_seed_of(folder)) if unit.split == "train"]
         taught = {u.value for u in pick_train_units(trained, 1.0, runs.load_run_config(folder).task.train_values_share)}
-        rows = table.select(table.load_answers(arms), "source_only_held_unit")
-        rows = rows[(rows["condition"] == "bridged") & (rows["value"].isin(taught) != taken_out)]
+        rows = table.load_answers(arms)
+        held = table.select(rows[rows["variant"] == "before"], "source_only_held_unit")["id"]  # after, some are new values
+        rows = rows[rows["condition"].eq("bridged") & rows["id"].isin(held) & (rows["value"].isin(taught) != taken_out)]
         found = {arm: Number(table.share(rows[rows["variant"] == arm])) for arm in arms}
         return found | {"change": Number(table.difference(rows, "after", "before", on="variant"), signed=True)}
 

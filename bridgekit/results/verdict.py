@@ -105,12 +105,14 @@ def describe_control(name: str) -> str:
     return f"{control}, {SELECTIONS.get(selection, selection)}" if selection else control
 
 
-def headroom(frame: pd.DataFrame) -> Headroom:
+def headroom(frame: pd.DataFrame | str | Path) -> Headroom:
     """What a perfect bridge could gain over the target, from the source's and the target's own answers alone.
 
-    `counts` are the problems right for source_only, both, target_only, neither; `gain_possible` is union minus target;
-    `smallest_effect` is found with power 0.8, at the two models' own discordance and correlation.
+    `counts` are the problems right for source_only, both, target_only, neither; `gain_possible` is union minus target.
+    `smallest_effect` is that of bridge against target on the test set that the run folder names (else on these
+    problems), with power 0.8, if the bridge changes answers on the source_only ones alone.
     """
+    frame = table.load_frame(frame) if isinstance(frame, (str, Path)) else frame
     rows = held_out(frame)
     source, target = read_correct(rows, "source"), read_correct(rows, "target")
     shares = {name: _accuracy(rows, name) for name in ("source", "target", "union")}
@@ -118,15 +120,16 @@ def headroom(frame: pd.DataFrame) -> Headroom:
     kinds = {"source_only": source > target, "both": source & target, "target_only": target > source}
     counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~(source | target)}).items()}
     # with no discordant pair the rule of three says how many there may still be
-    discordance = max(counts["source_only"] + counts["target_only"], min(3, n)) / n
-    icc = stats.intraclass_correlation(source.astype(float) - target, rows.get("unit"))
-    effect, gain = stats.minimum_detectable_effect(n, discordance, n_units, icc), counts["source_only"] / n
+    discordance, n_test = max(counts["source_only"], min(3, n)) / n, frame.attrs.get("n_test") or n
+    icc = stats.intraclass_correlation(kinds["source_only"], rows.get("unit"))
+    test_units = max(1, round(n_units * n_test / n))  # as many problems about each as here
+    effect, gain = stats.minimum_detectable_effect(n_test, discordance, test_units, icc), counts["source_only"] / n
     hope = "" if effect <= gain else ": more than there is, so that no bridge could be shown to help here"
     text = (
         f"{_size(shares['target'])}: source {shares['source']}, target {shares['target']}, "
         f"either {shares['union']}. The source alone is right on {counts['source_only']:,}, so a "
-        f"bridge that loses nothing can gain {format_share(gain, signed=True)}. The smallest gain this set finds with "
-        f"power 0.8 is {format_share(effect, signed=True)}{hope}."
+        f"bridge that loses nothing can gain {format_share(gain, signed=True)}. The smallest gain that {n_test:,} test "
+        f"problems find with power 0.8 is {format_share(effect, signed=True)}{hope}."
     )
     return Headroom(n, n_units, *shares.values(), counts, gain, effect, text)
 
@@ -189,6 +192,8 @@ def _find_gaps(rows: pd.DataFrame, seed: int) -> list[str]:
             raise ValueError(f"judge: seed {seed} has problems with a group and no {column}: restore the column")
     if len(rows) != asked or rows.attrs.get("left_out"):
         gaps.append(f"the whole test set ({len(rows):,} of {asked:,} problems in seed {seed})")
+    for condition in sorted({"bridged", *RULE} & {name.split(".")[0] for name in rows.attrs.get("unscored", ())}):
+        gaps.append(f"{condition} (not scored on every problem in seed {seed})")
     if n_units < MIN_UNITS:
         gaps.append(f"a test of {MIN_UNITS} units or more ({n_units} in seed {seed})")
     if "question" in rows and (again := int(rows["question"].duplicated().sum())) > REPEATED * len(rows):

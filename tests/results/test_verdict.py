@@ -236,7 +236,7 @@ def test_headroom_of_the_first_experiment():
     assert (room.source.point, room.target.point, room.union.point) == (0.54, 0.77, 0.805)
     assert (room.union.low, room.union.high) == wilson(161, 200)
     assert room.gain_possible == pytest.approx(0.035)
-    assert room.smallest_effect == minimum_detectable_effect(200, 0.3) == pytest.approx(0.107, abs=0.001)
+    assert room.smallest_effect == minimum_detectable_effect(200, 0.035) == pytest.approx(0.0366, abs=0.001)
     assert "no bridge could be shown to help here" in room.text
     swapped = headroom(questions(59, 94, 9, 38))
     assert swapped.gain_possible > swapped.smallest_effect and "no bridge" not in swapped.text
@@ -246,10 +246,21 @@ def test_headroom_of_the_first_experiment():
 def test_headroom_counts_units_and_held_out_problems_only(frames):
     room = headroom(frames[0])
     assert room.n_units == 150 and "450 problems about 150 units" in room.text
-    assert room.smallest_effect > 1.4 * headroom(frames[0].drop(columns="unit")).smallest_effect
+    assert room.smallest_effect > 1.3 * headroom(frames[0].drop(columns="unit")).smallest_effect
     assert headroom(make_frame(5, n_units=150, seen=50)).n == 300
     equal = headroom(questions(0, 50, 0, 50))
     assert equal.gain_possible == 0 and equal.smallest_effect == minimum_detectable_effect(100, 0.03)  # rule of three
+
+
+def test_headroom_speaks_of_the_test_set_that_the_bridge_will_be_tried_on(frames, tmp_path):
+    frame = frames[0].filter(regex="^(id|unit|group|novelty|source.*|target.*)$").assign(gold_extracted="12")
+    frame.to_json(tmp_path / "headroom.jsonl", orient="records", lines=True)
+    here = headroom(tmp_path / "headroom.jsonl")
+    assert here.smallest_effect == headroom(frames[0]).smallest_effect
+    (tmp_path / "config.yaml").write_text("task: {n_test: 1800}\neval: {eval_samples: -1}\n")
+    there = headroom(tmp_path / "headroom.jsonl")
+    assert there.smallest_effect == pytest.approx(here.smallest_effect / 2, rel=0.05) and there.counts == here.counts
+    assert "The smallest gain that 1,800 test problems find" in there.text and "450 problems about 150" in there.text
 
 
 def test_conditions_table_is_one_row_for_each_condition_and_subset():
