@@ -118,9 +118,14 @@ def open_study(name: str, root: str | Path = "preserved_data/studies", into: str
     path, into = project_root() / root / f"{name}.tar.xz", project_root() / into
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no study of this name is kept (bridgekit preserve --study {name})")
-    folder = into / f"{name}.{hash_file(path)[:16]}"
-    if not folder.is_dir():
+    place = f"{name}.{hash_file(path)[:16]}"
+    with contextlib.suppress(OSError):
         into.mkdir(parents=True, exist_ok=True)
+    if not (into / place).is_dir() and not os.access(into, os.W_OK):  # of a checkout that may only be read
+        into = Path(tempfile.gettempdir()) / f"bridgekit_studies_{os.getuid()}"
+        into.mkdir(exist_ok=True)
+    folder = into / place
+    if not folder.is_dir():
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=into, ignore_cleanup_errors=True) as partial:
             with tarfile.open(path, "r:xz") as archive:
                 archive.extractall(partial, filter="data")
@@ -180,7 +185,7 @@ def load_jsonl(path: str | Path, broken: list[int] | None = None) -> Iterator[di
         try:
             for number, line in enumerate(stream, start=1):
                 row = None
-                with contextlib.suppress(ValueError):  # also what is not UTF-8: a line may be cut inside a character
+                with contextlib.suppress(ValueError, RecursionError):  # also no UTF-8: a line may be cut anywhere
                     row = json.loads(line)
                 if isinstance(row, dict):
                     yield row

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import math
 import re
@@ -228,18 +229,24 @@ def write_blocks(path: Path, template: str, blocks: dict[str, str], **values: ob
         if start not in text or end not in text.split(start, 1)[1]:
             text = f"{text.rstrip()}\n\n{start}\n{end}\n"
         before, rest = text.split(start, 1)
-        text = f"{before}{start}\n{body.strip()}\n{end}{rest.split(end, 1)[1]}"
+        body = re.sub(r"<!-- (?=(?:generated|end): )", "&lt;!-- ", body.strip())  # words of a run that hold a marker
+        text = f"{before}{start}\n{body}\n{end}{rest.split(end, 1)[1]}"
     write_text_atomic(path, text)
     return path
 
 
 def render(template: str, finalize: Callable | None = None, **values: object) -> str:
     """A template of `templates/`, filled in; `finalize` turns each value into what is printed."""
+    return _make_environment(finalize).get_template(template).render(**values)
+
+
+@functools.cache
+def _make_environment(finalize: Callable | None) -> jinja2.Environment:
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "finalize": finalize}
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     environment.filters |= {"share": format_share, "line": _one_line}
-    return environment.get_template(template).render(**values)
+    return environment
 
 
 def _one_line(text: object) -> str:

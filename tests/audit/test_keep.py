@@ -102,7 +102,7 @@ def test_a_run_without_any_evaluation_or_without_a_log_is_kept_with_the_rest(tmp
     unlogged = write_run(tmp_path / "unlogged", NAME, BRIDGED)
     (unlogged / "phase1_all_fix" / "train.log").unlink()
     kept = load_run(keep_run(unlogged, tmp_path / "other"))
-    assert kept.outcomes.equals(load_run(unlogged).outcomes) and "not there" in kept.facts["problems"][0]
+    assert kept.outcomes.equals(load_run(unlogged).outcomes) and "not there" in kept.problems[0]
     run = write_run(tmp_path, NAME, {}, crash=OOM)
     log = run / "phase1_all_fix" / "train.log"
     log.write_text(log.read_text() + "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n")
