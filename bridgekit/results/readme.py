@@ -143,6 +143,10 @@ class Numbers:
         answers = {condition: row[f"{condition}_full"].replace("\n", " ") for condition in conditions}
         return {"question": row["question"], "unit": row["unit"], "value": row["value"], "answers": answers}
 
+    def simulation(self) -> dict:
+        """How often the claim rule errs in simulated experiments without an effect (`tests/results/simulate.py`)."""
+        return runs.load_json(self.root / "verdict_simulation.json")
+
     def trained_controls(self) -> dict[str, int]:
         """How many trained controls are kept, and how many of them are weights from before the first step."""
         steps = [s["mix"] for path in self.root.glob("*/config.yaml") for s in table.load_control_steps(path.parent).values()]

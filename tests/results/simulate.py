@@ -21,7 +21,7 @@ from scipy.stats import beta
 
 from bridgekit.results.verdict import RULE, judge
 
-AGREE = {"not at all": 0.0, "half": 0.5, "wholly": 1.0}  # share of a trained bridge's answers that are those of seed 1
+AGREE = {"wholly": 1.0, "half": 0.5, "not at all": 0.0}  # share of a trained bridge's answers that are those of seed 1
 WHERE = ("all, no groups", "all", "source-only alone")  # where the bridge equals the control
 COMMON, UNIT = 0.5, 0.2  # of an answer's latent variance: shared by all conditions, and by a unit's problems
 LEVEL, N_BOOT = 0.7, 500
@@ -62,7 +62,7 @@ def simulate(row: tuple) -> dict:
     told = {"equal to": equal, "where": where, "seeds agree": agree, "gain": gain, "problems": size, "n": n}
     for outcome in ("transfers", "harms"):
         count = found[outcome]
-        told |= {outcome: count / n, f"{outcome}_upper": round(float(beta.ppf(0.95, count + 1, n - count)), 5)}
+        told |= {outcome: count / n, f"{outcome}_upper": round(float(beta.ppf(0.95, count + 1, n - count)), 4) if count < n else 1.0}
     return told
 
 
@@ -72,15 +72,25 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
-    rows = [(*row, 0.1, 400, args.n) for row in product(RULE, WHERE, AGREE)]
-    rows += [("", where, agree, 0.05, 3000, min(args.n, 200)) for where, agree in product(WHERE[:1], AGREE)]
+    rows = [(equal, where, agree, 0.1, 400, args.n) for agree, where, equal in product(AGREE, WHERE, RULE)]
+    rows += [("", where, agree, 0.05, 3000, max(20, args.n // 10)) for where, agree in product(WHERE[:1], AGREE)]
+    rows, found = rows[-len(AGREE) :] + rows[: -len(AGREE)], []
     with multiprocessing.Pool(args.processes) as pool:
-        found = pool.map(simulate, [(*row, seed) for seed, row in enumerate(rows)], chunksize=1)
+        for row in pool.imap(simulate, [(*row, seed) for seed, row in enumerate(rows)]):
+            found.append(row)
+            print(json.dumps(row), flush=True)
+            write(args.out, found, len(rows))
+
+
+def write(path: Path, found: list[dict], planned: int) -> None:
+    """The rows there are, and the worst of them."""
     null, power = ([row for row in found if bool(row["equal to"]) == is_null] for is_null in (True, False))
-    worst = {name: max(row[f"{name}_upper"] for row in null) for name in ("transfers", "harms")}
-    summary = {"n": args.n, "rows": len(null), "upper": worst, "power": min(row["transfers"] for row in power)}
-    args.out.write_text(json.dumps(summary | {"null": null, "with_effect": power}, indent=1) + "\n")
-    print(pd.DataFrame(found).to_string(), json.dumps(summary), sep="\n")
+    summary = {"rows": len(found), "planned": planned, "least_n": min(row["n"] for row in found)}
+    for name in ("transfers", "harms"):
+        summary[f"{name}_most"] = max((row[name] for row in null), default=None)
+        summary[f"{name}_upper"] = max((row[f"{name}_upper"] for row in null), default=None)
+    summary["power"] = min((row["transfers"] for row in power), default=None)
+    path.write_text(json.dumps(summary | {"null": null, "with_effect": power}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
