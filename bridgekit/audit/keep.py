@@ -90,6 +90,7 @@ def load_texts(folder: Path) -> pd.DataFrame:
         for key, text in row.items()
         if key.endswith("_full") and isinstance(text, str) and (label := key.replace("_full", "_extracted")) in row
     ]
+    rows = [[str(cell).encode("utf-8", "replace").decode() for cell in row] for row in rows]  # no halves of characters
     return pd.DataFrame(rows, columns=["step", "condition", "text", "label", "gold", "question"])
 
 

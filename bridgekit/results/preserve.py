@@ -101,7 +101,8 @@ def keep_folder(run: Path, home: Path, name: str, fill: Callable[[Path], str]) -
         part.mkdir()
         entry = fill(part)
         original = load_json(run / "checksums.json").get("original")  # of a run that was preserved before
-        sums = {"original": original or _hash_files(run), "kept": _hash_files(part)}
+        made = {name: digest for name, digest in _hash_files(part).items() if name != ENTRY}  # which is written again
+        sums = {"original": original or _hash_files(run), "kept": made}
         (part / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
         write_entry(part, entry)
         os.rename(part, folder)
