@@ -53,7 +53,9 @@ _PART = re.compile(r"\| (\w+): ([-+.\w]+)")
 _EVALUATION = re.compile(r"\[(?:Eval\] Step (\d+) \||Final Eval\])(.*)")
 _ACCURACY = re.compile(r"([A-Z]\w*)(?:-alone)? acc: ([-+.\w]+)")
 _SETTING = re.compile(r"([a-z][a-z0-9_]*): (.*)")
-_BLOCK_END = re.compile(r"^(?:==== |\[Eval\]|\[Final|\[Distributed|Step \d+/|World size|Translator par).*", re.MULTILINE)
+_BLOCK_END = re.compile(
+    r"^(?:==== |\[Eval\]|\[Final|\[Distributed|Step \d+/|World size|Translator par).*", re.MULTILINE
+)
 _END = re.compile(r"End time: \w{3} (\w{3} +\d+) ([\d:]+(?: [AP]M)?)(?: [A-Z]{2,5})? (\d{4})")
 _CRASH = r"Traceback \(most recent call last\):|CUDA out of memory|oom_kill|oom-kill|SIGKILL|exceeded memory limit"
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (.+)(?=\n(.*))?')
@@ -271,7 +273,9 @@ def load_log(record: Record, path: Path) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")  # every kind of line end becomes a new line
     found = {name: re.findall(pattern, text) for name, (pattern, _) in FACTS.items()}
     record.facts = {name: kind(found[name][-1]) for name, (_, kind) in FACTS.items() if found[name]}
-    block = text.partition("==== Config ====")[2][:SECTION].partition("\n")[2]  # other processes write between its lines
+    block = text.partition("==== Config ====")[2][:SECTION].partition("\n")[
+        2
+    ]  # other processes write between its lines
     block = _BLOCK_END.split(block, maxsplit=1)[0].split("\n")
     settings = dict(match.groups() for line in block if (match := _SETTING.fullmatch(line.rstrip())))
     record.facts["settings_text"] = {key: value for key, value in settings.items() if key not in PATH_KEYS}

@@ -117,7 +117,9 @@ def copy_kept(run: Path, home: Path, name: str) -> Path:
             if path.is_file() and not path.is_symlink() and path.name != "checksums.json":
                 shutil.copyfile(path, folder / path.name)
         entry = folder / ENTRY
-        return re.search(r"(?s)<!-- generated: metrics -->\n(.*?)\n<!-- end: metrics -->|\Z", entry.read_text())[1] or ""
+        return (
+            re.search(r"(?s)<!-- generated: metrics -->\n(.*?)\n<!-- end: metrics -->|\Z", entry.read_text())[1] or ""
+        )
 
     return keep_folder(run, home, name, fill)
 

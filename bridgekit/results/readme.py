@@ -116,7 +116,9 @@ class Numbers:
         trained = [unit for unit in make_lexicon(runs.lexicon_seed_of(folder)) if unit.split == "train"]
         taught = {u.value for u in pick_train_units(trained, 1.0, runs.load_run_config(folder).task.train_values_share)}
         rows = table.load_answers(arms)
-        held = table.select(rows[rows["variant"] == "before"], "source_only_held_unit")["id"]  # after, some are new values
+        held = table.select(rows[rows["variant"] == "before"], "source_only_held_unit")[
+            "id"
+        ]  # after, some are new values
         rows = rows[rows["condition"].eq("bridged") & rows["id"].isin(held) & (rows["value"].isin(taught) != taken_out)]
         found = {arm: Number(table.share(rows[rows["variant"] == arm])) for arm in arms}
         return found | {"change": Number(table.difference(rows, "after", "before", on="variant"), signed=True)}
@@ -149,7 +151,9 @@ class Numbers:
 
     def trained_controls(self) -> dict[str, int]:
         """How many trained controls are kept, and how many of them are weights from before the first step."""
-        steps = [s["mix"] for path in self.root.glob("*/config.yaml") for s in table.load_control_steps(path.parent).values()]
+        steps = [
+            s["mix"] for path in self.root.glob("*/config.yaml") for s in table.load_control_steps(path.parent).values()
+        ]
         return {"all": len(steps), "untrained": steps.count(0)}
 
     def lines_of_code(self) -> int:

@@ -269,4 +269,3 @@ def test_odd_files_are_named_and_stop_nothing(tmp_path):
     kept = load_run(keep_run(run.parent, tmp_path / "kept"))
     assert kept.at("final")["bridged_pred"].tolist()[2:4] == ["1\\r2", "\\ud800"]
     assert kept.outcomes.astype(str).equals(record.outcomes.astype(str))
-

@@ -208,7 +208,9 @@ def test_a_damaged_kept_run_is_named_and_blocks_no_other(tmp_path, root, capsys)
     assert keep.main([str(other), "--root", str(root)]) == 0
     said = capsys.readouterr()
     assert str(first / "run.json") in said.err and str(own / "provenance.json") in said.err
-    assert (root / "first_experiments" / other.name / "manifest.md").is_file() and other.name in (root / "README.md").read_text()
+    assert (root / "first_experiments" / other.name / "manifest.md").is_file() and other.name in (
+        root / "README.md"
+    ).read_text()
 
 
 def test_settings_that_look_like_yaml_and_words_that_look_like_markers_are_kept(tmp_path, root):
@@ -220,4 +222,3 @@ def test_settings_that_look_like_yaml_and_words_that_look_like_markers_are_kept(
     entry.write_text(entry.read_text().replace(UNWRITTEN, "See <!-- end: runs --> here.", 1))
     before = write_manifest(root).read_text()
     assert write_manifest(root).read_text() == before
-

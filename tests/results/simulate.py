@@ -38,7 +38,7 @@ def make_experiment(
     frame = frame[["id"]] if where == WHERE[0] else frame
     shared, unit_part = rng.normal(size=n) * COMMON**0.5, UNIT**0.5 * (where != WHERE[0])
     frames, first = [], {}
-    for seed in range(3):
+    for _ in range(3):
         rows = frame.assign(bridged_logprob=rng.uniform(-3, 0, n))  # two seeds that answer alike are told apart by it
         for name in ("bridged", *RULE):
             per_unit = rng.normal(size=n // 2)[unit] * unit_part
@@ -62,7 +62,10 @@ def simulate(row: tuple) -> dict:
     told = {"equal to": equal, "where": where, "seeds agree": agree, "gain": gain, "problems": size, "n": n}
     for outcome in ("transfers", "harms"):
         count = found[outcome]
-        told |= {outcome: count / n, f"{outcome}_upper": round(float(beta.ppf(0.95, count + 1, n - count)), 4) if count < n else 1.0}
+        told |= {
+            outcome: count / n,
+            f"{outcome}_upper": round(float(beta.ppf(0.95, count + 1, n - count)), 4) if count < n else 1.0,
+        }
     return told
 
 

@@ -108,7 +108,7 @@ DOCTORED = {
     "other controls": (last("config", train__controls=["constant"]), "train.controls is "),
     "other own code": (last("code", x={"sha256": "f"}), "code is .'f'. there"),
     # other problems, or not all of them
-    "disjoint questions": (rows(lambda r: r.assign(id="y" + r["id"], question="?" + r["question"]), 2), "no id in common"),
+    "disjoint questions": (rows(lambda r: r.assign(id="y" + r["id"], question=r["id"]), 2), "no id in common"),
     "other questions": (rows(lambda r: r.assign(question="?" + r["question"]), 2), "question differs"),
     "another right answer": (rows(lambda r: r.assign(gold_extracted="13"), 2), "gold_extracted differs"),
     "other units": (rows(lambda r: r.assign(unit=r["unit"] + "a"), 2), "unit differs"),
@@ -139,7 +139,7 @@ DOCTORED = {
         "the source-only part .fewer than 30 held-out units in seed 1",
     ),
     # controls that are none
-    "an untrained control": (every("controls", lambda c: c | {"constant": {"mix": 0}}), "constant .not trained: weights of"),
+    "an untrained control": (every("controls", lambda c: c | {"constant": {"mix": 0}}), "constant .not trained"),
     "a half-trained control": (last("controls", self_bridge={"mix": 199}), "weights of step 199, seed 3"),
     "an untrained control of an old run": (
         lambda runs: runs[2].update(controls={}, files=old), "constant .not trained: weights of step 0, seed 3"
@@ -147,7 +147,7 @@ DOCTORED = {
     "a control is missing": (rows(lambda r: r.filter(regex="^(?!shuffled)"), 2), "not run: shuffled .seed 3"),
     "a control without scores": (rows(lambda r: r.assign(shuffled_correct=None), 2), "shuffled .not scored on every"),
     "a control without some answers": (
-        rows(lambda r: r.assign(constant_extracted=r["constant_extracted"].where(r.index > 99))), "constant .not scored on"
+        rows(lambda r: r.assign(constant_extracted=r["constant_extracted"].where(r.index > 99))), "constant .not scored"
     ),
     "another selection is better": (rates(**{"constant.last": EVERYTHING}), "Not shown to beat constant, last weights"),
     # no effect where it counts

@@ -189,7 +189,8 @@ def test_a_value_that_training_leaves_out_is_no_held_unit_alone():
     for split in ("val", "test"):
         before, after = (units.make_split(c, 2, split) for c in (config, half))
         rows = [e for e in after if e.novelty == "held_unit"]
-        assert rows and {e.value for e in rows} <= met and all(e.value not in met for e in after if e.novelty == "held_value")
+        assert rows and {e.value for e in rows} <= met
+        assert all(e.value not in met for e in after if e.novelty == "held_value")
         same = [(e.id, e.question) for e in before if e.novelty != "seen"]
         assert same == [(e.id, e.question) for e in after if e.novelty != "seen"]
         assert sum(e.novelty == "held_unit" for e in before) > 1.7 * len(rows)
