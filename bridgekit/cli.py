@@ -62,14 +62,13 @@ def print_config(arguments: argparse.Namespace) -> None:
 
 
 def print_verdict(arguments: argparse.Namespace) -> None:
-    from bridgekit import runs
-    from bridgekit.results import verdict
+    from bridgekit.results import table, verdict
 
-    frames = {file: runs.load_eval(file, arguments.skip_broken) for file in map(runs.find_eval, arguments.run_dirs)}
-    for file, frame in frames.items():
+    frames = [table.load_frame(run, arguments.skip_broken) for run in arguments.run_dirs]
+    for run, frame in zip(arguments.run_dirs, frames, strict=True):
         if lines := frame.attrs.get("left_out"):
-            print(f"{file}: left out line {', '.join(map(str, lines))}; {len(frame):,} lines are used")
-    print(verdict.judge([*frames.values()]).text)
+            print(f"{run}: left out line {', '.join(map(str, lines))}; {len(frame):,} lines are used")
+    print(verdict.judge(frames).text)
 
 
 def export_bridge(arguments: argparse.Namespace) -> None:

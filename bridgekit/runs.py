@@ -118,9 +118,14 @@ def open_study(name: str, root: str | Path = "preserved_data/studies", into: str
     path, into = project_root() / root / f"{name}.tar.xz", project_root() / into
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no study of this name is kept (bridgekit preserve --study {name})")
-    folder = into / f"{name}.{hash_file(path)[:16]}"
-    if not folder.is_dir():
+    place = f"{name}.{hash_file(path)[:16]}"
+    with contextlib.suppress(OSError):
         into.mkdir(parents=True, exist_ok=True)
+    if not (into / place).is_dir() and not os.access(into, os.W_OK):  # of a checkout that may only be read
+        into = Path(tempfile.gettempdir()) / f"bridgekit_studies_{os.getuid()}"
+        into.mkdir(exist_ok=True)
+    folder = into / place
+    if not folder.is_dir():
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=into, ignore_cleanup_errors=True) as partial:
             with tarfile.open(path, "r:xz") as archive:
                 archive.extractall(partial, filter="data")
@@ -180,7 +185,7 @@ def load_jsonl(path: str | Path, broken: list[int] | None = None) -> Iterator[di
         try:
             for number, line in enumerate(stream, start=1):
                 row = None
-                with contextlib.suppress(ValueError):  # also what is not UTF-8: a line may be cut inside a character
+                with contextlib.suppress(ValueError, RecursionError):  # also no UTF-8: a line may be cut anywhere
                     row = json.loads(line)
                 if isinstance(row, dict):
                     yield row
@@ -188,6 +193,17 @@ def load_jsonl(path: str | Path, broken: list[int] | None = None) -> Iterator[di
                     note(number, "not a whole JSON object")
         except (EOFError, gzip.BadGzipFile, zlib.error):
             note(number + 1, "the compressed file is cut here")
+
+
+def load_json(path: Path) -> dict:
+    """A JSON file; {} where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not a whole JSON object; restore it, or remove it")
+    return found
 
 
 def hash_file(path: str | Path) -> str:
@@ -214,7 +230,8 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
 
     The task's own `_correct` counts where it was written; older files are scored by equal answers. With `skip_broken`
     broken lines are left out and listed in `frame.attrs["left_out"]`; without `texts` memory holds only what is
-    counted. `frame.attrs["controls"]` says from which steps the trained controls come, where the run has kept it.
+    counted. `attrs["controls"]` says from which steps the trained controls come, where the run has kept it;
+    `attrs["unscored"]` names the conditions that some row has no answer or no score of: there it counts as wrong.
     """
     import pandas as pd
 
@@ -233,6 +250,8 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
         answer, by_task = frame[f"{condition}_extracted"], frame.get(f"{condition}_correct")
         equal = (answer == frame["gold_extracted"]) & (answer != INVALID)
         frame[f"{condition}_correct"] = equal if by_task is None else by_task.eq(True)
+        if answer.isna().any() or by_task is not None and by_task.isna().any():
+            frame.attrs.setdefault("unscored", []).append(condition)
     frame["union_correct"] = frame["source_correct"] | frame["target_correct"]
     if broken:
         frame.attrs["left_out"] = broken

@@ -108,12 +108,20 @@ def paired(first: pd.Series, second: pd.Series) -> dict:
     return found | {"p": test.mcnemar_p, "needed": needed}
 
 
-def fact(records: Records, run: str, key: str, other: str = "") -> dict:
+def kept_runs(records: Records) -> dict:
+    """Number of runs of the first experiments that are preserved."""
+    return {"value": sum(record.generation != "bridgekit" for record in records.values())}
+
+
+def fact(records: Records, run: str, key: str, other: str = "", plus: str = "") -> dict:
     """A setting, or what a run recorded or gives: hours, last_step, last_numbered, crash_count.
 
-    With `other`: how far two runs lie apart in it; `settings` counts those that differ and have an effect.
+    With `other`: how far two runs lie apart in it; `settings` counts those that differ and have an effect. With
+    `plus`: the sum of two runs.
     """
     record = records[run]
+    if plus:
+        return {"value": sum(float(fact(records, name, key)["value"]) for name in (run, plus))}
     if key == "settings" and other:
         one, another = (effective_settings(records[name].config) for name in (run, other))
         return {"value": sum(repr(one.get(name)) != repr(another.get(name)) for name in one | another)}
@@ -143,7 +151,7 @@ def text_share(records: Records, run: str, column: str, condition: str = "bridge
     return {"value": float(rows[column][place] / rows["n"][place]), "n": int(rows["n"][place])}
 
 
-MEASURES = {measure.__name__: measure for measure in (value, answered, difference, fact, text_share)}
+MEASURES = {measure.__name__: measure for measure in (value, answered, difference, fact, kept_runs, text_share)}
 
 
 def load_claims(path: str | Path) -> tuple[list[dict], dict[str, str]]:
@@ -186,7 +194,7 @@ def judge(claim: dict, records: Records) -> Verdict:
     ((name, arguments),) = claim["measure"].items()
     try:
         measured = {"n": None} | MEASURES[name](records, **arguments)
-    except MissingData as error:
+    except (ValueError, KeyError, OSError) as error:  # not among the data, or what was kept is damaged
         return Verdict(claim, UNCHECKABLE, why=str(error))
     except TypeError as error:
         return Verdict(claim, UNCHECKABLE, why=f"measure '{name}': {error}")

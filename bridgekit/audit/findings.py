@@ -101,9 +101,10 @@ def checkpoints(records: Records) -> list[Finding]:
 
 
 def _count_changes(record: Record, condition: str, step: str, other: str) -> int:
-    """How many answers of the other evaluation are not those of the first."""
+    """How many answers of the other evaluation are not those of the first, of the items that both have."""
     first, second = (record.at(s)[f"{condition}_pred"].astype(str) for s in (step, other))
-    return int((second != first.reindex(second.index)).sum())
+    both = first.index.intersection(second.index)
+    return int((second[both] != first[both]).sum())
 
 
 def baselines_differ(records: Records) -> Findings:
@@ -181,5 +182,5 @@ def documents_disagree(verdicts: Sequence[Verdict]) -> Findings:
 
 def _runs_of(verdict: Verdict) -> list[str]:
     (arguments,) = verdict.claim.get("measure", {"": {}}).values()
-    named = arguments.get("run"), arguments.get("other"), arguments.get("minus", {}).get("run")
+    named = *(arguments.get(key) for key in ("run", "other", "plus")), arguments.get("minus", {}).get("run")
     return [run for run in named if run]

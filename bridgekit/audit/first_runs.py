@@ -22,8 +22,7 @@ import yaml
 
 from bridgekit import config as configuration
 from bridgekit.results.preserve import EVAL_FILE, find_runs, generation_of
-from bridgekit.results.reports import load_json
-from bridgekit.runs import INVALID, load_jsonl, load_run_config
+from bridgekit.runs import INVALID, load_json, load_jsonl, load_run_config
 
 SETTINGS_AS_FACTS = {"world_size": "world_size", "translator_params_m": "parameters_m", "gpu": "gpu"}  # in config.yaml
 PATH_KEYS = ("log_dir", "save_path")  # where a run was written is no part of its configuration
@@ -54,7 +53,9 @@ _PART = re.compile(r"\| (\w+): ([-+.\w]+)")
 _EVALUATION = re.compile(r"\[(?:Eval\] Step (\d+) \||Final Eval\])(.*)")
 _ACCURACY = re.compile(r"([A-Z]\w*)(?:-alone)? acc: ([-+.\w]+)")
 _SETTING = re.compile(r"([a-z][a-z0-9_]*): (.*)")
-_NOISE = re.compile(r"\s*$|\s+\S|\[|[WEI]\d{4} |/|={3,}\s*$")  # other processes write between the settings
+_BLOCK_END = re.compile(
+    r"^(?:==== |\[Eval\]|\[Final|\[Distributed|Step \d+/|World size|Translator par).*", re.MULTILINE
+)
 _END = re.compile(r"End time: \w{3} (\w{3} +\d+) ([\d:]+(?: [AP]M)?)(?: [A-Z]{2,5})? (\d{4})")
 _CRASH = r"Traceback \(most recent call last\):|CUDA out of memory|oom_kill|oom-kill|SIGKILL|exceeded memory limit"
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+), in (.+)(?=\n(.*))?')
@@ -87,6 +88,7 @@ class Record:
     losses: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["step", "loss"]))
     logged: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["step"]))  # accuracies in the log
     problems: list[str] = field(default_factory=list)
+    evaluations: dict[str, pd.DataFrame] = field(default_factory=dict, repr=False)  # by step, made when asked for
 
     @property
     def label(self) -> str:
@@ -104,10 +106,12 @@ class Record:
 
     def at(self, step: str | int) -> pd.DataFrame:
         """One evaluation by index: gold, and of every condition evaluated there the label and whether it is right."""
-        part = self.outcomes[self.outcomes["step"] == str(step)].set_index("index").sort_index().dropna(axis=1)
-        labels = part.filter(regex="_pred$")
-        right = labels.eq(part["gold"], axis=0) & (labels != INVALID)
-        return part.join(right.rename(columns=lambda name: name.replace("_pred", "_correct")))
+        if step not in self.evaluations:
+            part = self.outcomes[self.outcomes["step"] == str(step)].set_index("index").sort_index().dropna(axis=1)
+            labels = part.filter(regex="_pred$")
+            right = labels.eq(part["gold"], axis=0) & (labels != INVALID)
+            self.evaluations[step] = part.join(right.rename(columns=lambda name: name.replace("_pred", "_correct")))
+        return self.evaluations[step]
 
     def right(self, condition: str, step: str | int = "final", label: str = "") -> pd.Series:
         """Right or wrong by index at one step; with `label`, whether the answer is that label."""
@@ -164,8 +168,10 @@ def load_run(folder: str | Path, name: str | None = None) -> Record:
     {"first": _load_first, "derived": _load_derived, "bridgekit": _load_own}[record.generation](record)
     every, numbered = record.config.get("eval_every"), {int(step) for step in record.steps if step != "final"}
     if isinstance(every, int) and every > 0:
-        missing = sorted({*range(0, max(numbered, default=-1) + 1, every)} - numbered)
+        due = range(0, max(numbered, default=-1) + 1, every)
+        missing = [*itertools.islice((step for step in due if step not in numbered), REPORTED)]
         record.problems += [f"evaluation of step {step} is missing (eval_every is {every})" for step in missing]
+    record.problems = [*dict.fromkeys(record.problems)]
     return record
 
 
@@ -195,6 +201,7 @@ def _load_derived(record: Record) -> None:
     config = yaml.safe_load((record.folder / "config.yaml").read_text(encoding="utf-8")) or {}
     record.facts = {fact: config.pop(key) for key, fact in SETTINGS_AS_FACTS.items() if key in config}
     record.facts |= load_json(record.folder / "run.json")
+    record.problems += record.facts.pop("problems", [])  # found when it was preserved
     record.config = {key: _plain_value(value) if isinstance(value, str) else value for key, value in config.items()}
     for name, options in TABLES.items():
         if (path := record.folder / name).is_file():
@@ -220,6 +227,8 @@ def _own_files(record: Record, *names: str) -> Iterator[Path]:
             record.problems.append(f"{path.name}: a link that leads out of the run folder; not read")
         elif path.is_file():
             yield path
+        elif path.exists():
+            record.problems.append(f"{path.name}: no plain file; not read")
 
 
 def _load_evaluations(record: Record) -> None:
@@ -264,8 +273,10 @@ def load_log(record: Record, path: Path) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")  # every kind of line end becomes a new line
     found = {name: re.findall(pattern, text) for name, (pattern, _) in FACTS.items()}
     record.facts = {name: kind(found[name][-1]) for name, (_, kind) in FACTS.items() if found[name]}
-    lines = text.partition("==== Config ====")[2][:SECTION].split("\n")[1:]
-    block = itertools.takewhile(lambda line: _SETTING.fullmatch(line) or _NOISE.match(line), lines)
+    block = text.partition("==== Config ====")[2][:SECTION].partition("\n")[
+        2
+    ]  # other processes write between its lines
+    block = _BLOCK_END.split(block, maxsplit=1)[0].split("\n")
     settings = dict(match.groups() for line in block if (match := _SETTING.fullmatch(line.rstrip())))
     record.facts["settings_text"] = {key: value for key, value in settings.items() if key not in PATH_KEYS}
     record.config = {key: _plain_value(value) for key, value in record.facts["settings_text"].items()}
@@ -282,6 +293,11 @@ def load_log(record: Record, path: Path) -> None:
             crashes.append(crash)
     problems = _find_problems(record, steps[-1][2] if steps else "unknown") if text else ["the log is empty (0 bytes)"]
     record.problems += [f"{path.name}: {problem}" for problem in problems]
+
+
+def _plain_label(label: object) -> str:
+    """A label that a CSV gives back as it is: without line ends, control characters and halves of characters."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(label))
 
 
 def _to_numbers(frame: pd.DataFrame) -> pd.DataFrame:
@@ -369,7 +385,7 @@ def load_outcomes(path: Path, problems: list[str], step: str) -> pd.DataFrame:
         empty = path.stat().st_size == 0
         why = "the file is empty (0 bytes)" if empty else "no usable line (needed: index, gold_extracted, *_extracted)"
         problems.append(f"{path.name}: {why}")
-    rows[keys] = rows[keys].map(str)
+    rows[keys] = rows[keys].map(_plain_label)
     rows.insert(0, "step", step)
     renamed = {key: key.replace("_extracted", "_pred") for key in labels} | {"gold_extracted": "gold"}
     return rows.astype({"index": int}).rename(columns=renamed)

@@ -14,10 +14,11 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import yaml
 
 from bridgekit.audit.first_runs import PATH_KEYS, SETTINGS_AS_FACTS, Record, evaluation_files, load_run
 from bridgekit.results import preserve
-from bridgekit.results.preserve import FIRST, ROOT, compress_evaluation, find_runs, generation_of
+from bridgekit.results.preserve import FIRST, ROOT, changed_files, compress_evaluation, find_runs, generation_of
 from bridgekit.results.reports import ENTRY, describe_answers, render, write_entry
 from bridgekit.runs import load_jsonl
 from bridgekit.tasks.answers import RULES, extract_answer, truncate_followups
@@ -34,6 +35,10 @@ def keep_run(
     if Path(run).is_dir() and generation_of(Path(run)) == "bridgekit":
         return preserve.preserve(Path(run), Path(root), name, max_jsonl_mb, max_checkpoint_mb)
     record = load_run(run, name)
+    if record.generation == "derived":  # its tables are all there is of it: they are kept as they are
+        if changed := changed_files(record.folder):
+            raise ValueError(f"{run}: {', '.join(changed)} changed since this run was preserved; restore it first")
+        return preserve.copy_kept(record.folder, Path(root) / FIRST, record.name)
 
     def fill(folder: Path) -> str:
         write_tables(record, folder)
@@ -49,7 +54,7 @@ def write_tables(record: Record, folder: Path) -> None:
         raise ValueError(f"{record.folder}: neither evaluations nor losses could be read, so there is nothing to keep")
     settings = record.facts.get("settings_text") or {key: str(value) for key, value in record.config.items()}
     lines = settings | {key: record.facts.get(fact) for key, fact in SETTINGS_AS_FACTS.items()}
-    text = "".join(f"{k}: {v}\n" for k, v in lines.items() if v is not None and k not in PATH_KEYS)
+    text = "".join(f"{k}: {_quote(v)}\n" for k, v in lines.items() if v is not None and k not in PATH_KEYS)
     (folder / "config.yaml").write_text(text, encoding="utf-8")
     known = ("started", "ended", "saved_best", "stopped_at", "crashes")
     facts = {key: record.facts[key] for key in known if record.facts.get(key)} | {"problems": record.problems}
@@ -66,15 +71,26 @@ def write_tables(record: Record, folder: Path) -> None:
         record.curve.to_csv(folder / "curve.csv", index=False, float_format="%.4f")
 
 
+def _quote(setting: object) -> object:
+    """A logged setting as YAML takes it: text that would be YAML of its own in quotes."""
+    try:
+        whole = not isinstance(yaml.safe_load(f"key: {setting}")["key"], (dict, list))
+    except yaml.YAMLError:
+        whole = False
+    return setting if whole else json.dumps(str(setting))
+
+
 def load_texts(folder: Path) -> pd.DataFrame:
     """Answers of a run that have a text and a label: step condition text label gold question."""
     rows = [
         (step, key.removesuffix("_full"), text, row[label], row.get("gold_extracted"), str(row.get("question", "")))
         for step, path in evaluation_files(folder)
+        if path.is_file() and path.resolve().is_relative_to(folder.resolve())
         for row in load_jsonl(path, [])
         for key, text in row.items()
         if key.endswith("_full") and isinstance(text, str) and (label := key.replace("_full", "_extracted")) in row
     ]
+    rows = [[str(cell).encode("utf-8", "replace").decode() for cell in row] for row in rows]  # no halves of characters
     return pd.DataFrame(rows, columns=["step", "condition", "text", "label", "gold", "question"])
 
 
@@ -114,7 +130,8 @@ def write_manifest(root: str | Path = ROOT, blocks: dict[str, str] | None = None
     Path(root).mkdir(parents=True, exist_ok=True)
     for folder in find_runs(root):
         if generation_of(folder) != "bridgekit":
-            write_entry(folder, describe_first(folder))
+            with preserve.warned(folder):
+                write_entry(folder, describe_first(folder))
     return preserve.write_manifest(root, blocks)
 
 

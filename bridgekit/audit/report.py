@@ -4,26 +4,27 @@
     bridgekit audit --format json          the same for a program; html and markdown for readers
     bridgekit audit --update-readme        put findings and verdicts into preserved_data/README.md
 
-It only reads (except for that README and --output), needs no torch, and goes on when a run is damaged.
+It only reads (except for that README and --output), needs no torch, and goes on when a run is damaged. The exit code
+is 1 where a kept run has changed, is gone or cannot be read.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from bridgekit.audit.claims import VERDICTS, Records, Verdict, judge, load_claims
 from bridgekit.audit.findings import Finding, find_all
 from bridgekit.audit.first_runs import load_run
 from bridgekit.audit.keep import write_manifest
 from bridgekit.results.preserve import ROOT, changed_files, find_runs
-from bridgekit.results.reports import render
+from bridgekit.results.reports import ENTRY, render
 from bridgekit.runs import write_text_atomic
 
 FORMATS = {"text": "audit.txt.j2", "json": "", "html": "audit.html.j2", "markdown": "findings.md.j2"}
@@ -38,6 +39,7 @@ class Audit:
     findings: list[Finding] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     documents: dict[str, str] = field(default_factory=dict)
+    damaged: list[str] = field(default_factory=list)  # kept runs that changed, are gone or cannot be read
 
     @property
     def counts(self) -> dict[str, int]:
@@ -52,17 +54,27 @@ def run_audit(root: str | Path = ROOT) -> Audit:
         place = folder.relative_to(root)
         try:
             record, changed = load_run(folder), changed_files(folder)
-        except (ValueError, OSError, KeyError, EOFError, yaml.YAMLError) as error:
-            audit.problems.append(f"{place}: cannot be read: {' '.join(str(error).split())}")
+            alone = Records({record.name: record})  # what cannot be counted would stop the others' audit too
+            find_all(alone), labels_moved(alone)
+        except Exception as error:  # noqa: BLE001 - whatever is damaged, it is this run's
+            said = " ".join(str(error).split()) or type(error).__name__
+            audit.damaged.append(f"{place}: cannot be read: {said}")
             continue
         changes = [f"{name} is not what was preserved (checksum)" for name in changed]
+        if record.generation == "derived" and not (folder / "checksums.json").is_file():
+            changes.append("checksums.json is gone: nothing says what was preserved")
+        audit.damaged += [f"{place}: {change}" for change in changes]
         if (first := audit.records.setdefault(record.name, record)) is not record:
             other = first.folder.relative_to(root)
-            changes.append(f"the name '{record.name}' is also that of {other}; only that one is used")
-        audit.problems += [f"{place}: {problem}" for problem in record.problems + changes]
+            record.problems.append(f"the name '{record.name}' is also that of {other}; only that one is used")
+        audit.problems += [f"{place}: {problem}" for problem in record.problems]
     if (root / "claims.yaml").is_file():
         claims, audit.documents = load_claims(root / "claims.yaml")
         audit.verdicts = [judge(claim, audit.records) for claim in claims]
+    listed = (root / "README.md").read_text(encoding="utf-8") if (root / "README.md").is_file() else ""
+    gone = {run for run in re.findall(rf"\]\(([\w./-]+)/{ENTRY}\)", listed) if not (root / run).is_dir()}
+    audit.damaged += [f"{run}: gone, but README.md lists it" for run in sorted(gone)]
+    audit.problems += audit.damaged
     audit.findings = find_all(audit.records, audit.verdicts)
     return audit
 
@@ -108,4 +120,4 @@ def main(argv: list[str] | None = None) -> int:
         print(report)
     if args.update_readme:
         write_manifest(args.root, {"findings": format_audit(audit, "markdown")})
-    return 0
+    return 1 if audit.damaged else 0

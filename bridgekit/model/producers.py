@@ -235,19 +235,21 @@ class DiT(nn.Module):
         return Message(x, query_mask, attention=weights, flow_error=flow_error)
 
     def flow(self, embeds, real, noise, context):
-        """Rectified flow towards the teacher's embeddings (unit size, cut or zero-padded to K).
+        """Rectified flow towards the teacher's embeddings (unit size, cut to K); beyond its end nothing is asked.
 
         -> mean squared error of the velocity (B,), one-step estimate of the tokens (B, K, D_t)"""
         *_, query_mask, seeds = context
         goal, n = torch.zeros_like(noise), min(noise.shape[1], embeds.shape[1])
-        goal[:, :n] = (embeds * real[..., None])[:, :n].float()
+        places = noise.new_zeros(noise.shape[:2])  # (B, K), those that have a goal
+        places[:, :n] = (real[:, :n] * query_mask[:, :n]).to(noise.dtype)
+        goal[:, :n] = embeds[:, :n].float() * places[:, :n, None]
         size = goal.pow(2).sum((1, 2), keepdim=True) / goal.ne(0).sum((1, 2), keepdim=True).clamp(min=1)
         goal = goal / size.sqrt()
         t = hashed_uniform(seeds + 1, 1, noise.dtype)[:, :, None]
         x = (1 - t) * noise + t * goal
         v, _ = self.velocity(x, t[:, 0, 0], *context, False)
         error = (v - (goal - noise)).pow(2).mean(-1)  # (B, K)
-        return (error * query_mask).sum(1) / query_mask.sum(1), x + (1 - t) * v
+        return (error * places).sum(1) / places.sum(1).clamp(min=1), x + (1 - t) * v
 
 
 class Constant(nn.Module):

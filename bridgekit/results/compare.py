@@ -21,9 +21,8 @@ from scipy.special import ndtr, stdtrit
 from bridgekit.config import Config, to_flat
 from bridgekit.results import statistics as stats
 from bridgekit.results import style, table, verdict
-from bridgekit.results.reports import load_json
 from bridgekit.results.statistics import Interval
-from bridgekit.runs import write_text_atomic
+from bridgekit.runs import load_json, write_text_atomic
 from bridgekit.tasks import Example
 from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
 

@@ -9,6 +9,7 @@ Nothing kept is overwritten, and a folder appears whole, by one rename. An entry
 only what stands between its markers is written again.
 """
 
+import contextlib
 import glob
 import gzip
 import io
@@ -17,21 +18,22 @@ import lzma
 import os
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bridgekit import runs
-from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, load_json, render, write_blocks, write_entry
+from bridgekit.results.reports import ENTRY, UNWRITTEN, describe_run, render, write_blocks, write_entry
 from bridgekit.results.table import said_value
-from bridgekit.runs import FINAL, find_eval, hash_file, load_jsonl
+from bridgekit.runs import FINAL, find_eval, hash_file, load_json, load_jsonl
 
 ROOT, FIRST = Path("preserved_data"), "first_experiments"
 EVAL_FILE = re.compile(r"eval_samples_step_(\d+|final)\.jsonl(?:\.gz)?")
 FILES = (  # all that the numbers of a run are recomputed from, and how it went
     "config.yaml provenance.json status.json metrics*.jsonl summary.log verdict.json controls.json timing.json "
-    "train.log attention.npz code.json code/*.py"
+    "train.log attention.npz code/code.json code/*.py"
 ).split()
 _PROSE = re.compile(r"\*\*(Why it was run|Publishability)\.\*\*\s*(.*?)\s*(?=\n\*\*|\n<!--|\Z)", re.DOTALL)
 STUDIES = ROOT / "studies"
@@ -88,7 +90,7 @@ def preserve(run: Path, root: Path, name: str | None, max_jsonl_mb: float, max_c
 
 def keep_folder(run: Path, home: Path, name: str, fill: Callable[[Path], str]) -> Path:
     """A new folder below `home`, filled with what is kept of a run, its checksums and the entry that `fill` returns."""
-    folder = home / name.replace('"', "").replace("'", "")
+    folder = home / refuse_path(name.replace('"', "").replace("'", ""), "--name")
     if folder.exists():
         raise ValueError(f"{folder}: already kept; what is preserved is never overwritten (another --name?)")
     home.mkdir(parents=True, exist_ok=True)
@@ -98,11 +100,44 @@ def keep_folder(run: Path, home: Path, name: str, fill: Callable[[Path], str]) -
         part = Path(partial) / folder.name
         part.mkdir()
         entry = fill(part)
-        sums = {"original": _hash_files(run), "kept": _hash_files(part)}
+        original = load_json(run / "checksums.json").get("original")  # of a run that was preserved before
+        made = {name: digest for name, digest in _hash_files(part).items() if name != ENTRY}  # which is written again
+        sums = {"original": original or _hash_files(run), "kept": made}
         (part / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
         write_entry(part, entry)
         os.rename(part, folder)
     return folder
+
+
+def copy_kept(run: Path, home: Path, name: str) -> Path:
+    """A kept run once more in another place: the same files, the original's checksums, its own words."""
+
+    def fill(folder: Path) -> str:
+        for path in run.iterdir():
+            if path.is_file() and not path.is_symlink() and path.name != "checksums.json":
+                shutil.copyfile(path, folder / path.name)
+        entry = folder / ENTRY
+        return (
+            re.search(r"(?s)<!-- generated: metrics -->\n(.*?)\n<!-- end: metrics -->|\Z", entry.read_text())[1] or ""
+        )
+
+    return keep_folder(run, home, name, fill)
+
+
+def refuse_path(name: str, option: str) -> str:
+    """A name that is one visible folder, not a way out of the folder that it is for."""
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ValueError(f"{option}: '{name}' is no folder's name; use letters, digits, '_', '-' and '.'")
+    return name
+
+
+@contextlib.contextmanager
+def warned(folder: Path) -> Iterator[None]:
+    """A kept run that cannot be read is named; the others go on."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever is damaged, it is this run's
+        print(f"warning: {folder}: cannot be read ({' '.join(str(error).split())}); restore it", file=sys.stderr)
 
 
 def _hash_files(folder: Path) -> dict[str, str]:
@@ -151,7 +186,7 @@ def keep_study(runs_dir: str | Path, name: str, root: str | Path = STUDIES, add:
     Of an answer the extracted label is kept, and the unit's value that the bridged one names: 15 kB a run. `add` puts
     new runs to those already kept, of which none is replaced.
     """
-    path, files, packed = runs.project_root() / root / f"{name}.tar.xz", {}, io.BytesIO()
+    path, files, packed = runs.project_root() / root / f"{refuse_path(name, '--study')}.tar.xz", {}, io.BytesIO()
     if path.exists() and not add:
         raise ValueError(f"{path}: already kept; what is preserved is never overwritten (--add puts new runs to it)")
     kept = sorted(runs.open_study(name, root).iterdir()) if path.exists() else []
@@ -185,7 +220,10 @@ def write_manifest(root: str | Path, blocks: dict[str, str] | None = None) -> Pa
     root, groups = Path(root), {}
     for folder in find_runs(root):
         if generation_of(folder) == "bridgekit":
-            write_entry(folder, describe_run(folder))
+            with warned(folder):
+                write_entry(folder, describe_run(folder))
+        if not (folder / ENTRY).is_file():
+            continue
         entry, place = (folder / ENTRY).read_text(encoding="utf-8"), folder.relative_to(root).as_posix()
         key = re.sub(r"_seed\d+$", "", place)
         group = {"name": key.split("/")[-1], "first": FIRST in place, "prose": {}, "runs": []}

@@ -19,7 +19,7 @@ import pandas as pd
 
 from bridgekit import runs
 from bridgekit.results import compare, table, verdict
-from bridgekit.results.reports import load_control_steps, render
+from bridgekit.results.reports import render
 from bridgekit.results.style import format_interval, format_share
 from bridgekit.tasks.units import make_lexicon, pick_train_units
 
@@ -115,8 +115,11 @@ class Numbers:
         folder = arms["after"][0]
         trained = [unit for unit in make_lexicon(runs.lexicon_seed_of(folder)) if unit.split == "train"]
         taught = {u.value for u in pick_train_units(trained, 1.0, runs.load_run_config(folder).task.train_values_share)}
-        rows = table.select(table.load_answers(arms), "source_only_held_unit")
-        rows = rows[(rows["condition"] == "bridged") & (rows["value"].isin(taught) != taken_out)]
+        rows = table.load_answers(arms)
+        held = table.select(rows[rows["variant"] == "before"], "source_only_held_unit")[
+            "id"
+        ]  # after, some are new values
+        rows = rows[rows["condition"].eq("bridged") & rows["id"].isin(held) & (rows["value"].isin(taught) != taken_out)]
         found = {arm: Number(table.share(rows[rows["variant"] == arm])) for arm in arms}
         return found | {"change": Number(table.difference(rows, "after", "before", on="variant"), signed=True)}
 
@@ -142,9 +145,15 @@ class Numbers:
         answers = {condition: row[f"{condition}_full"].replace("\n", " ") for condition in conditions}
         return {"question": row["question"], "unit": row["unit"], "value": row["value"], "answers": answers}
 
+    def simulation(self) -> dict:
+        """How often the claim rule errs in simulated experiments without an effect (`tests/results/simulate.py`)."""
+        return runs.load_json(self.root / "verdict_simulation.json")
+
     def trained_controls(self) -> dict[str, int]:
         """How many trained controls are kept, and how many of them are weights from before the first step."""
-        steps = [s["mix"] for path in self.root.glob("*/config.yaml") for s in load_control_steps(path.parent).values()]
+        steps = [
+            s["mix"] for path in self.root.glob("*/config.yaml") for s in table.load_control_steps(path.parent).values()
+        ]
         return {"all": len(steps), "untrained": steps.count(0)}
 
     def lines_of_code(self) -> int:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import functools
 import json
 import math
 import re
@@ -27,10 +28,11 @@ from bridgekit.config import load_config, to_flat
 from bridgekit.results import verdict
 from bridgekit.results.statistics import paired_difference, paired_ratio
 from bridgekit.results.style import format_interval, format_share
-from bridgekit.results.table import select
+from bridgekit.results.table import load_control_steps, select
 from bridgekit.runs import (
     find_eval,
     load_eval,
+    load_json,
     load_jsonl,
     load_run_config,
     load_status,
@@ -77,16 +79,6 @@ def _describe_machine(facts: dict, status: dict) -> list[str]:
     trained = f"{status['parameters']:,} trained parameters" if status.get("parameters") else ""
     gpus = ", ".join(facts.get("gpus") or []) or "CPU"
     return [part for part in (trained, f"{facts['processes']} × {gpus}" if facts.get("processes") else "") if part]
-
-
-def load_control_steps(folder: Path) -> dict[str, dict[str, int]]:
-    """{control: {selection: step its weights come from}}; of older runs from their validation: the last best one."""
-    steps = load_json(folder / "controls.json")
-    for path in [] if steps else sorted(folder.glob("metrics_*.jsonl")):
-        control = path.stem.removeprefix("metrics_")
-        scores = [(row["eval"][control], row["step"]) for row in load_jsonl(path, []) if control in row.get("eval", {})]
-        steps |= {control: {"mix": max(scores)[1]}} if scores else {}
-    return steps
 
 
 def describe_answers(frame: pd.DataFrame, where: str = "final evaluation") -> str:
@@ -237,26 +229,24 @@ def write_blocks(path: Path, template: str, blocks: dict[str, str], **values: ob
         if start not in text or end not in text.split(start, 1)[1]:
             text = f"{text.rstrip()}\n\n{start}\n{end}\n"
         before, rest = text.split(start, 1)
-        text = f"{before}{start}\n{body.strip()}\n{end}{rest.split(end, 1)[1]}"
+        body = re.sub(r"<!-- (?=(?:generated|end): )", "&lt;!-- ", body.strip())  # words of a run that hold a marker
+        text = f"{before}{start}\n{body}\n{end}{rest.split(end, 1)[1]}"
     write_text_atomic(path, text)
     return path
 
 
 def render(template: str, finalize: Callable | None = None, **values: object) -> str:
     """A template of `templates/`, filled in; `finalize` turns each value into what is printed."""
+    return _make_environment(finalize).get_template(template).render(**values)
+
+
+@functools.cache
+def _make_environment(finalize: Callable | None) -> jinja2.Environment:
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "finalize": finalize}
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
     environment.filters |= {"share": format_share, "line": _one_line}
-    return environment.get_template(template).render(**values)
-
-
-def load_json(path: Path) -> dict:
-    """A JSON file; {} where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise ValueError(f"{path}: not whole JSON; restore it, or remove it") from None
+    return environment
 
 
 def _one_line(text: object) -> str:

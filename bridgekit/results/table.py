@@ -18,7 +18,7 @@ import pandas as pd
 import yaml
 
 from bridgekit.results import statistics as stats
-from bridgekit.runs import find_eval, load_eval
+from bridgekit.runs import find_eval, load_eval, load_json, load_jsonl
 from bridgekit.tasks.units import FAMILIES
 
 SUBSETS = {  # column: value; all but the seen ones are held-out problems
@@ -59,15 +59,45 @@ def load_answers(runs: Runs | dict[str, Runs], texts: bool = False) -> pd.DataFr
     return pd.concat(parts, ignore_index=True).reindex(columns=columns + ["text"] * texts)
 
 
-def load_frame(run: str | Path) -> pd.DataFrame:
-    """One final evaluation as it lies there, a row per example; `attrs` has the run's seed (0: unknown) and steps."""
-    file = _find_files(Path(run))[0]
-    frame, config = load_eval(file), file.parent / "config.yaml"
-    settings = yaml.safe_load(config.read_text()) if config.is_file() else {}
-    named = re.search(r"_seed(\d+)", file.parent.name)
-    frame.attrs["seed"] = int(named[1]) if named else int((settings.get("run") or {}).get("seed", 0))
-    frame.attrs["steps"] = (settings.get("train") or {}).get("steps")
+def load_frame(run: str | Path, skip_broken: bool = False) -> pd.DataFrame:
+    """One evaluation as it lies there, a row per example; `attrs` has what its run folder says of it.
+
+    That is `run`, `seed` (0: unknown), `steps`, `n_test`, `settings` (flat), `made_of` (models, lexicon, a user's own
+    files) and `controls`.
+    """
+    file, *others = _find_files(Path(run))
+    if others:
+        raise ValueError(f"{run}: {1 + len(others)} runs in it; name one of them")
+    frame, folder, settings, made_of = load_eval(file, skip_broken), file.parent, {}, {}
+    if (path := folder / "config.yaml").is_file():
+        parts = {part: keys for part, keys in yaml.safe_load(path.read_text()).items() if isinstance(keys, dict)}
+        settings = {f"{part}.{key}": value for part, keys in parts.items() for key, value in keys.items()}
+        facts, code = load_json(folder / "provenance.json"), load_json(folder / "code" / "code.json")
+        made_of = {key: facts.get(key) for key in ("source", "target", "lexicon_seed")}
+        made_of["code"] = sorted(part["sha256"] for part in code.values())
+    n_test = None if ":" in settings.get("task.task", "") else settings.get("task.n_test")
+    asked = settings.get("eval.eval_samples", -1)
+    named = re.search(r"_seed(\d+)", folder.name)  # of a folder without a configuration
+    frame.attrs |= {
+        "run": str(folder),
+        "seed": int(settings.get("run.seed", named[1] if named else 0)),
+        "steps": settings.get("train.steps"),
+        "n_test": asked if n_test and 0 < asked < n_test else n_test,  # a task of a user's own may have another number
+        "settings": settings,
+        "made_of": made_of,
+        "controls": load_control_steps(folder),
+    }
     return frame
+
+
+def load_control_steps(folder: Path) -> dict[str, dict[str, int]]:
+    """{control: {selection: step its weights come from}}; of older runs from their validation: the last best one."""
+    steps = load_json(folder / "controls.json")
+    for path in [] if steps else sorted(folder.glob("metrics_*.jsonl")):
+        control = path.stem.removeprefix("metrics_")
+        scores = [(row["eval"][control], row["step"]) for row in load_jsonl(path, []) if control in row.get("eval", {})]
+        steps |= {control: {"mix": max(scores)[1]}} if scores else {}
+    return steps
 
 
 def _find_files(path: Path) -> list[Path]:

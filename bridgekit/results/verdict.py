@@ -6,22 +6,27 @@
     conditions_table(frame)                          # what the bars and the table are drawn from
 
 The rule: bridged beats `target`, `shuffled` and each selection of the trained controls `constant` and `self_bridge`,
-and on the source-only problems `shuffled` and the constants once more, each with a paired interval over units above
-zero in every training seed; and each control's largest p survives Holm. A control whose weights are known to be from
-before half of the training counts as not run. Problems about units that the bridge was trained on (novelty `seen`)
-count nowhere in it, because their answers can be memorised; they have a row of their own in the table.
+on all problems and on the source-only ones, each with a paired interval over units above zero in every training seed;
+and each control's largest p survives Holm. A control whose weights are known to be from before half of the training
+counts as not run, and so do problems that are missing. Problems about units that the bridge was trained on (novelty
+`seen`) count nowhere in it, because their answers can be memorised; they have a row of their own in the table.
+
+The runs must be seeds of one experiment: their folders say which pair, settings and seed they have. How often the rule
+errs where there is no effect: `tests/results/simulate.py`.
 """
 
 from collections import namedtuple
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import pandas as pd
 
-from bridgekit.config import CONDITIONS
+from bridgekit.config import CONDITIONS, differences
 from bridgekit.results import statistics as stats
 from bridgekit.results import table
 from bridgekit.results.statistics import Difference, Interval, paired_difference, read_correct
@@ -29,11 +34,14 @@ from bridgekit.results.style import format_share
 from bridgekit.results.table import SUBSETS
 from bridgekit.runs import INVALID
 
-RULE = {"all": ("target", "constant", "shuffled", "self_bridge"), "source_only": ("shuffled", "constant")}
+RULE = ("target", "constant", "shuffled", "self_bridge")  # on all problems and on the source-only ones
 RIVALS = ("target_told", "relay_full", "relay_cut", "relay_answer", "router", "union")
 SELECTIONS = {"source_only": "best on source-only validation", "last": "last weights"}  # beside the best on the mix
 ALPHA = 0.05
-TELLING = 5  # equal wrong answers that show two frames to be one run; fewer may be chance
+MIN_UNITS = 30  # with fewer an interval means little
+TELLING, ALIKE = 5, 0.95  # so many wrong or unsure answers, and such a share of them equal, show two runs to be one
+REPEATED = 0.05  # of the questions may stand twice by chance
+SAME_PROBLEM = ("question", "gold_extracted", "group", "unit", "value", "novelty")
 
 
 Headroom = namedtuple("Headroom", "n n_units source target union counts gain_possible smallest_effect text")
@@ -97,12 +105,14 @@ def describe_control(name: str) -> str:
     return f"{control}, {SELECTIONS.get(selection, selection)}" if selection else control
 
 
-def headroom(frame: pd.DataFrame) -> Headroom:
+def headroom(frame: pd.DataFrame | str | Path) -> Headroom:
     """What a perfect bridge could gain over the target, from the source's and the target's own answers alone.
 
-    `counts` are the problems right for source_only, both, target_only, neither; `gain_possible` is union minus target;
-    `smallest_effect` is found with power 0.8, at the two models' own discordance and correlation.
+    `counts` are the problems right for source_only, both, target_only, neither; `gain_possible` is union minus target.
+    `smallest_effect` is that of bridge against target on the test set that the run folder names (else on these
+    problems), with power 0.8, if the bridge changes answers on the source_only ones alone.
     """
+    frame = table.load_frame(frame) if isinstance(frame, (str, Path)) else frame
     rows = held_out(frame)
     source, target = read_correct(rows, "source"), read_correct(rows, "target")
     shares = {name: _accuracy(rows, name) for name in ("source", "target", "union")}
@@ -110,15 +120,16 @@ def headroom(frame: pd.DataFrame) -> Headroom:
     kinds = {"source_only": source > target, "both": source & target, "target_only": target > source}
     counts = {name: int(mask.sum()) for name, mask in (kinds | {"neither": ~(source | target)}).items()}
     # with no discordant pair the rule of three says how many there may still be
-    discordance = max(counts["source_only"] + counts["target_only"], min(3, n)) / n
-    icc = stats.intraclass_correlation(source.astype(float) - target, rows.get("unit"))
-    effect, gain = stats.minimum_detectable_effect(n, discordance, n_units, icc), counts["source_only"] / n
+    discordance, n_test = max(counts["source_only"], min(3, n)) / n, frame.attrs.get("n_test") or n
+    icc = stats.intraclass_correlation(kinds["source_only"], rows.get("unit"))
+    test_units = max(1, round(n_units * n_test / n))  # as many problems about each as here
+    effect, gain = stats.minimum_detectable_effect(n_test, discordance, test_units, icc), counts["source_only"] / n
     hope = "" if effect <= gain else ": more than there is, so that no bridge could be shown to help here"
     text = (
         f"{_size(shares['target'])}: source {shares['source']}, target {shares['target']}, "
         f"either {shares['union']}. The source alone is right on {counts['source_only']:,}, so a "
-        f"bridge that loses nothing can gain {format_share(gain, signed=True)}. The smallest gain this set finds with "
-        f"power 0.8 is {format_share(effect, signed=True)}{hope}."
+        f"bridge that loses nothing can gain {format_share(gain, signed=True)}. The smallest gain that {n_test:,} test "
+        f"problems find with power 0.8 is {format_share(effect, signed=True)}{hope}."
     )
     return Headroom(n, n_units, *shares.values(), counts, gain, effect, text)
 
@@ -138,26 +149,32 @@ def conditions_table(frame: pd.DataFrame) -> pd.DataFrame:
     return found[["condition", "subset", "n", "n_units", "accuracy", "low", "high", "invalid"]]
 
 
-def judge(frames: Sequence[pd.DataFrame | str | Path], *, seeds: list[int] | None = None) -> Verdict:
+def judge(
+    frames: Sequence[pd.DataFrame | str | Path], *, seeds: list[int] | None = None, n_boot: int = 10_000
+) -> Verdict:
     """The claim rule on one final evaluation, as a frame or a run folder, for each training seed.
 
-    Without `seeds`, those that folders or frames name (`attrs["seed"]`), else 1, 2, ...
+    `seeds` are for frames of no folder (else 1, 2, ...). Runs that are no seeds of one experiment are refused.
     """
     frames = [table.load_frame(frame) if isinstance(frame, (str, Path)) else frame for frame in frames]
-    if seeds is None:
-        seeds = [frame.attrs.get("seed", i) for i, frame in enumerate(frames, start=1)]
+    recorded = [frame.attrs.get("seed", 0) for frame in frames]
+    seeds = [seed or i for i, seed in enumerate(recorded, start=1)] if seeds is None else list(seeds)
     if not seeds or len(seeds) != len(frames) or len(set(seeds)) != len(seeds):
-        raise ValueError(f"judge: {len(frames)} frames, seeds {list(seeds)}: give one frame for each distinct seed")
+        runs = "".join(f", {frame.attrs['run']}" for frame in frames if "run" in frame.attrs)
+        raise ValueError(f"judge: {len(frames)} frames, seeds {seeds}{runs}: give one frame for each distinct seed")
+    if any(known not in (0, seed) for known, seed in zip(recorded, seeds, strict=True)):
+        raise ValueError(f"judge: seeds {seeds} are asked for, but the runs have {recorded}: leave `seeds` out")
     parts = {seed: held_out(frame) for seed, frame in zip(seeds, frames, strict=True)}
     shares = [_accuracy(rows, "bridged") for rows in parts.values()]
-    _check_distinct(parts.values())
-    comparisons, not_run, not_applicable = _apply_rule(parts)
+    gaps = [gap for seed, rows in parts.items() for gap in _find_gaps(rows, seed)]
+    gaps += [gap for pair in combinations(parts, 2) for gap in _compare_runs(*(parts[seed] for seed in pair), *pair)]
+    comparisons, not_run, not_applicable = _apply_rule(parts, n_boot)
+    not_run += gaps
     failed = [c for c in comparisons if not c.holds]
-    harms = any(c.control == "target" and c.difference.high < 0 for c in comparisons)
-    outcomes = {"harms": harms, "fails": failed, "unproven": not_run, "transfers": True}
+    outcomes = {"harms": _harmed(comparisons), "fails": failed, "unproven": not_run, "transfers": True}
     outcome = next(outcome for outcome, found in outcomes.items() if found)
     known = [rival for rival in RIVALS if all(f"{rival}_correct" in rows for rows in parts.values())]
-    rivals = {rival: [paired_difference(rows, "bridged", rival) for rows in parts.values()] for rival in known}
+    rivals = {rival: [paired_difference(rows, "bridged", rival, n_boot) for rows in parts.values()] for rival in known}
     neither = [rows[~read_correct(rows, "union")] if "union_correct" in rows else rows[:0] for rows in parts.values()]
     exact = [_accuracy(rows, "bridged") if len(rows) else None for rows in neither]
     found = (outcome == "transfers", not not_run, outcome, comparisons, not_run, not_applicable, failed, rivals, exact)
@@ -166,15 +183,56 @@ def judge(frames: Sequence[pd.DataFrame | str | Path], *, seeds: list[int] | Non
     return verdict
 
 
-def _check_distinct(parts: Iterable[pd.DataFrame]) -> None:
-    """Refuse a run that is given twice: equal log-probabilities, or without them equal answers, some of them wrong."""
-    fingerprints = []
-    for rows in parts:
-        if "bridged_logprob" in rows or (~read_correct(rows, "bridged")).sum() >= TELLING:
-            rows = rows.set_index("id").sort_index() if "id" in rows else rows
-            fingerprints.append(rows.filter(regex="^bridged_logprob$|_(extracted|correct|said)$").to_csv())
-    if len(set(fingerprints)) < len(fingerprints):
-        raise ValueError("judge: two frames are the same run (equal answers or log-probabilities); give one per seed")
+def _find_gaps(rows: pd.DataFrame, seed: int) -> list[str]:
+    """What one run lacks to be a proof; refused where its rows do not say which answers stand or fall together."""
+    asked, n_units, gaps = rows.attrs.get("n_test") or len(rows), _count_units(rows), []
+    for column in ("unit", "novelty"):
+        grouped = rows["group"].notna() if "group" in rows else pd.Series(False, rows.index)
+        if grouped.any() and (column not in rows or rows.loc[grouped, column].isna().any()):
+            raise ValueError(f"judge: seed {seed} has problems with a group and no {column}: restore the column")
+    if len(rows) != asked or rows.attrs.get("left_out"):
+        gaps.append(f"the whole test set ({len(rows):,} of {asked:,} problems in seed {seed})")
+    for condition in sorted({"bridged", *RULE} & {name.split(".")[0] for name in rows.attrs.get("unscored", ())}):
+        gaps.append(f"{condition} (not scored on every problem in seed {seed})")
+    if n_units < MIN_UNITS:
+        gaps.append(f"a test of {MIN_UNITS} units or more ({n_units} in seed {seed})")
+    if "question" in rows and (again := int(rows["question"].duplicated().sum())) > REPEATED * len(rows):
+        gaps.append(f"a test of distinct problems ({again:,} stand twice in seed {seed})")
+    return gaps
+
+
+def _compare_runs(a: pd.DataFrame, b: pd.DataFrame, *seeds: int) -> list[str]:
+    """Refuse two runs that are no seeds of one experiment, were asked other problems, or are one run; else the gaps."""
+    one, other = (rows.attrs.get("run", f"seed {seed}") for rows, seed in zip((a, b), seeds, strict=True))
+    if a.attrs.get("settings") and b.attrs.get("settings"):
+        made = [rows.attrs["made_of"] for rows in (a, b)]
+        apart = differences(a.attrs["settings"], b.attrs["settings"])[0]
+        apart |= {key: (made[0][key], made[1][key]) for key in made[0] if made[0][key] != made[1][key]}
+        for key in apart.keys() - {"run.seed"}:
+            first, second = apart[key]
+            why = f"{key} is {second!r} there and {first!r} here; judge runs that differ in run.seed alone"
+            raise ValueError(f"judge: {other} is no other seed of {one}: {why}")
+    key = next((key for key in ("id", "index") if key in a and key in b), None)
+    a, b = (rows.set_index(key) if key else rows.reset_index(drop=True) for rows in (a, b))
+    shared, missing = a.index.intersection(b.index), len(a.index.symmetric_difference(b.index))
+    columns = [column for column in SAME_PROBLEM if column in a and column in b]
+    unlike = (a.loc[shared, columns].astype(str) != b.loc[shared, columns].astype(str)).any()
+    if shared.empty or unlike.any():
+        what = f"{unlike.idxmax()} differs" if unlike.any() else "no id in common"
+        raise ValueError(f"judge: {one} and {other} were not asked the same problems ({what}): judge seeds of one test")
+    if _are_one_run(a.loc[shared], b.loc[shared]):
+        raise ValueError(f"judge: {one} and {other} are the same run (equal wrong answers); give one run for each seed")
+    return [f"{missing:,} problems (not in both seed {seeds[0]} and {seeds[1]})"] if missing else []
+
+
+def _are_one_run(a: pd.DataFrame, b: pd.DataFrame) -> bool:
+    """Whether two evaluations by id are one: another seed makes other mistakes, and is unsure of other answers."""
+    column = "bridged_extracted" if "bridged_extracted" in a and "bridged_extracted" in b else "bridged_correct"
+    equal, telling = a[column] == b[column], ~(read_correct(a, "bridged") & read_correct(b, "bridged"))
+    if "bridged_logprob" in a and "bridged_logprob" in b:
+        known = np.stack([rows["bridged_logprob"].to_numpy(dtype=float) for rows in (a, b)])
+        equal, telling = equal & (abs(known[0] - known[1]) <= 0.051), telling | (known < -0.1).any(axis=0)
+    return bool(telling.sum() >= TELLING and equal[telling].mean() >= ALIKE)
 
 
 def held_out(frame: pd.DataFrame) -> pd.DataFrame:
@@ -188,15 +246,17 @@ def held_out(frame: pd.DataFrame) -> pd.DataFrame:
     return table.with_union(rows)
 
 
-def _apply_rule(parts: dict[int, pd.DataFrame]) -> tuple[list[Comparison], list[str], list[str]]:
+def _apply_rule(parts: dict[int, pd.DataFrame], n_boot: int) -> tuple[list[Comparison], list[str], list[str]]:
     """All comparisons of the rule with whether they hold, what was not run, and what does not apply."""
-    comparisons, not_run = _compare(parts, "all")
+    comparisons, not_run = _compare(parts, "all", n_boot)
     grouped = {s: rows for s, rows in parts.items() if "group" in rows and rows["group"].notna().any()}
     only = {s: table.select(rows, "source_only") for s, rows in grouped.items()}
-    few = [s for s in parts if s not in only or only[s].empty or _accuracy(only[s], "bridged").n_clusters < 2]
-    not_run += [f"the source-only part (fewer than two held-out units in seed {s})" for s in few if only]
+    has_groups = only or any(rows.attrs.get("settings", {}).get("task.task") == "units" for rows in parts.values())
+    few = [s for s in parts if s not in only or _count_units(only[s]) < MIN_UNITS]
+    not_run += [f"the source-only part (fewer than {MIN_UNITS} held-out units in seed {s})" for s in few if has_groups]
     # its controls are those of the whole set: one that was not run is named there already
-    comparisons += _compare({s: rows for s, rows in only.items() if s not in few}, "source_only")[0]
+    enough = {s: rows for s, rows in only.items() if _count_units(rows) > 1}
+    comparisons += _compare(enough, "source_only", n_boot)[0]
     # a comparison holds if its interval lies above zero and its control's largest p of all seeds survives Holm; where
     # it does not survive, only the seed with that largest p fails
     largest = {c.label: max(o.difference.p for o in comparisons if o.label == c.label) for c in comparisons}
@@ -204,14 +264,24 @@ def _apply_rule(parts: dict[int, pd.DataFrame]) -> tuple[list[Comparison], list[
     for c in comparisons:
         c.adjusted_p = adjusted[c.label]
         c.holds = c.difference.low > 0 and (c.adjusted_p <= ALPHA or c.difference.p < largest[c.label])
-    return comparisons, not_run, [] if only else ["the source-only part (this task has no knowledge groups)"]
+    return comparisons, not_run, [] if has_groups else ["the source-only part (this task has no knowledge groups)"]
 
 
-def _compare(parts: dict[int, pd.DataFrame], subset: str) -> tuple[list[Comparison], list[str]]:
+def _count_units(rows: pd.DataFrame) -> int:
+    return len(set(stats.cluster_codes(rows.get("unit"), len(rows))))
+
+
+def _harmed(comparisons: list[Comparison]) -> list[Comparison]:
+    """The seeds in which the bridge is worse than the target, at a level divided by their number."""
+    seeds = [c for c in comparisons if (c.control, c.subset) == ("target", "all")]
+    return [c for c in seeds if c.difference.high < 0 and c.difference.p * len(seeds) <= ALPHA]
+
+
+def _compare(parts: dict[int, pd.DataFrame], subset: str, n_boot: int) -> tuple[list[Comparison], list[str]]:
     """Bridged minus each control in each seed, and the controls that were not run, or not trained, in every seed."""
     comparisons, not_run = [], []
     # a bridge trained on the natural mix has one constant, not two: the second is never missed
-    for control in (*RULE[subset], "constant_natural"):
+    for control in (*RULE, "constant_natural"):
         names = {control: "mix"} | {f"{control}.{selection}": selection for selection in SELECTIONS}
         ran = [(n, s) for n, s in product(names, parts) if f"{n}_correct" in parts[s]]
         for name, seed in ran:
@@ -221,9 +291,10 @@ def _compare(parts: dict[int, pd.DataFrame], subset: str) -> tuple[list[Comparis
                 where = f", seed {seed}" if len(parts) > 1 else ""
                 not_run.append(f"{describe_control(name)} (not trained: weights of step {step:,}{where})")
             else:
-                comparisons.append(Comparison(seed, name, subset, paired_difference(rows, "bridged", name), step=step))
+                found = paired_difference(rows, "bridged", name, n_boot)
+                comparisons.append(Comparison(seed, name, subset, found, step=step))
         missing = [str(seed) for seed in parts if all(seed != other for _, other in ran)]
-        if missing and (ran or control in RULE[subset]):
+        if missing and (ran or control in RULE):
             not_run.append(control + (f" (seed {', '.join(missing)})" if ran else ""))
     return comparisons, not_run
 
@@ -242,15 +313,19 @@ def _describe(verdict: Verdict, shares: list[Interval]) -> str:
     facts = vars(verdict) | {
         "accuracy": _join(shares) + (f" in seeds {verdict.seeds}" if len(shares) > 1 else ""),
         "sizes": dict.fromkeys(_size(share) for share in shares),
-        "harmed": [c for c in verdict.comparisons if c.control == "target" and c.difference.high < 0],
+        "harmed": _harmed(verdict.comparisons),
         "table": [row for row in verdict.table().to_dict("records") if row["holds"] != "not run"],
         "rivals": [f"{title}: {', '.join(names)}" for title, names in rivals.items() if names],
         "beyond": [share for share in verdict.exact if share],
         "join": _join,
     }
+    return " ".join(_load_template().render(facts).split())
+
+
+@cache
+def _load_template() -> jinja2.Template:
     text = Path(__file__).with_name("templates").joinpath("verdict.txt.j2").read_text(encoding="utf-8")
-    template = jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    return " ".join(template.render(facts).split())
+    return jinja2.Template(text, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
 
 
 def _join(shares: list[Interval]) -> str:

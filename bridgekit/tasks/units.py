@@ -287,8 +287,10 @@ def load_lexicon_seed(config: Config) -> int | None:
     taught = " and ".join(f"{key} lexicon {seed}" for key, seed in seeds.items())
     why = f"the models were taught different facts ({taught}): name one pair's two"
     refuse_if(len(set(seeds.values())) > 1, f"pair.source_model: {why}")
-    is_untaught = config.task.task == "units" and "target_model" not in seeds
-    refuse_if(is_untaught, "pair.target_model: task `units` needs a pair that was taught a lexicon (pair.json)")
+    for key in ("target_model", "source_model"):  # a source that reads the facts need not have been taught any
+        is_needed = config.task.task == "units" and (key == "target_model" or config.task.variant == "weights")
+        why = f"pair.{key}: task `units` needs a pair that was taught a lexicon (pair.json)"
+        refuse_if(is_needed and key not in seeds, why)
     return seeds.get("target_model")
 
 
@@ -303,6 +305,10 @@ def make_split(config: Config, lexicon_seed: int | None, split: str, share: floa
         share = task.source_only_share if share is None else share
         options |= {"share": share, "vary_facts": task.vary_facts, **shares}
     examples = make_examples(lexicon, split, getattr(task, f"n_{split}"), task.data_seed, **options)
+    if split != "train" and task.variant == "weights":  # a value left out of training is as new as the held-out ones
+        known = pick_train_units([u for u in lexicon if u.split == "train"], 1.0, task.train_values_share)
+        untrained = {u.value for u in lexicon} - {u.value for u in known}
+        examples = [replace(e, novelty="held_value") if e.value in untrained else e for e in examples]
     if split == "test" and task.variant == "weights":
         examples += make_seen_examples(lexicon, max(task.n_test // 10, 8), task.data_seed, **shares)
     return examples

@@ -5,6 +5,7 @@ What it says of the kept runs, word for word, stands in preserved_data/README.md
 python -m pytest tests/audit/test_audit.py
 """
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from bridgekit.audit import claims
 from bridgekit.audit import report as audit
 from bridgekit.audit.findings import find_all
 from bridgekit.audit.first_runs import load_run
-from bridgekit.audit.keep import keep_run
+from bridgekit.audit.keep import keep_run, write_manifest
 
 A, B = "treatment_20251116_201212", "control_20251117_013909"
 PROJECT = Path(__file__).parents[2]
@@ -144,6 +145,49 @@ def test_damage_is_reported_and_the_other_runs_are_audited(tmp_path):
     assert "broken_20260101_000000: " in problems
     assert {A, own} == set(result.records)
     assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+
+
+def test_the_exit_code_protects_what_was_preserved(tmp_path, capsys):
+    root = tmp_path / "preserved_data"
+    kept = [keep_run(write_run(tmp_path, name, BRIDGED), root, max_jsonl_mb=0) for name in (A, B)]
+    write_manifest(root)
+    assert audit.main(["--root", str(root)]) == 0
+    name = "outcomes.csv.gz"
+    whole, other = (kept[0] / name).read_bytes(), (kept[1] / "losses.csv").read_bytes()
+    (kept[0] / name).write_bytes(gzip.compress(gzip.decompress(whole).replace(b"final,1,101,101", b"final,1,101,102")))
+    assert audit.main(["--root", str(root)]) == 1
+    (kept[0] / name).write_bytes(whole)
+    (kept[1] / "losses.csv").write_bytes(b"step,loss\nx,y\n")  # text in a cell
+    (kept[1] / "checksums.json").rename(tmp_path / "checksums.json")
+    assert audit.main(["--root", str(root)]) == 1
+    (kept[1] / "losses.csv").write_bytes(other)
+    (tmp_path / "checksums.json").rename(kept[1] / "checksums.json")
+    (kept[1] / "checksums.json").write_text("[]")
+    assert audit.main(["--root", str(root)]) == 1
+    shutil.rmtree(kept[1])
+    assert audit.main(["--root", str(root)]) == 1
+    out = capsys.readouterr().out
+    for words in (f"{A}: {name} is not what was preserved", f"{B}: checksums.json is gone", "not a whole JSON object"):
+        assert words in out
+    assert f"first_experiments/{B}: gone, but README.md lists it" in out
+
+
+def test_problems_found_at_import_travel_with_the_run(tmp_path):
+    run, root = write_run(tmp_path, A, BRIDGED), tmp_path / "preserved_data"
+    with (run / "phase1_all_fix" / "eval_samples_step_40.jsonl").open("a") as file:
+        file.write('{"index": 3\n')
+    kept = keep_run(run, root, max_jsonl_mb=0)
+    problem = "eval_samples_step_40.jsonl: not a whole JSON object: cut off or binary (line 9; 1 in all)"
+    assert load_run(kept).problems == [problem] and f"- note: {problem}" in (kept / "manifest.md").read_text()
+    assert audit.run_audit(root).problems == [f"first_experiments/{A}: {problem}"]
+
+
+def test_a_cut_best_evaluation_counts_only_what_both_have(tmp_path):
+    run = write_run(tmp_path, A, BRIDGED)
+    path = run / "phase1_all_fix" / "eval_samples_step_40.jsonl"  # the best one
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    assert "with 4 of 8 answers" not in "".join(find(run)["best checkpoint is not the best"])
+    assert "the same weights score differently" in find(run)
 
 
 def test_every_form_gives_the_same_verdicts_and_the_readme_folds_its_claims(tmp_path, capsys):

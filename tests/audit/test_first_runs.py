@@ -6,6 +6,7 @@ python -m pytest tests/audit/test_first_runs.py
 import gzip
 import json
 import math
+import os
 
 import pytest
 from first_generation import BRIDGED, OOM, SETTINGS, evaluation, log_text, write_jsonl, write_own, write_run
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bridgekit.audit.first_runs import effective_settings, find_runs, load_outcomes, load_run
+from bridgekit.audit.keep import keep_run
 
 NAME = "x_20251116_201212"
 FINAL = "eval_samples_step_final.jsonl"
@@ -238,3 +240,32 @@ def test_settings_without_effect_make_no_other_experiment():
     assert found == {"decode_loss_weight": 0.0}
     assert "adapter_scale" not in effective_settings({"soft_injection": "prefix", "adapter_scale": 2.0})
     assert effective_settings({"bridge": "resampler", "dit_pool": "mean"}) == {"bridge": "resampler"}
+
+
+@pytest.mark.parametrize("line", [
+    "Loading checkpoint shards:  33%|███      | 1/3 [00:11<00:22, 11.29s/it]", "Setting `pad_token_id` to 2.",
+    "UserWarning: this is slow", "A sentence that somebody printed.",
+])  # fmt: skip
+def test_a_foreign_line_inside_the_configuration_cuts_nothing(tmp_path, line):
+    text = log_text()
+    cut = text.replace("bf16: True", f"{line}\nbf16: True")
+    assert cut != text and load(tmp_path, cut).config == load(tmp_path, text).config
+
+
+def test_odd_files_are_named_and_stop_nothing(tmp_path):
+    run = write_run(tmp_path, NAME, BRIDGED) / "phase1_all_fix"
+    rows = evaluation([0, 1])
+    rows[2]["bridged_extracted"], rows[3]["bridged_extracted"] = "1\r2", "\ud800"
+    (run / "eval_samples_step_99999999999999999999.jsonl").write_text("")
+    write_jsonl(run / FINAL, rows)
+    with (run / FINAL).open("a") as file:
+        file.write("[" * 200_000 + "\n")
+    (run / "eval_samples_step_20.jsonl").unlink()
+    os.mkfifo(run / "eval_samples_step_20.jsonl")
+    record = load_run(run)
+    said = "\n".join(record.problems)
+    assert "eval_samples_step_20.jsonl: no plain file; not read" in said and len(record.problems) < 20
+    assert f"{FINAL}: not a whole JSON object: cut off or binary (line 9; 1 in all)" in said
+    kept = load_run(keep_run(run.parent, tmp_path / "kept"))
+    assert kept.at("final")["bridged_pred"].tolist()[2:4] == ["1\\r2", "\\ud800"]
+    assert kept.outcomes.astype(str).equals(record.outcomes.astype(str))

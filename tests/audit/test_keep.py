@@ -17,7 +17,7 @@ from first_generation import BRIDGED, OOM, evaluation, write_jsonl, write_own, w
 from bridgekit.audit import keep
 from bridgekit.audit.first_runs import load_run
 from bridgekit.audit.keep import keep_run, write_manifest
-from bridgekit.results.preserve import changed_files, find_runs
+from bridgekit.results.preserve import changed_files, find_runs, keep_study
 from bridgekit.results.reports import UNWRITTEN
 from bridgekit.runs import find_eval, load_eval
 
@@ -102,7 +102,7 @@ def test_a_run_without_any_evaluation_or_without_a_log_is_kept_with_the_rest(tmp
     unlogged = write_run(tmp_path / "unlogged", NAME, BRIDGED)
     (unlogged / "phase1_all_fix" / "train.log").unlink()
     kept = load_run(keep_run(unlogged, tmp_path / "other"))
-    assert kept.outcomes.equals(load_run(unlogged).outcomes) and "not there" in kept.facts["problems"][0]
+    assert kept.outcomes.equals(load_run(unlogged).outcomes) and "not there" in kept.problems[0]
     run = write_run(tmp_path, NAME, {}, crash=OOM)
     log = run / "phase1_all_fix" / "train.log"
     log.write_text(log.read_text() + "[Eval] Step 250 | Target-alone acc: 0.730 | Bridged acc: 0.470\n")
@@ -176,3 +176,49 @@ def test_the_entry_states_gains_harms_and_intervals(tmp_path, root):
     text = (keep_run(write_own(tmp_path / OWN, rows), root) / "manifest.md").read_text()
     assert "over 2 units)" in text and "| union | 6/8 | 0.750" in text
     assert "| bridged, source-only problems | 2/4 | 0.500" in text
+
+
+@pytest.mark.parametrize("name", ["../escape", "/tmp/escape", ".hidden", "a/b", ".."])
+def test_a_name_stays_in_its_folder(tmp_path, root, name):
+    for run in (write_run(tmp_path, NAME, BRIDGED), write_own(tmp_path / OWN)):
+        with pytest.raises(ValueError, match="--name: .* is no folder's name"):
+            keep_run(run, root, name)
+    with pytest.raises(ValueError, match="--study: .* is no folder's name"):
+        keep_study(tmp_path, name, root)
+    assert not root.exists() or not list(root.rglob("*escape*"))
+
+
+def test_a_kept_run_is_copied_as_it_is_and_a_changed_one_is_refused(tmp_path, root):
+    kept = keep_run(write_run(tmp_path, NAME, BRIDGED), root, max_jsonl_mb=0)
+    again = keep_run(kept, tmp_path / "again")
+    for path in kept.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes() or path.name == "manifest.md", path
+    assert changed_files(again) == []
+    (kept / "losses.csv").write_text("step,loss\n1,2\n")
+    with pytest.raises(ValueError, match="losses.csv changed since this run was preserved"):
+        keep_run(kept, tmp_path / "third")
+
+
+def test_a_damaged_kept_run_is_named_and_blocks_no_other(tmp_path, root, capsys):
+    first = keep_run(write_run(tmp_path, NAME, BRIDGED), root)
+    own = keep_run(write_own(tmp_path / OWN), root)
+    (first / "run.json").write_text('{"star')
+    (own / "provenance.json").write_text("")
+    other = write_run(tmp_path, "swap_20251118_192955", BRIDGED)
+    assert keep.main([str(other), "--root", str(root)]) == 0
+    said = capsys.readouterr()
+    assert str(first / "run.json") in said.err and str(own / "provenance.json") in said.err
+    assert (root / "first_experiments" / other.name / "manifest.md").is_file() and other.name in (
+        root / "README.md"
+    ).read_text()
+
+
+def test_settings_that_look_like_yaml_and_words_that_look_like_markers_are_kept(tmp_path, root):
+    odd = {"stop": "Answer: x", "open": "{foo", "star": "*anchor", "list": "[1,2"}
+    run = write_run(tmp_path, NAME, BRIDGED, settings=odd)
+    kept = keep_run(run, root)
+    assert load_run(kept).config == load_run(run).config
+    entry = kept / "manifest.md"
+    entry.write_text(entry.read_text().replace(UNWRITTEN, "See <!-- end: runs --> here.", 1))
+    before = write_manifest(root).read_text()
+    assert write_manifest(root).read_text() == before

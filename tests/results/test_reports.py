@@ -59,7 +59,7 @@ def test_the_numbers_are_those_of_the_conditions_table(add_run):
     (line,) = [line for line in texts[SUMMARY].splitlines() if line.startswith("| [`")]
     cells = [cell.strip() for cell in line.strip("|").split(" | ")]
     assert cells[:6] == ["[`one`](one)", "2026-11-20 12:00", "dit × prefix", "forward", "1", f"{rows['n'].iloc[0]:,}"]
-    assert cells[-2:] == [verdict.judge([frame]).outcome, f"[{FINAL}](one/{FINAL})"] and "1 run in" in texts[REPORT]
+    assert cells[-2:] == [verdict.judge([folder]).outcome, f"[{FINAL}](one/{FINAL})"] and "1 run in" in texts[REPORT]
 
 
 def test_reporting_again_and_in_any_order_changes_nothing(add_run):

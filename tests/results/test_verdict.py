@@ -25,7 +25,8 @@ def make_frame(seed: int, n_units: int = 150, seen: int = 0, **rates: dict) -> p
     """Three problems a unit; the last `seen` units are those the bridge trained on."""
     rng, number = np.random.default_rng(seed), np.repeat(np.arange(n_units), 3)
     frame = pd.DataFrame({"id": [f"q{i}" for i in range(len(number))], "unit": [f"u{n}" for n in number]})
-    frame["group"] = rng.choice(["source_only", "target_only", "both"], n_units, p=[0.3, 0.4, 0.3])[number]
+    groups = np.random.default_rng(0).choice(["source_only", "target_only", "both"], n_units, p=[0.3, 0.4, 0.3])
+    frame["group"] = groups[number]  # every seed is asked the same problems
     held = np.where(number % 2, "held_value", "held_unit")
     frame["novelty"] = np.where(number >= n_units - seen, "seen", held)
     rates = {"source": SOURCE, "target": TARGET, "bridged": BRIDGED} | dict.fromkeys(CONTROLS, TARGET) | rates
@@ -52,10 +53,11 @@ def test_a_bridge_that_beats_every_control_in_every_seed_transfers(frames):
     verdict = judge(frames, seeds=[7, 8, 9])
     assert verdict.passes and verdict.complete and verdict.outcome == "transfers"
     assert verdict.failed == verdict.not_run == verdict.not_applicable == []
-    only = ["shuffled on source-only problems", "constant on source-only problems"]
+    only = [f"{label} on source-only problems" for label in ("target", *CONTROLS)]
     asked = [(label, seed) for label in ("target", *CONTROLS, *only) for seed in (7, 8, 9)]
     assert [(c.label, c.seed) for c in verdict.comparisons] == asked
-    assert verdict.text.startswith("The bridge transfers: it beats every control in each of 3 training seeds. Bridged")
+    assert verdict.text.startswith("The bridge transfers: in each of 3 training seeds it beats every control, on all ")
+    assert "on all problems and on the source-only ones. Bridged" in verdict.text
     assert "on 450 problems about 150 units (95% intervals)" in verdict.text and "headline" not in verdict.text
     worst = min((c for c in verdict.comparisons if c.control == "target"), key=lambda c: c.difference.low)
     assert f"in the worst seed: target {worst.difference}; constant +0." in verdict.text
@@ -87,7 +89,7 @@ def test_without_groups_the_source_only_part_does_not_apply_and_with_few_units_i
     assert verdict.passes and {c.subset for c in verdict.comparisons} == {"all"}
     assert "Not applicable: the source-only part" in verdict.text and "on 450 questions" in verdict.text
     partly = judge([frames[0], frames[1].drop(columns="group"), frames[2]], seeds=[4, 5, 6])
-    assert partly.not_run == ["the source-only part (fewer than two held-out units in seed 5)"]
+    assert partly.not_run == ["the source-only part (fewer than 30 held-out units in seed 5)"]
     assert partly.outcome == "unproven" and partly.not_applicable == []
     assert {c.seed for c in partly.comparisons if c.subset == "source_only"} == {4, 6}
 
@@ -96,8 +98,8 @@ def test_a_bridge_that_helps_elsewhere_than_on_source_only_problems_does_not_tra
     weak = {"source_only": 0.3, "target_only": 0.3, "both": 0.3}
     helped = {"source_only": 0.3, "target_only": 0.95, "both": 0.95}
     verdict = judge([make_frame(1, bridged=helped, target=weak, **dict.fromkeys(CONTROLS, weak))])
-    assert [(c.control, c.subset) for c in verdict.failed] == [("shuffled", "source_only"), ("constant", "source_only")]
-    assert "Not shown to beat shuffled on source-only problems (seed 1 " in verdict.text
+    assert [(c.control, c.subset) for c in verdict.failed] == [(c, "source_only") for c in ("target", *CONTROLS)]
+    assert "Not shown to beat target on source-only problems (seed 1 " in verdict.text
 
 
 def test_what_was_seen_in_training_counts_nowhere():
@@ -194,16 +196,16 @@ def test_a_verdict_is_json_and_a_table(frames):
     assert stored["passes"] is True and stored["text"] == verdict.text
     assert stored["comparisons"][0]["difference"]["n_clusters"] == 150
     table = verdict.differences()
-    assert table["label"].is_unique and table["holds"].all() and len(table) == 18
+    assert table["label"].is_unique and table["holds"].all() and len(table) == 24
     short = verdict.table().set_index("control")
     worst = min((c for c in verdict.comparisons if c.label == "target"), key=lambda c: c.difference.low)
-    assert len(short) == 6 and short.loc["target", "bridged minus control"] == str(worst.difference)
+    assert len(short) == 8 and short.loc["target", "bridged minus control"] == str(worst.difference)
 
 
 def test_one_run_given_twice_is_refused_and_two_that_answer_alike_are_not(frames):
     """A kept run has no log-probabilities: its answers must show it, unless nearly all are right."""
     again = frames[0].sample(frac=1, random_state=0)
-    with pytest.raises(ValueError, match="two frames are the same run"):
+    with pytest.raises(ValueError, match="seed 1 and seed 3 are the same run"):
         judge([frames[0], frames[1], again])
     right = frames[0].assign(bridged_correct=True, bridged_extracted="12")
     assert judge([right, right.copy()]).passes
@@ -234,7 +236,7 @@ def test_headroom_of_the_first_experiment():
     assert (room.source.point, room.target.point, room.union.point) == (0.54, 0.77, 0.805)
     assert (room.union.low, room.union.high) == wilson(161, 200)
     assert room.gain_possible == pytest.approx(0.035)
-    assert room.smallest_effect == minimum_detectable_effect(200, 0.3) == pytest.approx(0.107, abs=0.001)
+    assert room.smallest_effect == minimum_detectable_effect(200, 0.035) == pytest.approx(0.0366, abs=0.001)
     assert "no bridge could be shown to help here" in room.text
     swapped = headroom(questions(59, 94, 9, 38))
     assert swapped.gain_possible > swapped.smallest_effect and "no bridge" not in swapped.text
@@ -244,10 +246,21 @@ def test_headroom_of_the_first_experiment():
 def test_headroom_counts_units_and_held_out_problems_only(frames):
     room = headroom(frames[0])
     assert room.n_units == 150 and "450 problems about 150 units" in room.text
-    assert room.smallest_effect > 1.4 * headroom(frames[0].drop(columns="unit")).smallest_effect
+    assert room.smallest_effect > 1.3 * headroom(frames[0].drop(columns="unit")).smallest_effect
     assert headroom(make_frame(5, n_units=150, seen=50)).n == 300
     equal = headroom(questions(0, 50, 0, 50))
     assert equal.gain_possible == 0 and equal.smallest_effect == minimum_detectable_effect(100, 0.03)  # rule of three
+
+
+def test_headroom_speaks_of_the_test_set_that_the_bridge_will_be_tried_on(frames, tmp_path):
+    frame = frames[0].filter(regex="^(id|unit|group|novelty|source.*|target.*)$").assign(gold_extracted="12")
+    frame.to_json(tmp_path / "headroom.jsonl", orient="records", lines=True)
+    here = headroom(tmp_path / "headroom.jsonl")
+    assert here.smallest_effect == headroom(frames[0]).smallest_effect
+    (tmp_path / "config.yaml").write_text("task: {n_test: 1800}\neval: {eval_samples: -1}\n")
+    there = headroom(tmp_path / "headroom.jsonl")
+    assert there.smallest_effect == pytest.approx(here.smallest_effect / 2, rel=0.05) and there.counts == here.counts
+    assert "The smallest gain that 1,800 test problems find" in there.text and "450 problems about 150" in there.text
 
 
 def test_conditions_table_is_one_row_for_each_condition_and_subset():

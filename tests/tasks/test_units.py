@@ -170,3 +170,27 @@ def test_a_pair_without_its_lexicon_is_refused(tmp_path, record, why):
         (tmp_path / "pair.json").write_text(record)
     with pytest.raises(ConfigError, match=why):
         units.load_lexicon_seed(load_config(target_model=str(tmp_path / "target")))
+
+
+def test_a_source_that_was_taught_no_lexicon_is_refused_where_it_must_know_one(tmp_path):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text("{}")
+    config = load_config(source_model=str(tmp_path / "source"))
+    with pytest.raises(ConfigError, match="pair.source_model: task `units` needs a pair that was taught a lexicon"):
+        units.load_lexicon_seed(config)
+    assert units.load_lexicon_seed(config.with_(variant="context")) == 2
+
+
+def test_a_value_that_training_leaves_out_is_no_held_unit_alone():
+    """At a share of 0.5 half of the rows called `held_unit` had values that the bridge had never met."""
+    config = load_config(n_train=2000, n_val=300, n_test=600)
+    half = config.with_(train_values_share=0.5)
+    met = {e.value for e in units.make_split(half, 2, "train")}
+    for split in ("val", "test"):
+        before, after = (units.make_split(c, 2, split) for c in (config, half))
+        rows = [e for e in after if e.novelty == "held_unit"]
+        assert rows and {e.value for e in rows} <= met
+        assert all(e.value not in met for e in after if e.novelty == "held_value")
+        same = [(e.id, e.question) for e in before if e.novelty != "seen"]
+        assert same == [(e.id, e.question) for e in after if e.novelty != "seen"]
+        assert sum(e.novelty == "held_unit" for e in before) > 1.7 * len(rows)
