@@ -51,7 +51,7 @@ def list_settings():
         yield from (f"key: {name} = {choice}" for choice in known.allowed if isinstance(known.allowed, tuple))
     yield from (f"rival: {name}" for name in RIVALS)
     yield from (f"subset: {name} {json.dumps(rows, sort_keys=True)}" for name, rows in SUBSETS.items())
-    yield from (f"rule: {subset}: {', '.join(controls)}" for subset, controls in RULE.items())
+    yield from (f"rule: {subset}: {', '.join(RULE)}" for subset in ("all", "source_only"))
 
 
 def list_notebooks():

@@ -63,8 +63,9 @@ def pair_with_donors(experiment: Experiment, examples: list[Example]) -> list[tu
 
 def patch_states(own: SourceStates, donor: SourceStates, places: list[np.ndarray]) -> SourceStates:
     """One prompt's states with another's at chosen tokens; both have the same number of tokens."""
-    patched, taken = copy.copy(own), torch.from_numpy(np.concatenate(places)).to(own.flat.device)
-    patched.flat = torch.where(taken[:, None, None], donor.flat, own.flat)
+    patched, taken = copy.copy(own), torch.from_numpy(np.concatenate(places)).to(own.lm.device)
+    patched.flat = copy.copy(own.flat)
+    patched.flat.states = torch.where(taken[:, None, None], donor.flat.states, own.flat.states)
     return patched
 
 

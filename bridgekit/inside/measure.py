@@ -214,7 +214,7 @@ def entropy_table(answers: pd.DataFrame) -> pd.DataFrame:
 def compare_representations(experiment: Experiment, examples: list[Example], bridge: str | Bridge = "bridged"):
     """CKA of every pair of: source states, soft tokens, the target's embeddings, and the digits of the value."""
     target, states = experiment.pair.target, experiment.source_states(examples, cache_gb=math.inf)
-    parts = states.flat.float().split(states.lengths.tolist())  # (S, L, D) of each example
+    parts = states.flat.states.float().split(states.lengths.tolist())  # (S, L, D) of each example
     sources = {"mean": torch.stack([part.mean(0) for part in parts])}  # (N, L, D)
     if all(e.unit for e in examples):
         prompts = [source_prompt(e) for e in examples]

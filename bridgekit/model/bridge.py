@@ -44,7 +44,7 @@ class Bridge(nn.Module):
             nn.init.eye_(self.projection.weight)
         for salt, module in enumerate((m for m in self.modules() if isinstance(m, Dropout)), start=1):
             module.salt = salt
-        self.half = injector.half = settings.dtype == "bfloat16"
+        self.half = injector.half = settings.bridge_dtype == "bfloat16"
         self.rms = rms if settings.rms_match else None  # None: leave the size free
         self.per_source_token = settings.n_soft_tokens == -1  # then message and source tokens share their mask
         digest = hashlib.sha256(dump_config(config).encode()).hexdigest()[:16]  # saved with the weights:

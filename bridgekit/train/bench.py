@@ -31,7 +31,7 @@ from bridgekit.train.trainer import Captured, build_optimizer, may_capture, trai
 
 BASE = """
 task.task=gsm8k task.n_shots=7 task.n_train=256 task.n_val=64 task.n_test=200 train.controls=[] train.val_samples=8
-bridge.source_view=question bridge.soft_position=question bridge.dropout=0.1 bridge.dtype=bfloat16
+bridge.source_view=question bridge.soft_position=question bridge.dropout=0.1 bridge.bridge_dtype=bfloat16
 loss.kl_weight=0.5 loss.info_nce_weight=0.05 loss.format_weight=0.1 eval.conditions=[source,target,bridged]""".split()
 RESAMPLER = """loss.prompt_weight=0.001 bridge.n_soft_tokens=64 bridge.bridge_dim=1024 bridge.heads=16
 bridge.depth=4""".split()
@@ -43,7 +43,7 @@ DECODED = "loss.decode_weight=0.1 loss.decode_every=1 loss.decode_batch=2 loss.d
 STEPS = {  # {row: overrides}
     "resampler_2": [*RESAMPLER, "train.batch_size=2"],
     "resampler_8": [*RESAMPLER, "train.batch_size=8"],
-    "resampler_32": [*RESAMPLER, "train.batch_size=32"],
+    "resampler_16": [*RESAMPLER, "train.batch_size=16"],
     "kv_8": [*KV, "train.batch_size=8"],
     "residual_8": [*RESIDUAL, "train.batch_size=8"],
     "resampler_8_decoded": [*RESAMPLER, "train.batch_size=8", *DECODED],
@@ -164,7 +164,10 @@ def run(rows: list[str], pair_names: tuple[str, str], cap_gib: float, new_tokens
         table["load_s"] = round(wait() - since, 1)
         for name in rows:
             experiment = Experiment(load_config(overrides=[*given, *(STEPS | ANSWERS)[name]]), pair=pair)
-            row = time_answers(experiment, new_tokens) if name in ANSWERS else time_steps(experiment)
+            try:
+                row = time_answers(experiment, new_tokens) if name in ANSWERS else time_steps(experiment)
+            except torch.OutOfMemoryError:
+                row = {"seconds": None, "why": f"does not fit into {cap_gib:g} GiB"}
             table["rows"][name] = row
             print(name, json.dumps(row), flush=True)
             del experiment

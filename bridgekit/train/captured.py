@@ -3,8 +3,8 @@
     means = captured.run(batch, step)      # as experiment.step_losses(...) and its backward pass
 
 A graph is made for each size of a batch. Widths are rounded up to multiples of WIDTH, so that there are few sizes; what
-is padded is masked. A size that is met for the first time runs as usual. All randomness comes from the batch's seeds,
-and so do the numbers of a replay. Free decoding is no part of a graph: its loss has a backward pass of its own.
+is padded is masked. All graphs share their memory. All randomness comes from the batch's seeds, and so do the numbers
+of a replay. Free decoding is no part of a graph: its loss has a backward pass of its own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WIDTH = 16
 QUESTIONS = ("states", "mask", "alignment", "before", "after", "literal", "asked")  # as long as a prompt, or its rest
+ANSWERS = ("labels", "labels_mask", "marker", "final", "taught")
+WHOLE = ("literal", "alignment")  # with the shared start
 
 
 class Captured:
@@ -30,7 +32,7 @@ class Captured:
 
     def __init__(self, experiment: Experiment, name: str, bridge: Bridge):
         self.experiment, self.name, self.bridge = experiment, name, bridge
-        self.seen: set[tuple] = set()
+        self.warm = False
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, dict[str, torch.Tensor]]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -38,8 +40,8 @@ class Captured:
         """The mean of each loss but that of decoding; the gradients are added to the bridge's."""
         batch = pad_batch(batch)
         key = tuple(tuple(x.shape) for x in tensors(batch))
-        if key not in self.seen:
-            self.seen.add(key)
+        if not self.warm:  # libraries set themselves up in the first step
+            self.warm = True
             return self._step(batch)
         if key not in self.graphs:
             self._capture(key, batch)
@@ -74,7 +76,7 @@ def map_batch(batch: Batch, function) -> Batch:
     """The batch with a function applied to each tensor."""
 
     def apply(value):
-        if isinstance(value, tuple):
+        if isinstance(value, tuple) and isinstance(value[0], torch.Tensor):
             return tuple(map(function, value))
         return function(value) if isinstance(value, torch.Tensor) else value
 
@@ -82,24 +84,20 @@ def map_batch(batch: Batch, function) -> Batch:
 
 
 def pad_batch(batch: Batch) -> Batch:
-    """The batch with all question-like widths brought to one multiple of WIDTH, and the answers' to another."""
+    """The batch with all question-like widths brought to one multiple of WIDTH, and the answers' to another.
 
-    def width(name: str) -> int:
-        value = getattr(batch, name)
-        return 0 if value is None else (value[0] if isinstance(value, tuple) else value).shape[1]
-
+    Widths are those of the step's global batch, so that all processes replay the same graph."""
+    question, answer = (-(-width // WIDTH) * WIDTH for width in batch.widths)
     shared = len(batch.shared_asked or ())
-    question = -(-max(width(n) - shared * (n in ("literal", "alignment")) for n in QUESTIONS) // WIDTH) * WIDTH
-    answer = -(-batch.labels.shape[1] // WIDTH) * WIDTH
-    wanted = {n: question + shared * (n in ("literal", "alignment")) for n in QUESTIONS if width(n) > 0}
-    wanted |= dict.fromkeys(("labels", "labels_mask", "marker", "final", "taught"), answer)
 
     def pad(x: torch.Tensor, n: int) -> torch.Tensor:
         return F.pad(x, (*(0, 0) * (x.ndim - 2), 0, n - x.shape[1]))
 
     changes = {}
-    for name, n in wanted.items():
-        if (value := getattr(batch, name)) is None:
-            continue
-        changes[name] = tuple(pad(x, n) for x in value) if isinstance(value, tuple) else pad(value, n)
+    for name, n in (*dict.fromkeys(QUESTIONS, question).items(), *dict.fromkeys(ANSWERS, answer).items()):
+        value, n = getattr(batch, name), n + shared * (name in WHOLE)
+        if isinstance(value, tuple) and value[0].shape[1]:
+            changes[name] = tuple(pad(x, n) for x in value)
+        elif isinstance(value, torch.Tensor):
+            changes[name] = pad(value, n)
     return replace(batch, **changes)

@@ -48,6 +48,7 @@ class Batch:
     labels_mask: torch.Tensor  # (B, A)
     marker: torch.Tensor  # (B, A), True on the tokens of `####`
     final: tuple[torch.Tensor, torch.Tensor]  # the answer's last line, from `####` on, with its end token
+    widths: tuple[int, int]  # of the longest question-like and answer-like rows of the step's global batch
     shared: Shared | None = None  # what stands in front of every `before`
     shared_asked: Shared | None = None  # and of every `asked`
     taught: torch.Tensor | None = None  # (B, A, D), the target's own last states on the labels, where they are kept
@@ -96,7 +97,14 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.texts.answers.lengths)
 
-    def batch(self, indices: np.ndarray, seeds: np.ndarray, slots: np.ndarray | None = None) -> Batch:
+    def widths(self, indices: np.ndarray) -> tuple[int, int]:
+        """The longest rows of some examples: of their questions, however they are cut, and of their answers."""
+        texts, shared = self.texts, len(self.texts.shared_asked or ())
+        questions = [self.states.lengths, *(part.lengths for part in (texts.before, texts.after, texts.asked))]
+        questions += [texts.literal.lengths - shared]
+        return int(np.stack(questions)[:, indices].max()), int(texts.answers.lengths[indices].max())
+
+    def batch(self, indices: np.ndarray, seeds: np.ndarray, slots=None, widths=None) -> Batch:
         """The examples at `indices` (B,), with their sampler seeds (B,) and slots (B,)."""
         texts, device = self.texts, self.texts.device
         states, mask = self.states.batch(indices, device)
@@ -107,7 +115,7 @@ class TrainingSet:
             states, mask, torch.from_numpy(seeds).to(device), torch.from_numpy(slots).to(device),
             self.states.alignment(indices, device), texts.before.take(indices), texts.after.take(indices),
             texts.literal.take(indices), texts.asked.take(indices), labels, labels_mask, marker.bool() & labels_mask,
-            texts.finals.take(indices), texts.shared, texts.shared_asked,
+            texts.finals.take(indices), widths or self.widths(indices), texts.shared, texts.shared_asked,
             None if texts.taught is None else texts.taught.take(indices),
         )  # fmt: skip
 
@@ -115,8 +123,8 @@ class TrainingSet:
 def step_batch(config: Config, data: TrainingSet, step: int, rank: int = 0, world: int = 1) -> Batch:
     """The slots rank, rank + world, ... of the step's global batch: the first n slots are spread over all processes."""
     size, seed = config.train.batch_size, config.run.seed
-    slots = np.arange(size)[rank::world]
-    return data.batch(indices_at(seed, step, size, len(data))[slots], noise_seeds(seed, step, size)[slots], slots)
+    slots, indices = np.arange(size)[rank::world], indices_at(seed, step, size, len(data))
+    return data.batch(indices[slots], noise_seeds(seed, step, size)[slots], slots, data.widths(indices))
 
 
 def split_rows(lm: LanguageModel, pieces: list[Pieces], position: str, mode: str) -> tuple[list, list]:

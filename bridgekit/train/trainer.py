@@ -113,8 +113,8 @@ def build_optimizer(config: Config, bridge: Bridge) -> torch.optim.Optimizer:
 
 
 def may_capture(experiment: Experiment) -> bool:
-    """Whether a step can be replayed: on one GPU, with losses of the package alone."""
-    return experiment.device.type == "cuda" and experiment.processes.world == 1 and not experiment.extra_loss
+    """Whether a step can be replayed: on a GPU, with losses of the package alone."""
+    return experiment.device.type == "cuda" and not experiment.extra_loss
 
 
 def control_config(config: Config, name: str) -> Config:
