@@ -145,6 +145,14 @@ class Numbers:
         answers = {condition: row[f"{condition}_full"].replace("\n", " ") for condition in conditions}
         return {"question": row["question"], "unit": row["unit"], "value": row["value"], "answers": answers}
 
+    def benchmark(self, name: str = "h200") -> dict:
+        """What steps and answers cost at real size (`bridgekit bench`)."""
+        return runs.load_json(self.root / "benchmarks" / f"{name}.json")
+
+    def faults(self) -> dict:
+        """What became of killed runs (`python tests/faults.py`)."""
+        return runs.load_json(self.root / "faults.json")
+
     def simulation(self) -> dict:
         """How often the claim rule errs in simulated experiments without an effect (`tests/results/simulate.py`)."""
         return runs.load_json(self.root / "verdict_simulation.json")
