@@ -344,6 +344,7 @@ def nearest_fit(config: Config, peak_of: Callable[[Config], float], memory: floa
         smaller = {
             "eval.eval_batch_size": now.eval.eval_batch_size // 2,
             "train.batch_size": now.train.batch_size // 2 // n * n,
+            "loss.decode_batch": now.loss.decode_batch // 2 // n * n if now.loss.decode_weight else 0,
             "bridge.n_soft_tokens": max(now.bridge.n_soft_tokens, 0) // 2,
         }
         options = [(key, value) for key, value in smaller.items() if value]

@@ -41,7 +41,7 @@ def find_gpu() -> Gpu | None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if shutil.which("nvidia-smi") is None or visible is not None and visible.strip() in ("", "-1"):
         return None
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    query = "nvidia-smi --query-gpu=name,memory.total,memory.free --format=csv,noheader,nounits".split()
     lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
     rows = [line.rsplit(",", 2) for line in lines if line.count(",") >= 2]
     chosen = [int(i) for i in (visible or "").split(",") if i.strip().isdecimal()]
@@ -66,8 +66,8 @@ def find_model(key: str, model: str) -> Model:
         folder = resolve_folder(key, model)
     except ConfigError as error:
         return Model(None, None, [str(error)])
-    hub_id, missing = "" if folder else model, []
-    if hub_id:
+    hub_id, missing, way_out = "", [], "save it as safetensors"
+    if folder is None:
         from huggingface_hub import get_token, try_to_load_from_cache
 
         hub_id, _, revision = model.partition("@")
@@ -75,8 +75,6 @@ def find_model(key: str, model: str) -> Model:
         folder = Path(cached).parent if isinstance(cached, str) else None
         token = "an access token is set" if get_token() else "no access token is set: `hf auth login`, or HF_TOKEN"
         way_out = f"`hf download {hub_id}`; if it is gated, ask for access at https://huggingface.co/{hub_id} ({token})"
-    else:
-        way_out = "save it as safetensors"
     if folder is None or not any(folder.glob("*.safetensors")):
         missing = [f"pair.{key}: no weights of '{model}' {'in the hub cache' * bool(hub_id)}: {way_out}"]
     if folder is None:
@@ -164,7 +162,7 @@ def refuse_unfit(config: Config) -> None:
     if plan.needs is None or (peak := plan.needs.peak / GiB) <= TOLERANCE * gpu.total:
         return
     way_out = describe_fit(nearest_fit(config, plan.peak_of, gpu.total))
-    raise ConfigError(f"train.batch_size: the run needs about {peak:.0f} GiB, the GPU has {gpu.total:.0f}: {way_out}")
+    raise ConfigError(f"memory: the run needs about {peak:.0f} GiB, the GPU has {gpu.total:.0f}: {way_out}")
 
 
 def check_machine(config: Config, plan: Plan, gpu: Gpu | None) -> list[str]:
