@@ -166,7 +166,7 @@ def count_bridge(config: Config, source: Shape, target: Shape) -> tuple[int, int
 
 
 def rates_of(gpu: str) -> tuple[float, float]:
-    return next(rates for name, rates in GPUS.items() if name in gpu)
+    return next(rates for name, rates in GPUS.items() if name in gpu.upper())
 
 
 class Work:

@@ -156,12 +156,13 @@ def make_plan(config: Config, gpu: str) -> Plan:
 
 def refuse_unfit(config: Config) -> None:
     """Refuse a job whose forecast is more than a tenth above the memory of the GPU that is here."""
-    if (gpu := find_gpu()) is None or {config.pair.target_device, config.pair.source_device} & {"cpu", "mps"}:
+    elsewhere = {config.pair.target_device, config.pair.source_device} & {"cpu", "mps"}
+    if elsewhere or os.environ.get("BRIDGEKIT_PLAN") == "off" or (gpu := find_gpu()) is None:
         return
     plan = make_plan(config, gpu.name)
     if plan.needs is None or (peak := plan.needs.peak / GiB) <= TOLERANCE * gpu.total:
         return
-    way_out = describe_fit(nearest_fit(config, plan.peak_of, gpu.total))
+    way_out = f"{describe_fit(nearest_fit(config, plan.peak_of, gpu.total))}; BRIDGEKIT_PLAN=off starts it as it is"
     raise ConfigError(f"memory: the run needs about {peak:.0f} GiB, the GPU has {gpu.total:.0f}: {way_out}")
 
 

@@ -96,7 +96,7 @@ def test_what_does_not_fit_is_refused_with_what_fits(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "find_gpu", lambda: plan.Gpu("NVIDIA H100", memory, memory, 1))
     plan.refuse_unfit(config)  # a twentieth too much: the forecast may err as much
     monkeypatch.setattr(plan, "find_gpu", lambda: plan.Gpu("NVIDIA H100", 40.0, 40.0, 1))
-    with pytest.raises(ConfigError, match=r"needs about \d+ GiB, the GPU has 40: what fits: -o train.batch_size=\d+$"):
+    with pytest.raises(ConfigError, match=r"needs about \d+ GiB, the GPU has 40: what fits: -o train.batch_size=\d+; "):
         plan.refuse_unfit(config)
     monkeypatch.setattr(runner, "list_gpus", lambda: ["0"])
     assert "what fits" in runner.run_planned({"big": config}, tmp_path).outcome["big"]
