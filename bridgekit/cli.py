@@ -150,6 +150,7 @@ VERBS = {  # {verb: (function, what it does, {argument: its options})}
     ),
 }
 FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, what it does)}
+    "plan": ("train.plan", "what a run needs of GPU, time and disk, and what is missing, before it is started"),
     "study": ("study", "many runs at once, on the GPUs there are"),
     "sweep": ("study", "the former name of study"),
     "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),

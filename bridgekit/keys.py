@@ -26,7 +26,17 @@ CONTROLS = ("constant", "constant_natural", "self_bridge")  # each is a training
 VIEWS, STARTS = ("prompt", "question", "solution", "facts"), ("auto", "prompt", "question")
 INVALID = "[invalid]"  # stands in `<condition>_extracted` where no answer was found
 GEOMETRY = "geometry:"  # begins the name of a model with random weights (model/geometry.py)
-GEOMETRIES = ("tiny", "qwen2.5-0.5b", "qwen2.5-1.5b", "mistral-7b", "llama-3.1-8b", "llama-3.1-70b")
+# The published shapes, also of the hub's models of these names before their config.json is there (train/plan.py).
+SIZES = "model_type hidden_size num_hidden_layers num_attention_heads num_key_value_heads intermediate_size vocab_size"
+SIZES = (*SIZES.split(), "tie_word_embeddings", "max_position_embeddings")
+GEOMETRIES = {
+    "tiny": ("llama", 64, 2, 4, 2, 128, 2048, True, 1024),
+    "qwen2.5-0.5b": ("qwen2", 896, 24, 14, 2, 4864, 151936, True, 32768),
+    "qwen2.5-1.5b": ("qwen2", 1536, 28, 12, 2, 8960, 151936, True, 32768),
+    "mistral-7b": ("mistral", 4096, 32, 32, 8, 14336, 32768, False, 32768),
+    "llama-3.1-8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 131072),
+    "llama-3.1-70b": ("llama", 8192, 80, 64, 8, 28672, 128256, False, 131072),
+}
 # Kinds of model without a cache of keys and values, with one of their own, or with wrong states in a padded batch.
 UNSUPPORTED = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm", "recurrent_gemma", "minimax")
 PROMPT_FORMATS = ("plain", "chat")

@@ -37,6 +37,7 @@ from bridgekit.config import (
 from bridgekit.results.live import FOLLOWED, LiveView, following
 from bridgekit.runs import load_status, project_root, write_status
 from bridgekit.tasks import check_inputs
+from bridgekit.train.plan import refuse_unfit
 
 STAGES = ("baselines", "train")
 DONE_WITH = {"baselines": "headroom.jsonl"}  # what a stage leaves behind; the last one finishes the run
@@ -63,6 +64,8 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
         if run_dir:
             return resume_run(config, Path(run_dir))
         check_inputs(config)
+        if folder is None:  # of a study's runs the runner asks
+            refuse_unfit(config)
         unfinished = None if folder or new else find_unfinished(config)
         if unfinished:
             print(f"goes on with {unfinished}, which is unfinished", flush=True)

@@ -22,6 +22,7 @@ from bridgekit.alive import LOOK_SECONDS, Child, lock_run
 from bridgekit.config import Config, ConfigError
 from bridgekit.results.live import LiveView, describe_progress
 from bridgekit.runs import load_run_config, load_status, project_root
+from bridgekit.train.plan import refuse_unfit
 
 SLOTS_PER_GPU = 6
 
@@ -162,6 +163,7 @@ class Runner:
 
     def _launch(self, job: Job) -> None:
         if job.config:
+            refuse_unfit(job.config)
             prepare_folder(job.folder, job.config)
             runs.write_status(job.folder, state="running", stage="train")
             n = job.config.train.num_processes
