@@ -33,7 +33,7 @@ FITTED = {
     "block": 26,  # numbers of the bridge's width that a block keeps of each query: counted in producers.py
     "reads": 2,  # and of each source token: its keys and values
     "message": 8,  # copies of a message in float32, forward and backward
-    "half_bridge": 0.6,  # of the bytes that a bridge keeps, with bridge.dtype: bfloat16: a guess
+    "half_bridge": 0.6,  # of the bytes that a bridge keeps, with bridge.bridge_dtype: bfloat16: a guess
     "context": 0.6 * GiB,  # of CUDA and its libraries: usual; no part of the measured peaks
     "graphs": 0.5 * GiB,  # of captured graphs: usual
     "start": 60.0,  # seconds to load the models: 28 measured from a warm disk
@@ -176,7 +176,7 @@ class Work:
         c, task, self.n = config.bridge, config.task, config.train.num_processes
         self.config, self.source, self.target, self.lengths = config, source, target, lengths
         self.reader, self.work, self.injector = count_bridge(config, source, target)
-        self.bridge, self.half = self.reader + self.work + self.injector, c.dtype == "bfloat16"
+        self.bridge, self.half = self.reader + self.work + self.injector, c.bridge_dtype == "bfloat16"
         is_dit, taught = c.producer == "dit", c.dit_tokens == "teacher"
         sampled = c.dit_steps_train * (not taught) + (taught or config.loss.flow_weight > 0)
         self.passes = sampled if is_dit else 1  # through the bridge's blocks in a step
