@@ -50,8 +50,10 @@ def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Ex
 
 
 def in_batches(lengths, size: int) -> list[np.ndarray]:
-    """Indices of rows in batches of like length, so that little is padding: the shortest first, `size` at most."""
-    order = np.argsort(lengths, kind="stable")
+    """Indices of rows in batches of like length, so that little is padding, `size` at most.
+
+    The longest come first: room that is enough for them is enough for all, and what does not fit fails at once."""
+    order = np.argsort(-np.asarray(lengths), kind="stable")
     return [order[i : i + size] for i in range(0, len(order), size)]
 
 

@@ -290,7 +290,7 @@ class Work:
         bridge += 14 * rows * tokens * (tokens + read) * c.bridge_dim * c.depth * self.passes  # its attention
         bridge_rate = rates_of(gpu)[0] * (FITTED["efficiency"] / 2 if self.half else FITTED["float32"])
         found = frozen / self.frozen_rate(gpu) + bridge / bridge_rate + FITTED["step"]
-        captured = self.n == 1 and not loss.extra_weight
+        captured = not loss.extra_weight
         return found if captured else max(found, FITTED["eager_layer"] * (target.layers + c.depth * self.passes))
 
     def decode_seconds(self, questions: int, new: int, gpu: str) -> float:
@@ -309,6 +309,7 @@ class Work:
         step, new = self.step_seconds(train.batch_size // self.n, gpu), evaluation.max_new_tokens
         if self.decoded:
             decoded = self.decode_seconds(self.decoded * self.n, loss.decode_tokens, gpu)
+            decoded -= FITTED["batch"]  # its graph and room are there from the first time on
             step += (decoded + self.step_seconds(self.decoded, gpu)) / loss.decode_every
         validation, trainings = self.decode_seconds(train.val_samples, new, gpu), 1 + len(train.controls)
         passes = len(set(evaluation.conditions) - {"router", "union"}) + trainings - 1
