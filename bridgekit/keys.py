@@ -143,9 +143,7 @@ KEYS = {
     "bridge.inject_from": Key("auto", "the first place acted on; auto: after shots", STARTS, "task.n_shots > 0"),
     "bridge.inject_layers": Key("auto", "target layers, e.g. 2,4,6; auto: eight", "", "bridge.injector != prefix"),
     "bridge.bridge_dim": Key(192, "width of the bridge, a multiple of heads", "> 0", WIDE),
-    "bridge.bridge_dtype": Key(
-        "float32", "of its arithmetic on a GPU", ("float32", "bfloat16"), WIDE
-    ),
+    "bridge.bridge_dtype": Key("float32", "of its arithmetic on a GPU", ("float32", "bfloat16"), WIDE),
     "bridge.depth": Key(2, "blocks of the producer", "> 0", READS),
     "bridge.heads": Key(6, "attention heads", "> 0", WIDE),
     "bridge.dropout": Key(0.0, "inside the bridge", ">= 0 and < 1", WIDE),

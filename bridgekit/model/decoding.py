@@ -82,6 +82,7 @@ class TwoParts:
         self.cache = Cache(lm, rows, places)
         self.ids = torch.zeros(rows, dtype=torch.long, device=lm.device)
         self.injector: Injector | None = None
+        self.is_ours = True  # a user's injector may do what no graph can hold
         self.message: Message | None = None  # of the rows of the pass that is under way
         self.static: Message | None = None  # of all rows, at the same place in memory for every batch
         self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -115,17 +116,17 @@ class TwoParts:
             self.graphs.clear()
             rows = torch.arange(self.cache.rows, device=self.ids.device).clamp(max=self.n - 1)
             self.static = message.select(rows) if needed else None
+            self.is_ours = not needed or type(injector).__module__.startswith("bridgekit.")
         self.injector = injector if needed else None
 
     def next(self, chosen: torch.Tensor) -> torch.Tensor:
         self.ids[: self.n] = chosen
-        if self.lm.device.type != "cuda":
-            return self._step(self.n)
         size = self.cache.rows
         while size // 2 >= self.n:
             size //= 2
-        if size not in self.graphs:
-            self._capture(size)
+        may_capture = self.lm.device.type == "cuda" and self.is_ours
+        if not may_capture or size not in self.graphs and not self._capture(size):
+            return self._step(self.n)
         graph, logits = self.graphs[size]
         graph.replay()
         return logits[: self.n]
@@ -141,8 +142,8 @@ class TwoParts:
         lengths.add_(1)
         return self.lm.head(hidden)[:, -1]
 
-    def _capture(self, rows: int) -> None:
-        """A graph of one step of the first `rows` rows; trying it moves nothing."""
+    def _capture(self, rows: int) -> bool:
+        """A graph of one step of the first `rows` rows; trying it moves nothing. False where none is possible."""
         before, stream = self.cache.lengths.clone(), torch.cuda.Stream(self.lm.device)
         stream.wait_stream(torch.cuda.current_stream(self.lm.device))
         with torch.cuda.stream(stream):
@@ -150,10 +151,16 @@ class TwoParts:
         torch.cuda.current_stream(self.lm.device).wait_stream(stream)
         self.cache.lengths.copy_(before)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            logits = self._step(rows)
-        self.graphs[rows] = graph, logits
+        try:
+            with torch.cuda.graph(graph):
+                logits = self._step(rows)
+            self.graphs[rows] = graph, logits
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:  # the model chooses by its numbers, as some mixtures of experts do: step by step then
+            self.is_ours = False
         self.cache.lengths.copy_(before)
+        return rows in self.graphs
 
     def keep(self, rows: torch.Tensor) -> None:
         """Go on with these rows alone, brought to the front."""

@@ -32,7 +32,7 @@ class Captured:
 
     def __init__(self, experiment: Experiment, name: str, bridge: Bridge):
         self.experiment, self.name, self.bridge = experiment, name, bridge
-        self.warm = False
+        self.warm, self.is_impossible = False, False
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, dict[str, torch.Tensor]]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -43,8 +43,8 @@ class Captured:
         if not self.warm:  # libraries set themselves up in the first step
             self.warm = True
             return self._step(batch)
-        if key not in self.graphs:
-            self._capture(key, batch)
+        if key not in self.graphs and not self._capture(key, batch):
+            return self._step(batch)
         graph, static, means = self.graphs[key]
         for room, fresh in zip(tensors(static), tensors(batch), strict=True):
             room.copy_(fresh)
@@ -56,13 +56,24 @@ class Captured:
         means["loss"].backward()
         return {name: mean.detach() for name, mean in means.items()}
 
-    def _capture(self, key: tuple, batch: Batch) -> None:
+    def _capture(self, key: tuple, batch: Batch) -> bool:
+        """A graph for batches of this size; False where the models do what no graph can hold, such as a choice."""
+        if self.is_impossible:
+            return False
         static = map_batch(batch, torch.clone)
         graph = torch.cuda.CUDAGraph()
         torch.cuda.empty_cache()  # what the usual steps took is not needed beside the graph's own memory
-        with torch.cuda.graph(graph, pool=self.pool):
-            means = self._step(static)
+        try:
+            with torch.cuda.graph(graph, pool=self.pool):
+                means = self._step(static)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self.is_impossible = True
+            self.experiment.log(f"{self.name}: its steps cannot be captured ({str(error).splitlines()[0]}): slower")
+            return False
         self.graphs[key] = graph, static, means
+        return True
 
 
 def tensors(batch: Batch) -> list[torch.Tensor]:

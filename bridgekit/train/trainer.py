@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridgekit.config import Config
+from bridgekit.keys import is_path
 from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
 from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
 from bridgekit.train.captured import Captured
@@ -114,7 +115,8 @@ def build_optimizer(config: Config, bridge: Bridge) -> torch.optim.Optimizer:
 
 def may_capture(experiment: Experiment) -> bool:
     """Whether a step can be replayed: on a GPU, with losses of the package alone."""
-    return experiment.device.type == "cuda" and not experiment.extra_loss
+    parts = experiment.config.bridge.producer, experiment.config.bridge.injector
+    return experiment.device.type == "cuda" and not experiment.extra_loss and not any(map(is_path, parts))
 
 
 def control_config(config: Config, name: str) -> Config:
