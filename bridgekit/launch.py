@@ -144,7 +144,7 @@ def run_stage(run_dir: str | Path, stage: str) -> None:
             write_status(run_dir, **load_status(run_dir) | {"stage": f"{stage} done"})
     status = load_status(run_dir)
     view.close(status)
-    if failed and status["state"] == "stopped":
+    if failed and status.get("state") == "stopped":
         raise Stopped(f"{stage} was stopped ({status['error']}); to go on: {how_to_go_on(run_dir)}")
     if failed:
         raise RuntimeError(f"{stage} failed: {failed} (log: {child.log})")
@@ -165,6 +165,8 @@ def settle(child: Child, stage: str) -> str:
 
     wait_for_worker(child.folder, "worker")  # it may outlive its launcher for a moment
     child.quiet()
+    if not child.log.exists():
+        return "its folder was deleted while it ran: open a new run"
     state = load_status(child.folder).get("state")
     unfinished = stage == STAGES[-1] and state != "finished"  # whatever its exit code says
     why = child.why() if child.process.returncode or unfinished else ""

@@ -287,7 +287,7 @@ def main() -> int:
     parser.add_argument("--per-run", type=int, default=3)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--at-once", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="a JSON file for the table")
+    parser.add_argument("--out", type=Path, help="a JSON file that the table is added to")
     args = parser.parse_args()
     home, began = Path(tempfile.mkdtemp(prefix="faults_")).resolve(), time.time()
     pool, reference, spent = concurrent.futures.ThreadPoolExecutor(args.at_once), {}, {}
@@ -329,7 +329,8 @@ def main() -> int:
     }
     print(json.dumps(table, indent=1))
     if args.out:
-        args.out.write_text(json.dumps(table, indent=1) + "\n")
+        known = json.loads(args.out.read_text()) if args.out.exists() else []
+        args.out.write_text(json.dumps([*known, {"seed": args.seed, "attempts": args.kills} | table], indent=1) + "\n")
     wrong = ("orphans", "artifacts_lost", "falsely_finished", "folders_lost", "runs_that_differ")
     return int(any(table[name] for name in wrong))
 

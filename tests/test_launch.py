@@ -3,6 +3,7 @@
 python -m pytest tests/test_launch.py
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ import pytest
 import yaml
 
 from bridgekit import launch, runs
+from bridgekit.alive import Child
 from bridgekit.config import ConfigError, load_config
 from bridgekit.results import live
 
@@ -245,3 +247,12 @@ def test_the_curves_show_loss_and_accuracy_and_stay_small(tmp_path):
     picture = live.draw_curves(tmp_path)
     assert "loss 0.500" in picture and "validation accuracy 0.875" in picture and len(picture) < 3000
     assert "220,63 420,26" in picture  # a quarter and seven eighths of 60 pixels above the axis at 78
+
+
+def test_a_run_whose_folder_was_deleted_says_so(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    child = Child(folder, [sys.executable, "-c", ""])
+    child.process.wait()
+    shutil.rmtree(folder)
+    assert "its folder was deleted while it ran" in launch.settle(child, "train") and not folder.exists()

@@ -149,9 +149,9 @@ class Numbers:
         """What steps and answers cost at real size (`bridgekit bench`)."""
         return runs.load_json(self.root / "benchmarks" / f"{name}.json")
 
-    def faults(self) -> dict:
+    def faults(self) -> list[dict]:
         """What became of killed runs (`python tests/faults.py`)."""
-        return runs.load_json(self.root / "faults.json")
+        return json.loads((self.root / "faults.json").read_text())
 
     def simulation(self) -> dict:
         """How often the claim rule errs in simulated experiments without an effect (`tests/results/simulate.py`)."""
