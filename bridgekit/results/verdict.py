@@ -226,12 +226,16 @@ def _compare_runs(a: pd.DataFrame, b: pd.DataFrame, *seeds: int) -> list[str]:
 
 
 def _are_one_run(a: pd.DataFrame, b: pd.DataFrame) -> bool:
-    """Whether two evaluations by id are one: another seed makes other mistakes, and is unsure of other answers."""
+    """Whether two evaluations by id are one: another seed makes other mistakes, and is unsure of other answers.
+
+    Where the target alone says the same, the bridge does nothing, which two seeds may have in common."""
     column = "bridged_extracted" if "bridged_extracted" in a and "bridged_extracted" in b else "bridged_correct"
     equal, telling = a[column] == b[column], ~(read_correct(a, "bridged") & read_correct(b, "bridged"))
     if "bridged_logprob" in a and "bridged_logprob" in b:
         known = np.stack([rows["bridged_logprob"].to_numpy(dtype=float) for rows in (a, b)])
         equal, telling = equal & (abs(known[0] - known[1]) <= 0.051), telling | (known < -0.1).any(axis=0)
+    if column == "bridged_extracted" and "target_extracted" in a and "target_extracted" in b:
+        telling &= (a[column] != a["target_extracted"]) | (b[column] != b["target_extracted"])
     return bool(telling.sum() >= TELLING and equal[telling].mean() >= ALIKE)
 
 

@@ -163,7 +163,7 @@ def run(rows: list[str], pair_names: tuple[str, str], cap_gib: float, new_tokens
         pair = load_pair(load_config(overrides=given))
         table["load_s"] = round(wait() - since, 1)
         for name in rows:
-            experiment = Experiment(load_config(overrides=[*given, *(STEPS | ANSWERS)[name]]), pair=pair)
+            experiment = Experiment(load_config(overrides=[*given, *(STEPS | ANSWERS)[name], *overrides]), pair=pair)
             try:
                 row = time_answers(experiment, new_tokens) if name in ANSWERS else time_steps(experiment)
             except torch.OutOfMemoryError:
