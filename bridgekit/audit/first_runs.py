@@ -273,9 +273,8 @@ def load_log(record: Record, path: Path) -> None:
     text = path.read_text(encoding="utf-8", errors="replace")  # every kind of line end becomes a new line
     found = {name: re.findall(pattern, text) for name, (pattern, _) in FACTS.items()}
     record.facts = {name: kind(found[name][-1]) for name, (_, kind) in FACTS.items() if found[name]}
-    block = text.partition("==== Config ====")[2][:SECTION].partition("\n")[
-        2
-    ]  # other processes write between its lines
+    # Other processes write between the block's lines.
+    block = text.partition("==== Config ====")[2][:SECTION].partition("\n")[2]
     block = _BLOCK_END.split(block, maxsplit=1)[0].split("\n")
     settings = dict(match.groups() for line in block if (match := _SETTING.fullmatch(line.rstrip())))
     record.facts["settings_text"] = {key: value for key, value in settings.items() if key not in PATH_KEYS}

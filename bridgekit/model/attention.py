@@ -25,6 +25,7 @@ if typing.TYPE_CHECKING:
     from bridgekit.model.pair import LanguageModel
 
 NAME = "bridgekit_two_part"  # under which transformers knows this attention
+FUSED = 2048  # hidden size from which compiling is worth its seconds
 LEAST = 32  # shared tokens below which sharing saves nothing
 UNKNOWN = ("softcap", "s_aux", "position_bias")  # options of attention that the two parts do not have
 aten = torch.ops.aten
@@ -80,6 +81,8 @@ class Pass:
             return (step_flash if flash else step_plain)(self.cache, layer, q, k, v, start, scale)
         if flash and start is not None:
             return TwoParts.apply(q, k, v, *start, scale)
+        if start is None:
+            return attend_plain(q, k, v, None, None, scale)
         places = torch.arange(k.shape[1], device=q.device)
         return attend_plain(q, k, v, start, places[:, None] >= places, scale)
 
@@ -172,13 +175,16 @@ def step_plain(cache: Cache, layer: int, q, k, v, start, scale: float) -> torch.
     return attend_plain(q, keys, values, start, filled[:, None, None], scale)
 
 
-def attend_plain(q, k, v, start, visible: torch.Tensor, scale: float) -> torch.Tensor:
-    """Both parts as one masked attention; `visible` (..., T, C) says which own places a place sees."""
+def attend_plain(q, k, v, start, visible: torch.Tensor | None, scale: float) -> torch.Tensor:
+    """Both parts as one masked attention; `visible` (..., T, C) says which own places a place sees; None: those before.
+
+    Without a mask the fast kernels can be used."""
     if start is not None:
         k, v = (torch.cat([s.expand(len(x), -1, -1, -1), x], 1) for s, x in zip(start, (k, v), strict=True))
         visible = F.pad(visible, (start[0].shape[1], 0), value=True)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    options = dict(scale=scale, is_causal=visible is None, enable_gqa=q.shape[1] != k.shape[1])
+    out = F.scaled_dot_product_attention(q, k, v, visible, **options)
     return out.transpose(1, 2)
 
 
@@ -192,7 +198,7 @@ def answer_transformers(module, query, key, value, attention_mask, scaling=None,
     window = options.get("sliding_window") or module.config.max_position_embeddings
     other = [name for name in UNKNOWN if options.get(name) is not None]
     if other or window < module.config.max_position_embeddings:
-        raise NotImplementedError(f"attention with {other or 'a sliding window'}")
+        raise ValueError(f"attention with {other or 'a sliding window'} has no two parts")
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return NOW[-1].attend(module.layer_idx, q, k, v, scaling or q.shape[-1] ** -0.5), None
 
@@ -231,29 +237,35 @@ def share_start(lm: LanguageModel, ids: tuple[int, ...]) -> Shared | None:
     if ids not in known:
         for old in list(known)[:-3]:
             del known[old]
-        cache = DynamicCache(config=lm.model.config)
-        lm.decoder(input_ids=torch.tensor([ids], device=lm.device), past_key_values=cache, use_cache=True)
-        found = [tuple(x.transpose(1, 2).contiguous() for x in (c.keys, c.values)) for c in cache.layers]
-        known[ids] = Shared(ids, found)
+        known[ids] = read_start(lm, ids)
     return known[ids]
+
+
+def read_start(lm: LanguageModel, ids: tuple[int, ...]) -> Shared:
+    cache = DynamicCache(config=lm.model.config)
+    lm.decoder(input_ids=torch.tensor([ids], device=lm.device), past_key_values=cache, use_cache=True)
+    found = [tuple(x.transpose(1, 2).contiguous() for x in (c.keys, c.values)) for c in cache.layers]
+    return Shared(ids, found)
 
 
 @torch.no_grad()
 def attends_in_parts(lm: LanguageModel) -> bool:
-    """Does two-part attention give this model's own hidden states? Tried once, on a few tokens."""
+    """Does two-part attention give this model's own hidden states? Tried once, on a few tokens.
+
+    Layers that look back a fixed number of places do so also where a few tokens cannot show it."""
     if lm.in_parts is None:
-        ids = torch.tensor([(lm.sample * 12)[:12]], device=lm.device)
+        tokens = (lm.sample * 12)[:12]
+        ids = torch.tensor([tokens], device=lm.device)
         try:
             whole = lm.decoder(input_ids=ids, use_cache=False).last_hidden_state[:, 6:].float()
-            cache = DynamicCache(config=lm.model.config)
-            lm.decoder(input_ids=ids[:, :6], past_key_values=cache, use_cache=True)
-            layers = [tuple(x.transpose(1, 2).contiguous() for x in (c.keys, c.values)) for c in cache.layers]
             options = {"position_ids": torch.arange(6, 12, device=lm.device)[None]}
-            with attending(lm, Pass(Shared(tuple(range(6)), layers))):
+            with attending(lm, Pass(read_start(lm, tuple(tokens[:6])))):
                 parts = lm.decoder(input_ids=ids[:, 6:], use_cache=False, **options).last_hidden_state
             apart = ((parts.float() - whole).norm() / whole.norm()).item()
-            lm.in_parts = apart < (1e-3 if lm.dtype == torch.float32 else 0.2)  # half precision adds up over layers
-        except (NotImplementedError, AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError):
+            is_equal = apart < (1e-3 if lm.dtype == torch.float32 else 0.2)  # half precision adds up over layers
+            kinds = {*(getattr(lm.decoder.config, "layer_types", None) or ())}
+            lm.in_parts = is_equal and kinds <= {"full_attention", "sliding_attention"}  # windows are refused above
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError):
             lm.in_parts = False  # another kind of attention: this model runs unshared
     return lm.in_parts
 
@@ -270,7 +282,7 @@ def fuse_pieces(model: torch.nn.Module) -> bool:
 
     Where there is no compiler they stay as they are, which is said once."""
     pieces = [m for m in model.modules() if type(m).__name__.endswith(("RMSNorm", "MLP"))]
-    if model.device.type != "cuda" or model.config.hidden_size < 2048 or not pieces:
+    if model.device.type != "cuda" or model.config.hidden_size < FUSED or not pieces:
         return False
     usual = [m.forward for m in pieces]
     for piece in pieces:

@@ -69,11 +69,6 @@ class LanguageModel:
         self.starts, self.rooms = {}, []
 
     @property
-    def is_random(self) -> bool:
-        """Whether the weights are random: such a model is good for planning, no result can come from it."""
-        return is_geometry(self.origin)
-
-    @property
     def layers(self) -> torch.nn.ModuleList:
         """The decoder's layers, for hooks."""
         return self.parts.layers

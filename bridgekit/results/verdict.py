@@ -26,7 +26,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from bridgekit.config import CONDITIONS, differences
+from bridgekit.config import CONDITIONS, differences, is_geometry
 from bridgekit.results import statistics as stats
 from bridgekit.results import table
 from bridgekit.results.statistics import Difference, Interval, paired_difference, read_correct
@@ -190,6 +190,9 @@ def _find_gaps(rows: pd.DataFrame, seed: int) -> list[str]:
         grouped = rows["group"].notna() if "group" in rows else pd.Series(False, rows.index)
         if grouped.any() and (column not in rows or rows.loc[grouped, column].isna().any()):
             raise ValueError(f"judge: seed {seed} has problems with a group and no {column}: restore the column")
+    names = [rows.attrs.get("settings", {}).get(f"pair.{role}_model", "") for role in ("source", "target")]
+    if made_up := [name for name in names if is_geometry(name)]:
+        gaps.append(f"models with trained weights ({' and '.join(made_up)} in seed {seed}: random, for planning alone)")
     if len(rows) != asked or rows.attrs.get("left_out"):
         gaps.append(f"the whole test set ({len(rows):,} of {asked:,} problems in seed {seed})")
     for condition in sorted({"bridged", *RULE} & {name.split(".")[0] for name in rows.attrs.get("unscored", ())}):

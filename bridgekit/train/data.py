@@ -100,9 +100,9 @@ class TrainingSet:
     def widths(self, indices: np.ndarray) -> tuple[int, int]:
         """The longest rows of some examples: of their questions, however they are cut, and of their answers."""
         texts, shared = self.texts, len(self.texts.shared_asked or ())
-        questions = [self.states.lengths, *(part.lengths for part in (texts.before, texts.after, texts.asked))]
-        questions += [texts.literal.lengths - shared]
-        return int(np.stack(questions)[:, indices].max()), int(texts.answers.lengths[indices].max())
+        parts = (self.states, texts.before, texts.after, texts.asked)
+        question = max(texts.literal.lengths[indices].max() - shared, *(p.lengths[indices].max() for p in parts))
+        return int(question), int(texts.answers.lengths[indices].max())
 
     def batch(self, indices: np.ndarray, seeds: np.ndarray, slots=None, widths=None) -> Batch:
         """The examples at `indices` (B,), with their sampler seeds (B,) and slots (B,)."""

@@ -45,7 +45,7 @@ GPUS = {  # part of a name: dense bfloat16 FLOP/s, bytes/s of memory. H200 is me
     "4090": (150e12, 1.0e12),
     "": (100e12, 0.8e12),
 }
-WIDTH, FUSED, ROOMS, PREFILL = 16, 2048, 2, 32768  # of captured.py, attention.fuse_pieces, decoding.py
+WIDTH, FUSED, PREFILL = 16, 2048, 32768  # those of captured.py, attention.py and decoding.py, which need torch
 CUE = 16  # tokens of a cue, padded
 
 
@@ -222,7 +222,7 @@ class Work:
         rows, places = max(self.config.train.batch_size // self.n, self.decoded), k + asked + answers
         losses = [name for name in ("nll", "kl", "format", "extra") if getattr(loss, f"{name}_weight")]
         fused = self.size == 2 and target.hidden >= FUSED
-        validated = self.rooms(self.config.train.val_samples, k + asked, self.lengths.asked)
+        validated = self.rooms(self.config.train.val_samples, k + asked)
         decoding = self.decoded * (k + asked + loss.decode_tokens) * target.cached * self.size
         return {
             "bridge, gradients, optimizer": 16 * self.bridge,
@@ -246,15 +246,14 @@ class Work:
         own = self.config.bridge.n_soft_tokens
         return k if self.is_soft else min(read, 2048) if own == -1 else own
 
-    def rooms(self, questions: int, before: int, lengths: tuple[int, ...]) -> float:
+    def rooms(self, questions: int, before: int) -> float:
         """Places of the rooms that answers to these questions leave behind, on this process.
 
-        A batch takes the last one's room again where it is wide enough; the shortest questions come first."""
+        The longest questions come first, so all batches take the first one's room but a last one of few rows."""
         own, new = -(-questions // self.n), self.config.eval.max_new_tokens
         rows = min(self.config.eval.eval_batch_size, own)
-        varied = self.mode != "soft_only" and widest(lengths) > widest((min(lengths),))
-        rest = own % rows if own > rows and 2 * (own % rows) < rows else 0  # of few rows, with a room of their own
-        return (ROOMS * rows if varied and own > rows else rows + rest) * (before + new)
+        rest = own % rows if own > rows and 2 * (own % rows) < rows else 0
+        return (rows + rest) * (before + new)
 
     def evaluation(self) -> dict[str, float]:
         source, target, lengths, (k, asked, _, _) = self.source, self.target, self.lengths, self.widths()
@@ -263,10 +262,8 @@ class Work:
         prompts = min(rows * (k + asked), PREFILL) * (3 * target.ffn + 4 * target.hidden) * self.size
         return {
             "the bridges": 4 * self.bridge * (1 + len(self.config.train.controls)),
-            "rooms of answers, target": self.rooms(n_test, k + asked, lengths.asked) * target.cached * self.size,
-            "rooms of answers, source": self.rooms(n_test, widest(lengths.read), lengths.read)
-            * source.cached
-            * self.size,
+            "rooms of answers, target": self.rooms(n_test, k + asked) * target.cached * self.size,
+            "rooms of answers, source": self.rooms(n_test, widest(lengths.read)) * source.cached * self.size,
             "a pass over the prompts": prompts + rows * target.vocab * 10 * (new > 0),
         }
 

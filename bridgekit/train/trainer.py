@@ -22,7 +22,7 @@ from bridgekit.config import Config
 from bridgekit.keys import is_path
 from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
 from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
-from bridgekit.train.captured import Captured
+from bridgekit.train.captured import Captured, map_batch
 from bridgekit.train.checkpoints import STOP, Checkpoints, Window, deal_window
 from bridgekit.train.data import TrainingSet, step_batch
 from bridgekit.train.objective import decode_loss, encode_batch, is_decoded, mean_losses, weigh
@@ -96,7 +96,9 @@ def train_step(
     else:
         means = captured.run(batch)
         if is_decoded(config, step):
-            totals = {"decode": decode_loss(experiment, bridge, batch, encode_batch(experiment, bridge, batch, name))}
+            n = int((batch.slots < config.loss.decode_batch).sum())  # the first rows; the rest need no message
+            few = map_batch(batch, lambda x: x[: max(n, 1)])
+            totals = {"decode": decode_loss(experiment, bridge, few, encode_batch(experiment, bridge, few, name))}
             decoded = mean_losses(totals, processes)
             weigh(config, decoded).backward()
             means |= decoded | {"loss": means["loss"] + weigh(config, decoded)}

@@ -104,10 +104,19 @@ def test_room_is_used_once_more_where_it_is_large_enough(pair):
     assert not lm.rooms
 
 
-def test_attention_of_another_kind_runs_unshared(pair, monkeypatch):
+def turn_wrong(lm, monkeypatch):
+    monkeypatch.setattr(attention, "attend_plain", lambda q, k, v, start, visible, scale: q)
+
+
+def look_back(lm, monkeypatch):
+    monkeypatch.setattr(lm.decoder.config, "layer_types", ["chunked_attention"], raising=False)
+
+
+@pytest.mark.parametrize("spoil", [turn_wrong, look_back])
+def test_attention_of_another_kind_runs_unshared(pair, monkeypatch, spoil):
     lm = pair.target
-    monkeypatch.setattr(attention, "attend_plain", lambda q, k, v, start, visible, scale: q)  # a wrong one
     lm.in_parts = None
+    spoil(lm, monkeypatch)
     try:
         assert not attends_in_parts(lm) and attention.share_start(lm, tuple(range(1, 50))) is None
     finally:

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.config import EMBEDDED, ConfigError, check_models, load_config
+from bridgekit.config import EMBEDDED, ConfigError, check_models, is_geometry, load_config
 from bridgekit.model import fingerprint
 from bridgekit.model.fingerprint import fingerprint_folder
 from bridgekit.model.generation import generate_batch
@@ -346,7 +346,7 @@ def test_random_geometries_are_made_by_name_and_seed_and_say_that_they_are_rando
     first, again, other = (
         load_model("target_model", f"geometry:tiny{s}", place, torch.float32) for s in ("", "@1", "@2")
     )
-    assert first.is_random and not pair.target.is_random
+    assert is_geometry(first.origin) and not is_geometry(pair.target.origin)
     assert first.fingerprint == again.fingerprint == "geometry-tiny-1-float32" != other.fingerprint
     weights = [lm.model.state_dict()["model.layers.0.mlp.up_proj.weight"] for lm in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])

@@ -150,6 +150,11 @@ DOCTORED = {
         rows(lambda r: r.assign(constant_extracted=r["constant_extracted"].where(r.index > 99))), "constant .not scored"
     ),
     "another selection is better": (rates(**{"constant.last": EVERYTHING}), "Not shown to beat constant, last weights"),
+    # models that know nothing
+    "a random target": (
+        every("config", lambda c: c | {"pair.target_model": "geometry:llama-3.1-8b"}),
+        r"models with trained weights \(geometry:llama-3.1-8b in seed 1",
+    ),
     # no effect where it counts
     "nothing on source-only problems": (
         rates(bridged=SOLVED, target=POOR, **dict.fromkeys(CONTROLS, POOR)), "Not shown to beat target on source-only"

@@ -13,6 +13,7 @@ from conftest import TINY
 from bridgekit import runner
 from bridgekit.config import ConfigError, load_config
 from bridgekit.keys import SIZES
+from bridgekit.train import forecast as forecasts
 from bridgekit.train import plan
 from bridgekit.train.forecast import FITTED, GiB, Lengths, Shape, count_bridge, forecast, nearest_fit
 
@@ -118,3 +119,10 @@ def test_it_runs_without_torch():
     code = "import sys; from bridgekit.train.plan import main; code = main(['parameters/phase1.yaml'])"
     done = subprocess.run([sys.executable, "-c", f"{code}; print('torch' in sys.modules, code)"], capture_output=True)
     assert done.stdout.endswith(b"it can run\nFalse 0\n"), done
+
+
+def test_its_constants_are_those_of_the_code_it_foresees():
+    from bridgekit.model import attention, decoding
+    from bridgekit.train import captured
+
+    assert (forecasts.WIDTH, forecasts.FUSED, forecasts.PREFILL) == (captured.WIDTH, attention.FUSED, decoding.PREFILL)

@@ -18,7 +18,8 @@ from bridgekit.model.generation import Generated
 from bridgekit.runs import load_jsonl
 from bridgekit.tasks import load_examples
 from bridgekit.train import objective, trainer
-from bridgekit.train.objective import decode_loss, own_steps, step_losses
+from bridgekit.train.captured import map_batch
+from bridgekit.train.objective import decode_loss, encode_batch, own_steps, step_losses
 from bridgekit.train.trainer import BestWeights
 
 
@@ -61,6 +62,15 @@ DECODE = dict(decode_weight=1.0, decode_every=2, decode_batch=4, decode_samples=
 def decoded(one_step, **changes):
     experiment, bridge, batch, _ = one_step(indices=range(6), **(DECODE | changes))
     return experiment, bridge, batch, bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment)
+
+
+def test_the_decoded_rows_alone_give_the_same_loss(one_step):
+    """Captured steps encode no others."""
+    experiment, bridge, batch, message = decoded(one_step)
+    few = map_batch(batch, lambda x: x[:4])
+    wanted, count = decode_loss(experiment, bridge, batch, message)
+    found, same = decode_loss(experiment, bridge, few, encode_batch(experiment, bridge, few, "bridged"))
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5) != 0 and torch.equal(count, same)
 
 
 @pytest.mark.parametrize(
