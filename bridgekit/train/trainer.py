@@ -60,6 +60,8 @@ def train_bridge(experiment: Experiment, name: str) -> dict[str, Bridge]:
 
     for done in range(start, settings.steps + 1):  # the first round only validates, where that is still to be done
         if done > start:
+            if done == start + 1:  # from here on what fails is a step
+                experiment.report(f"train {name}", step=start, steps=settings.steps)
             with STOP.after_step():
                 since = time.time()
                 window.append(train_step(experiment, name, bridge, optimizer, data, done - 1, captured))

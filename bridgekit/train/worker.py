@@ -164,14 +164,17 @@ def finish(experiment: Experiment) -> None:
     report_end(folder)
 
 
-def explain(error: Exception, stage: str) -> str:
-    """What went wrong and what to change, in one line."""
+def explain(error: Exception, status: dict) -> str:
+    """What went wrong, where the run was by its status, and what to change, in one line."""
     if isinstance(error, torch.OutOfMemoryError):
-        used = (
-            f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB in use at most" if torch.cuda.is_available() else ""
+        stage, change = status["stage"], "smaller eval.eval_batch_size, smaller train.cache_states_gb or "
+        if "step" in status:
+            stage, change = f"step {status['step'] + 1} of {stage}, or just after", "smaller train.cache_states_gb or "
+        used = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
+        ways = f"{change}more train.num_processes, then go on with --resume"
+        return f"out of memory in {stage} ({used:.1f} GiB in use at most): {ways}; or a new run with a smaller " + (
+            "train.batch_size or bridge.n_soft_tokens (`bridgekit plan` says what fits)"
         )
-        change = "smaller eval.eval_batch_size, smaller train.cache_states_gb or more train.num_processes"
-        return f"out of memory in {stage} ({used}): {change}; then go on with --resume"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error.filename or 'while writing'}): free some space, then go on with --resume"
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -200,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
             mark_ended(args.run_dir, "stopped", "asked to stop")
         return GO_ON
     except Exception as error:
-        why = explain(error, load_status(args.run_dir).get("stage", args.stage))
+        why = explain(error, {"stage": args.stage} | load_status(args.run_dir))
         mark_ended(args.run_dir, "failed", f"{args.stage}: {why}")
         print(f"error: {why}", file=sys.stderr, flush=True)
         if not isinstance(error, (ConfigError, OSError)):
