@@ -2,6 +2,7 @@
 
     python tests/faults.py --out preserved_data/faults.json     # 60 kills, then the other faults
     python tests/faults.py --kills 6 --seed 3                   # a few, for a look
+    python tests/faults.py --pairs 5 --out FILE                 # instead: what checkpoints cost, on an idle machine
 
 A run of each kind (command line, notebook, study) is killed several times: its command, its worker, its kernel, with
 SIGKILL or SIGTERM, at a random moment or in the middle of a checkpoint, an evaluation or a report. After each kill
@@ -20,6 +21,7 @@ import random
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -301,15 +303,42 @@ def meet_fault(kind: str, home: Path, reference: dict) -> dict:
 FAULTS = ("folder deleted", "worker stopped", "disk full", "folder read-only", "checkpoint damaged", "loss not finite")
 
 
+def time_pairs(n: int, home: Path) -> dict:
+    """Runs with a checkpoint every six seconds and without any, in turns: seconds of each, and of writing inside."""
+    table = {"steps": 120, "with": [], "without": [], "blocking_share": []}
+    for i in range(2 * n):
+        kind, folder = ("with", "without")[(i + i // 2) % 2], home / f"pair_{i}"
+        minutes = {"with": 0.1, "without": 1e6}[kind]
+        changes = [f"run.runs_dir={folder}", f"train.checkpoint_minutes={minutes}", "train.steps=120"]
+        options = [part for change in changes for part in ("-o", change)]
+        since = time.time()
+        command = [sys.executable, "-m", "bridgekit", "train", "-f", "parameters/phase1.yaml", *options]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        table[kind].append(round(time.time() - since, 1))
+        if kind == "with":
+            spent = json.loads(next(folder.glob("*/timing.json")).read_text())
+            table["blocking_share"].append(round(spent["checkpoint"] / table[kind][-1], 5))
+        print(kind, table[kind][-1], flush=True)
+    ratios = [a / b for a, b in zip(table["with"], table["without"], strict=True)]
+    return table | {"median_ratio": round(statistics.median(ratios), 4)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--per-run", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--pairs", type=int, default=0)
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file that the table is added to")
     args = parser.parse_args()
     home, began = Path(tempfile.mkdtemp(prefix="faults_")).resolve(), time.time()
+    if args.pairs:
+        table = time_pairs(args.pairs, home)
+        print(json.dumps(table))
+        if args.out:
+            args.out.write_text(json.dumps(table, indent=1) + "\n")
+        return 0
     pool, reference, spent = concurrent.futures.ThreadPoolExecutor(args.at_once), {}, {}
 
     def run_whole(kind: str) -> None:

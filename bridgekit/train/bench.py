@@ -186,7 +186,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=int, default=256, help="of each answer")
     parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--out", type=Path, help="a JSON file for the table")
+    parser.add_argument("--questions", type=Path, metavar="FOLDER", help="only write invented questions there")
     args = parser.parse_args(argv)
+    if args.questions:
+        args.questions.mkdir(parents=True, exist_ok=True)
+        write_questions(args.questions, 9600)
+        return 0
     table = run(args.rows, (args.source, args.target), args.cap_gib, args.new_tokens, args.overrides)
     if args.out:
         write_text_atomic(args.out, json.dumps(table, indent=1) + "\n")
