@@ -310,6 +310,7 @@ def time_pairs(n: int, home: Path) -> dict:
         kind, folder = ("with", "without")[(i + i // 2) % 2], home / f"pair_{i}"
         minutes = {"with": 0.1, "without": 1e6}[kind]
         changes = [f"run.runs_dir={folder}", f"train.checkpoint_minutes={minutes}", "train.steps=120"]
+        changes += ["task.n_test=64", "train.controls=[]"]
         options = [part for change in changes for part in ("-o", change)]
         since = time.time()
         command = [sys.executable, "-m", "bridgekit", "train", "-f", "parameters/phase1.yaml", *options]
