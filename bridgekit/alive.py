@@ -10,11 +10,13 @@ A process that writes a folder touches a file there every few seconds. Nothing h
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import math
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -95,16 +97,40 @@ def find_writer(folder: str | Path, *roles: str) -> str:
 
 
 def true_status(folder: str | Path) -> dict:
-    """The status as it is now: a run that says `running` while nobody runs it is `stale`.
+    """The status as it is now: a run that says `running` while nobody runs it, or `queued` for nobody, is `stale`.
 
-    A lock shows who writes; where another host's locks are not seen, its heartbeat tells.
+    A lock shows who writes; where another host's locks are not seen, its heartbeat tells. What Slurm has stopped, and
+    has in its queue again, is `preempted`.
     """
     status = load_status(folder)
-    if status.get("state") != "running" or find_writer(folder):
+    state, in_queue = status.get("state"), "job" in status and status["job"] in list_slurm_jobs()
+    if state == "stopped" and in_queue:
+        return status | {"state": "preempted", "error": f"job {status['job']} goes on with it"}
+    if state == "queued" and not in_queue and not is_awaited(status):
+        return status | {"state": "stale", "error": "it was queued, and who would have started it is gone"}
+    if state != "running" or find_writer(folder):
         return status
     if status.get("host") != platform.node() and silence(folder, min) < SILENT_SECONDS:
         return status
     return status | {"state": "stale", "error": "the process that ran it is gone", "seconds_left": None}
+
+
+@functools.cache
+def list_slurm_jobs() -> set[str]:
+    """The ids of the jobs that Slurm has in its queue, waiting or running; none where there is no Slurm."""
+    if shutil.which("squeue") is None:
+        return set()
+    listed = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
+    return set(listed.stdout.split())
+
+
+def is_awaited(status: dict) -> bool:
+    """Whether a queued run's batch lives; of another host, or of a Slurm that is not seen here, nobody can tell."""
+    import psutil
+
+    if "job" in status:
+        return shutil.which("squeue") is None
+    return status.get("host") != platform.node() or psutil.pid_exists(status.get("pid", 0))
 
 
 def silence(folder: str | Path, which: Callable = max) -> float:
@@ -150,14 +176,16 @@ def unless_in_thread(*signals: int) -> Iterator[None]:
 class Child:
     """A process that writes a folder, with its output in train.log there; it ends when we do.
 
-    It has a session of its own, so that a terminal's Ctrl-C comes to us alone.
+    It has a session of its own, so that a terminal's Ctrl-C comes to us alone. `passes_on` says that it is a command of
+    ours, which ends its own children.
     """
 
-    def __init__(self, folder: Path, command: list[str], **environment: str) -> None:
+    def __init__(self, folder: Path, command: list[str], passes_on: bool = False, **environment: str) -> None:
         ours = {"BRIDGEKIT_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         # OpenMP threads busy-wait: long spinning slows a shared machine tenfold, none slows an idle one by a quarter.
         whole = {"GOMP_SPINCOUNT": "30000"} | os.environ | ours | environment  # tens of microseconds
         self.folder, self.log, self.started = folder, folder / "train.log", time.time()
+        self.passes_on = passes_on
         self.looked, self.silent = self.started, ""
         self.quiet()
         with open(self.log, "ab") as log:
@@ -187,7 +215,7 @@ class Child:
         """Ask the workers to stop: they keep what they have, and the launcher ends when they have."""
         import psutil
 
-        for process in self.family() or [self.process]:
+        for process in not self.passes_on and self.family() or [self.process]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
 

@@ -13,13 +13,14 @@ import os
 import signal
 import sys
 import textwrap
+from collections import Counter
 from pathlib import Path
 
 import yaml
 
 from bridgekit import config as configuration
-from bridgekit.alive import GO_ON
-from bridgekit.runs import join_command, load_status
+from bridgekit.alive import GO_ON, watch_parent
+from bridgekit.runs import join_command, load_json, load_status
 
 
 def run_notebook(arguments: argparse.Namespace) -> None:
@@ -80,14 +81,37 @@ def export_bridge(arguments: argparse.Namespace) -> None:
 
 
 def show_status(arguments: argparse.Namespace) -> None:
-    """A line for each run: what it is doing, or how it ended; `stale` is one that says `running` and does not."""
-    from bridgekit.alive import find_writer, true_status
+    """A line for each run: what it is doing, or how it ended, and its size on disk; then how many there are of each."""
+    from bridgekit.alive import true_status
+
+    folders, counted = list_runs(arguments.runs), Counter()
+    if not folders:
+        print("no runs yet; this makes one: bridgekit run notebooks/phase1.ipynb -f parameters/phase1.yaml")
+    width = max((len(str(folder)) for folder in folders), default=0)
+    for folder in folders:
+        status = true_status(folder)
+        counted[state := status.get("state", "new")] += 1
+        size = sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+        parts = [*describe_state(folder, status), f"{size / 1e6:.1f} MB"]
+        print(f"{folder!s:{width}}  {state:9}  {' · '.join(filter(None, parts))}")
+    if len(folders) > 1:
+        print(", ".join(f"{n} {state}" for state, n in counted.items()))
+
+
+def describe_state(folder: Path, status: dict) -> list[str]:
+    """What `bridgekit status` says of a run, by its state."""
+    from bridgekit.alive import find_writer
     from bridgekit.results.live import describe_progress
 
-    for folder in list_runs(arguments.runs):
-        status = true_status(folder)
-        where = f" ({writer})" if (writer := find_writer(folder)) else ""
-        print(f"{folder}: {status.get('state', 'not started')}{where} · {describe_progress(status)}")
+    state, where = status.get("state"), f"job {status['job']}" if "job" in status else find_writer(folder)
+    if state == "finished":
+        spent, facts = sum(load_json(folder / "timing.json").values()), load_json(folder / "provenance.json")
+        hours = f"{spent * facts.get('processes', 1) / 3600:.2f} {'GPU' if facts.get('gpus') else 'CPU'}-hours"
+        return [load_json(folder / "verdict.json").get("outcome", ""), hours] if facts else []
+    if state == "queued":
+        return [where or "waits for its batch"]
+    shown = describe_progress({key: value for key, value in status.items() if key != "error"})
+    return [status.get("error"), shown, where if state == "running" else ""]
 
 
 def clean_runs(arguments: argparse.Namespace) -> None:
@@ -104,12 +128,16 @@ def clean_runs(arguments: argparse.Namespace) -> None:
 
 
 def list_runs(folders: list[Path]) -> list[Path]:
-    """The run folders that are named, or lie in a named folder."""
+    """The run folders that are named, or lie in a named folder; in runs/ there may be none yet."""
     found = [
-        run for folder in folders for run in [folder, *sorted(folder.glob("*"))] if (run / "config.yaml").is_file()
+        run
+        for folder in folders
+        for run in [folder, *sorted(folder.glob("*"))]
+        if any((run / name).is_file() for name in ("config.yaml", "parameters.json"))
     ]
-    if not found:
-        raise configuration.ConfigError(f"{', '.join(map(str, folders))}: no run folder (config.yaml not found)")
+    missing = not found and folders != [Path("runs")]
+    named = ", ".join(map(str, folders))
+    configuration.refuse_if(missing, f"{named}: no run folder (config.yaml not found); `bridgekit status` lists runs/")
     return found
 
 
@@ -153,6 +181,7 @@ FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, wha
     "plan": ("train.plan", "what a run needs of GPU, time and disk, and what is missing, before it is started"),
     "study": ("study", "many runs at once, on the GPUs there are"),
     "sweep": ("study", "the former name of study"),
+    "batch": ("batch", "notebooks and studies of a file, in order or at once; again: exactly what is missing"),
     "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),
     "bench": ("train.bench", "what steps and answers cost on this machine, with models of real size"),
     "fetch": ("tasks.real", "bring real questions into a folder that runs read"),
@@ -182,7 +211,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb; a mistake of the user's ends in one line on stderr and exit code 2."""
     argv = sys.argv[1:] if argv is None else argv
-    os.environ["BRIDGEKIT_COMMAND"] = join_command(["bridgekit", *argv])  # what runs record as their command
+    is_inner = {"BRIDGEKIT_PARENT_PID", "SLURM_JOB_ID"} & os.environ.keys()  # a batch or a job has started this
+    outer = os.environ.get("BRIDGEKIT_COMMAND") if is_inner else ""
+    os.environ["BRIDGEKIT_COMMAND"] = outer or join_command(["bridgekit", *argv])  # what runs record as their command
+    if "BRIDGEKIT_PARENT_PID" in is_inner:
+        watch_parent()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: sys.exit(TERMINATED))  # through the exits that end children
     try:

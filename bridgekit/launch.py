@@ -55,16 +55,16 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
     """The run folder of a configuration: `run_dir`, an unfinished one of these settings, or a new one.
 
     Everything that was given is checked before anything is made, and the user's own code is copied into a new folder.
-    `folder` is where to make it; `new` asks for one that nothing has been written to. A `run_dir` that was made for
-    other settings is refused, but for the keys of SAFE.
+    `folder` is where to make a run of a study, which has been checked as a whole; `new` asks for one that nothing has
+    been written to. A `run_dir` that was made for other settings is refused, but for the keys of SAFE.
     """
     from bridgekit.tasks.extend import copy_code
 
     with contextlib.chdir(project_root()):
         if run_dir:
             return resume_run(config, Path(run_dir))
-        check_inputs(config)
-        if folder is None:  # of a study's runs the runner asks
+        if folder is None:
+            check_inputs(config)
             refuse_unfit(config)
         unfinished = None if folder or new else find_unfinished(config)
         if unfinished:
@@ -108,9 +108,8 @@ def resume_run(config: Config, run_dir: Path) -> Path:
 
 def refuse_running(run_dir: Path) -> None:
     """Refuse to go on with a run that somebody runs, or that is no run."""
-    refuse_if(
-        not (run_dir / "config.yaml").is_file(), f"--resume: '{run_dir}' is no run folder (config.yaml not found)"
-    )
+    is_run = any((run_dir / name).is_file() for name in ("config.yaml", PARAMETERS))
+    refuse_if(not is_run, f"--resume: '{run_dir}' is no run folder (config.yaml not found)")
     writer = find_writer(run_dir)
     refuse_if(writer, f"--resume: '{run_dir}' is running ({writer}): wait, or end it")
 
@@ -302,20 +301,18 @@ def execute_notebook(
 
     A notebook with a parameter `run_dir` runs something and gets a run folder; one without, a plain folder. The copy
     there is `NAME.running.ipynb` until its last cell has ended well; the stored notebook is never written to. `resume`
-    names the run folder of an execution that was interrupted: its parameters hold again, but for those given now.
+    names the folder of an execution that was interrupted: its parameters hold again, but for those given now.
     """
     notebook = Path(notebook)
     earlier = load_parameters_of(Path(resume), notebook) if resume else {}
     values = gather_parameters(notebook, files, earlier | (parameters or {}), overrides)
     import papermill  # takes a second, so after what can be refused at once
 
+    folder = open_notebook(notebook, values, resume)
     if "run_dir" in values:
-        folder = open_run(resolve_config(values), resume, new=True)
-        runs.write_text_atomic(folder / PARAMETERS, json.dumps(values, indent=1) + "\n")
         values["run_dir"] = str(folder)
         os.environ.pop(FOLLOWED, None)
     else:
-        folder = runs.make_folder(project_root() / "runs", notebook.stem)
         os.environ[FOLLOWED] = str(folder)
     print(f"{notebook} runs in {folder}", flush=True)
     executed, evidence = (folder / f"{notebook.stem}.{state}.ipynb" for state in ("running", "failed"))
@@ -344,7 +341,24 @@ def execute_notebook(
         raise
     executed.rename(folder / notebook.name)
     evidence.unlink(missing_ok=True)
+    if "run_dir" not in values:  # else the run itself has said it
+        write_status(folder, state="finished", stage="executed")
     return folder
+
+
+def open_notebook(notebook: Path, values: dict[str, object], resume: str | Path = "") -> Path:
+    """The folder in which a notebook runs with these values, new or gone on with; it keeps them."""
+    if "run_dir" in values:
+        folder = open_run(resolve_config(values), resume, new=True)
+    else:
+        folder = Path(resume).resolve() if resume else runs.make_folder(project_root() / "runs", notebook.stem)
+    runs.write_text_atomic(folder / PARAMETERS, dump_parameters(notebook, values))
+    return folder
+
+
+def dump_parameters(notebook: Path, values: dict[str, object]) -> str:
+    """What a folder keeps of the notebook that runs in it."""
+    return json.dumps({"notebook": notebook.stem} | values, indent=1) + "\n"
 
 
 def load_parameters_of(run_dir: Path, notebook: Path) -> dict[str, object]:
@@ -353,8 +367,11 @@ def load_parameters_of(run_dir: Path, notebook: Path) -> dict[str, object]:
     refuse_if(not known.is_file(), f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found)")
     ended = f"--resume: '{run_dir}' is finished, and so is its {notebook.name}: nothing is left to do"
     refuse_if((run_dir / notebook.name).is_file(), ended)
+    values = json.loads(known.read_text())
+    meant = values.pop("notebook", notebook.stem)
+    refuse_if(meant != notebook.stem, f"--resume: '{run_dir}' is a run of {meant}.ipynb, not of {notebook.name}")
     refuse_running(run_dir)
-    return {name: value for name, value in json.loads(known.read_text()).items() if name != "run_dir"}
+    return {name: value for name, value in values.items() if name != "run_dir"}
 
 
 def _describe_failure(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,44 +66,117 @@ def list_gpus() -> list[str]:
     return [str(i) for i in range(sum(line.startswith("GPU ") for line in listed.stdout.splitlines()))]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, kw_only=True)
 class Job:
-    """A training, or the making of a pair (it has no `config`), from waiting to its end."""
+    """What a child does in a folder, from waiting to its end. Its kinds say how: `Training`, `Making`, `Execution`."""
 
     name: str
     folder: Path
-    config: Config | None = None
-    lexicon_seed: int = 0
+    n_gpus: int = 1
+    pair: Path | None = None  # the folder of its pair, where this study makes that first
+    passes_on: bool = False  # whether the child passes a stop on to its own children
     gpus: list[str] = field(default_factory=list)
     child: Child | None = None
     lock: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
-    @property
-    def pair(self) -> Path | None:
-        return (project_root() / self.config.pair.source_model).parent if self.config else None
+
+@dataclass(eq=False, kw_only=True)
+class Training(Job):
+    """A run of a study."""
+
+    config: Config
+
+    def is_done(self) -> bool:
+        return is_done(self.folder, self.config)
+
+    def make_folder(self) -> None:
+        with lock_run(self.folder):
+            prepare_folder(self.folder, self.config)
+
+    def prepare(self, threads: int) -> list[str]:
+        """The command that trains, its folder made."""
+        refuse_unfit(self.config)
+        prepare_folder(self.folder, self.config)
+        runs.write_status(self.folder, state="running", stage="train")
+        n = self.config.train.num_processes
+        return launch.training_command(self.folder, "train", n, max(1, threads // n))
+
+    def settle(self) -> str:
+        """Why it failed; empty where it did not."""
+        return launch.settle(self.child, "train")
+
+    def arguments(self) -> list[str]:
+        """What is typed behind `bridgekit` to do it elsewhere, in the folder that is made."""
+        return ["train", "--resume", str(self.folder)]
+
+
+@dataclass(eq=False, kw_only=True)
+class Making(Job):
+    """The making of a pair."""
+
+    lexicon_seed: int
+    options: list[str]
+
+    def is_done(self) -> bool:
+        record = self.folder / "pair.json"
+        if record.is_file() and (seed := json.loads(record.read_text()).get("lexicon_seed")) != self.lexicon_seed:
+            raise ConfigError(
+                f"'{self.folder}' was made with lexicon_seed {seed}, not {self.lexicon_seed}: move it away"
+            )
+        return record.is_file()
+
+    def make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def prepare(self, threads: int) -> list[str]:
+        self.make_folder()
+        return [sys.executable, "-m", "bridgekit.train.pretrain", *self.arguments()[1:]]
+
+    def settle(self) -> str:
+        return self.child.why() if self.child.process.returncode else ""
+
+    def arguments(self) -> list[str]:
+        return ["pair", "--out", str(self.folder), "--lexicon-seed", str(self.lexicon_seed), *self.options]
+
+
+def plan_jobs(
+    planned: dict[str, Config], runs_dir: str | Path, pairs: dict | None = None, pair_options: Sequence = ()
+) -> list[Job]:
+    """The jobs of a study: the pairs that it needs, then its runs."""
+    root = project_root() / runs_dir
+    made = {root / "pairs" / name: pair["lexicon_seed"] for name, pair in (pairs or {}).items()}
+    trainings = []
+    for name, config in planned.items():
+        pair = (project_root() / config.pair.source_model).parent
+        ours = {"pair": pair if pair in made else None, "n_gpus": config.train.num_processes}
+        trainings.append(Training(name=name, folder=root / name, config=config, **ours))
+    needed, options = {job.pair for job in trainings}, [str(option) for option in pair_options]
+    return [
+        Making(name=f"pair {folder.name}", folder=folder, lexicon_seed=seed, options=options)
+        for folder, seed in made.items() if folder in needed
+    ] + trainings  # fmt: skip
 
 
 class Runner:
-    """Jobs from waiting to done: `outcome` has a line for each, and `failed` names those that went wrong."""
+    """Jobs from waiting to done: `outcome` has a line for each, and `failed` names those that went wrong.
 
-    def __init__(
-        self, planned: dict[str, Config], runs_dir: str | Path, slots=0, pairs: dict | None = None, pair_options=()
-    ) -> None:
+    There are `slots` at once on each GPU, or on the CPU where there is none, and `at_most` in all.
+    """
+
+    def __init__(self, jobs: Sequence[Job], slots: int = 0, at_most: int = 0) -> None:
         if slots < 0:
             raise ConfigError(f"slots: trainings at once on each GPU, or 0 for the default, got {slots}")
-        self.gpus, self.runs_dir = list_gpus(), project_root() / runs_dir
-        self.pair_options = [str(option) for option in pair_options]
+        self.gpus, self.waiting, self.active = list_gpus(), list(jobs), list[Job]()
         self.slots = slots or (SLOTS_PER_GPU if self.gpus else 1)
-        trainings = [Job(name, self.runs_dir / name, config) for name, config in planned.items()]
-        for job in trainings if self.gpus else ():
-            if (n := job.config.train.num_processes) > len(self.gpus):
-                raise ConfigError(f"train.num_processes: {job.name} needs {n} GPUs, there are {len(self.gpus)}")
-        folders = {name: self.runs_dir / "pairs" / name for name in pairs or {}}
-        seeds = {name: pairs[name]["lexicon_seed"] for name in folders if folders[name] in {j.pair for j in trainings}}
-        makings = [Job(f"pair {name}", folders[name], lexicon_seed=seed) for name, seed in seeds.items()]
-        self.waiting, self.active, self.n_runs = makings + trainings, list[Job](), len(trainings)
-        self.threads = runs.count_threads(max(1, min(self.slots * max(1, len(self.gpus)), len(self.waiting))))
-        self.failed: list[str] = []
+        self.at_most = at_most or self.slots * max(1, len(self.gpus))
+        for job in jobs if self.gpus else ():
+            if job.n_gpus > len(self.gpus):
+                raise ConfigError(
+                    f"train.num_processes: {job.name} needs {job.n_gpus} GPUs, there are {len(self.gpus)}"
+                )
+        self.n_runs = sum(not isinstance(job, Making) for job in jobs)
+        self.threads = runs.count_threads(max(1, min(self.at_most, len(jobs))))
+        self.failed: dict[str, Job] = {}
         self.outcome: dict[str, str] = {}
         self.view = LiveView()
 
@@ -111,7 +185,7 @@ class Runner:
         started = time.time()
         try:
             while self.waiting or self.active:
-                unmade = {job.folder for job in (*self.waiting, *self.active) if not job.config}
+                unmade = {job.folder for job in (*self.waiting, *self.active) if isinstance(job, Making)}
                 for job in [job for job in self.waiting if job.pair not in unmade]:
                     if not self._start(job):
                         break  # the plan's order: a run that needs several GPUs is not overtaken for ever
@@ -124,81 +198,60 @@ class Runner:
             for job in self.active:
                 job.lock.close()
             raise
-        n_done = self.n_runs - sum(not name.startswith("pair ") for name in self.failed)
+        n_done = self.n_runs - sum(not isinstance(job, Making) for job in self.failed.values())
         self.view.note(f"{n_done} of {self.n_runs} runs done in {time.time() - started:.0f} s")
 
     def check(self) -> None:
         """Raise if a run failed, in one line."""
-        if self.failed:
-            why = f"the first: {self.outcome[self.failed[0]]}; see train.log in each folder of {self.runs_dir}"
+        for name, job in self.failed.items():
+            why = f"the first: {self.outcome[name]}; see train.log in each folder of {job.folder.parent}"
             raise RuntimeError(f"failed: {', '.join(self.failed)} ({why})")
 
     def _start(self, job: Job) -> bool:
-        """Start a job, or settle it where there is nothing to start; False if it has to wait for a GPU."""
+        """Start a job, or settle it where there is nothing to start; False if it has to wait for its turn."""
         load = Counter(gpu for other in self.active for gpu in other.gpus)
         free = [gpu for gpu in sorted(self.gpus or ["none"], key=load.__getitem__) if load[gpu] < self.slots]
-        n = job.config.train.num_processes if job.config and self.gpus else 1
-        if len(free) < n:
+        n = job.n_gpus if self.gpus else 1
+        if len(free) < n or len(self.active) >= self.at_most:
             return False
         job.gpus = free[:n]
         try:
-            job.lock.enter_context(lock_run(job.folder))
-            if self._is_done(job):
+            if unmade := next((other for other in self.failed.values() if other.folder == job.pair), None):
+                raise ConfigError(f"its pair could not be made, see {unmade.folder / 'train.log'}")
+            if not job.passes_on:  # a child that is a command of ours locks what it writes
+                job.lock.enter_context(lock_run(job.folder))
+            if job.is_done():
                 self._settle(job, "kept")
             else:
-                self._launch(job)
+                extra = {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if self.gpus else {}
+                extra["OMP_NUM_THREADS"] = str(self.threads)
+                job.child = Child(job.folder, job.prepare(self.threads), job.passes_on, **extra)
+                self.waiting.remove(job)
+                self.active.append(job)
         except (ValueError, OSError) as error:
             self._settle(job, " ".join(str(error).split()), failed=True)
         return True
 
-    def _is_done(self, job: Job) -> bool:
-        if job.config:
-            if f"pair {job.pair.name}" in self.failed:
-                raise ConfigError(f"its pair could not be made, see {job.pair / 'train.log'}")
-            return is_done(job.folder, job.config)
-        record = job.folder / "pair.json"
-        if record.is_file() and (seed := json.loads(record.read_text()).get("lexicon_seed")) != job.lexicon_seed:
-            raise ConfigError(f"'{job.folder}' was made with lexicon_seed {seed}, not {job.lexicon_seed}: move it away")
-        return record.is_file()
-
-    def _launch(self, job: Job) -> None:
-        if job.config:
-            refuse_unfit(job.config)
-            prepare_folder(job.folder, job.config)
-            runs.write_status(job.folder, state="running", stage="train")
-            n = job.config.train.num_processes
-            command = launch.training_command(job.folder, "train", n, max(1, self.threads // n))
-        else:
-            job.folder.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "bridgekit.train.pretrain", "--out", str(job.folder)]
-            command += ["--lexicon-seed", str(job.lexicon_seed), *self.pair_options]
-        extra = {"CUDA_VISIBLE_DEVICES": ",".join(job.gpus)} if self.gpus else {}
-        extra["OMP_NUM_THREADS"] = str(self.threads)
-        job.child = Child(job.folder, command, **extra)
-        self.waiting.remove(job)
-        self.active.append(job)
-
     def _finish(self, job: Job) -> None:
         self.active.remove(job)
         code, summary = job.child.process.returncode, job.folder / "summary.log"
+        why = job.settle()
         text = summary.read_text().strip() if summary.exists() else "made"
-        failed = bool(launch.settle(job.child, "train") if job.config else code)
-        if failed:
-            ended = "stopped" if job.config and load_status(job.folder).get("state") == "stopped" else "FAILED"
-            text = f"{ended} ({code}): {job.child.why()}"
-        self._settle(job, text, failed, f"{time.time() - job.child.started:4.0f} s gpu {','.join(job.gpus)}  ")
+        if why:
+            text = f"{'stopped' if load_status(job.folder).get('state') == 'stopped' else 'FAILED'} ({code}): {why}"
+        self._settle(job, text, bool(why), f"{time.time() - job.child.started:4.0f} s gpu {','.join(job.gpus)}  ")
 
     def _settle(self, job: Job, text: str, failed: bool = False, before: str = "") -> None:
         """A job's last word."""
         job.lock.close()
         self.waiting = [other for other in self.waiting if other is not job]
         self.outcome[job.name] = text
-        self.failed += [job.name] if failed else []
+        self.failed |= {job.name: job} if failed else {}
         if text != "kept":
             self.view.note(f"{before}{job.name}: {text}")
 
     def _show(self, elapsed: float) -> None:
-        n_left = sum(bool(job.config) for job in (*self.waiting, *self.active))
+        n_left = sum(not isinstance(job, Making) for job in (*self.waiting, *self.active))
         first = {job.name: {"stage": "running"} | load_status(job.folder) for job in self.active[:2]}
         parts = {name: {key: status.get(key) for key in ("stage", "step", "steps")} for name, status in first.items()}
         running = [f"{name}: {describe_progress(part)}" for name, part in parts.items()]
@@ -207,8 +260,10 @@ class Runner:
         self.view.show({"stage": stage, "running": ", ".join(running), "elapsed": elapsed})
 
 
-def run_planned(planned: dict[str, Config], runs_dir: str | Path, *options, **more) -> Runner:
+def run_planned(
+    planned: dict[str, Config], runs_dir: str | Path, slots: int = 0, pairs=None, pair_options=()
+) -> Runner:
     """Run what is planned and not finished; `.check()` of what comes back raises if a run failed."""
-    runner = Runner(planned, runs_dir, *options, **more)
+    runner = Runner(plan_jobs(planned, runs_dir, pairs, pair_options), slots)
     runner.run()
     return runner

@@ -78,11 +78,14 @@ def same_run(one: Config, other: Config) -> bool:
 def write_status(folder: str | Path, **status) -> None:
     """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed.
 
-    The state is `running`, `finished`, `stopped` (asked to, or killed) or `failed`: the last two can go on.
+    The state is `queued`, `running`, `finished`, `stopped` (asked to, or killed) or `failed`: the last two can go on.
+    Who runs it stands in `host`, and in `job` where that is Slurm's; a run that is stopped keeps its job.
     """
-    here = {"host": platform.node()} if status.get("state") == "running" else {}
-    known = {key: value for key, value in status.items() if key != "host"}
-    write_text_atomic(Path(folder) / "status.json", json.dumps(known | here) + "\n")
+    state, here = status.get("state"), {"host": platform.node()}
+    known = {key: value for key, value in status.items() if key != "host" and (key != "job" or state != "running")}
+    here |= {"job": slurm_job()["job"]} if state == "running" and slurm_job() else {}
+    known |= here if state in ("running", "queued") else {}
+    write_text_atomic(Path(folder) / "status.json", json.dumps(known) + "\n")
 
 
 def load_status(folder: str | Path) -> dict:
@@ -269,7 +272,10 @@ def lexicon_seed_of(folder: str | Path) -> int:
 
 
 def provenance(config: Config) -> dict:
-    """Where a run's numbers come from: code, versions, machine kind, seeds, command. Holds no user or host name."""
+    """Where a run's numbers come from: code, versions, machine kind, seeds, command.
+
+    It holds no user name, and no host name but those of the nodes that Slurm has given.
+    """
     from importlib.metadata import version
 
     names = ("torch", "transformers", "accelerate", "tokenizers", "numpy", "pandas")
@@ -288,7 +294,16 @@ def provenance(config: Config) -> dict:
         "config_sha256": hashlib.sha256(dump_config(config).encode()).hexdigest(),
         "command": os.environ.get("BRIDGEKIT_COMMAND") or join_command(worker),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
+    } | ({"slurm": slurm_job()} if slurm_job() else {})
+
+
+def slurm_job() -> dict[str, str]:
+    """The id of the Slurm job that this process runs in, as squeue shows it, and its nodes; {} outside of one."""
+    known = os.environ
+    if "SLURM_JOB_ID" not in known:
+        return {}
+    array = f"{known['SLURM_ARRAY_JOB_ID']}_{known['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_TASK_ID" in known else ""
+    return {"job": array or known["SLURM_JOB_ID"], "nodes": known.get("SLURM_JOB_NODELIST", "")}
 
 
 def join_command(parts: Iterable[str]) -> str:

@@ -164,8 +164,8 @@ def plan_study(study: Study, runs_dir: str | Path = "runs", keep: Sequence[str] 
             own += [f"pair.{side}_model={runs_dir}/pairs/{pair}/{side}" for side in ("source", "target")]
         try:
             config = configs[name] = load_config(overrides=[*shared, *texts, *own], **base)
-            if not pair:  # a pair of the study's own is made when it runs
-                check_inputs(config)
+            # A pair of the study's own is made when it runs.
+            check_inputs(config.with_(source_model="embedded", target_model="embedded") if pair else config)
             read = config.pair, config.task, config.bridge.source_view
             if read not in lengths:
                 lengths[read] = measure_prompts(config)

@@ -14,7 +14,7 @@ from conftest import TINY
 from bridgekit import cli, launch, runner
 from bridgekit.alive import Child, lock_run
 from bridgekit.config import ConfigError, load_config
-from bridgekit.runner import SLOTS_PER_GPU, Runner, is_done, list_gpus, run_planned
+from bridgekit.runner import SLOTS_PER_GPU, Runner, is_done, list_gpus, plan_jobs, run_planned
 from bridgekit.runs import create_run, load_status, write_status
 
 FINISH = "(path / 'status.json').write_text(json.dumps({'state': 'finished'}))"
@@ -47,7 +47,7 @@ def test_a_finished_run_is_kept_and_another_s_is_not_taken_for_it(tmp_path, scri
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
     outcome = run_planned(same | other | plan("broken"), tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")} == before
-    assert outcome.outcome["same"] == "kept" and outcome.failed == ["other", "broken"]
+    assert outcome.outcome["same"] == "kept" and list(outcome.failed) == ["other", "broken"]
     assert "another configuration" in outcome.outcome["other"] and "cannot be read" in outcome.outcome["broken"]
     with pytest.raises(RuntimeError, match="failed: other, broken"):
         outcome.check()
@@ -61,7 +61,7 @@ def test_what_another_process_writes_is_left_alone_and_what_was_begun_goes_on(tm
         (folder / "metrics.jsonl").write_text("half")
     with lock_run(locked):
         outcome = run_planned(plan("locked", "begun", "other"), tmp_path, 3)
-    assert outcome.failed == ["locked"] and "being written by process" in outcome.outcome["locked"]
+    assert list(outcome.failed) == ["locked"] and "being written by process" in outcome.outcome["locked"]
     assert outcome.outcome["begun"] == outcome.outcome["other"] == "done now"
     assert (locked / "metrics.jsonl").read_text() == (begun / "metrics.jsonl").read_text() == "half"
     (moved,) = (tmp_path / ".unfinished").iterdir()  # which was begun with other settings
@@ -84,7 +84,7 @@ def test_a_failed_run_is_marked_with_its_reason_and_stops_no_other(tmp_path, scr
 
 def test_a_pair_that_cannot_be_made_ends_its_runs_in_a_line_and_no_other(tmp_path, scripted, monkeypatch):
     models = {f"{side}_model": str(tmp_path / "pairs" / "new" / side) for side in ("source", "target")}
-    planned, pairs = plan("on_new", **models) | plan("on_old"), {"new": {"lexicon_seed": 9}, "unused": {}}
+    planned, pairs = plan("on_new", **models) | plan("on_old"), {"new": {"lexicon_seed": 9}, "no": {"lexicon_seed": 1}}
     started = []
 
     def start_child(folder, command, *arguments, **extra):
@@ -107,13 +107,13 @@ def test_a_pair_that_cannot_be_made_ends_its_runs_in_a_line_and_no_other(tmp_pat
 
 def test_slots_and_gpus_that_are_not_there_are_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="slots: .*got -1"):
-        Runner({}, tmp_path, -1)
+        Runner([], -1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     with pytest.raises(ConfigError, match="train.num_processes: a needs 2 GPUs, there are 1"):
-        Runner(plan("a", num_processes=2), tmp_path)
+        Runner(plan_jobs(plan("a", num_processes=2), tmp_path))
     for visible, gpus in (("0,2, 5", ["0", "2", "5"]), ("GPU-8f1c", ["GPU-8f1c"]), ("", []), ("-1", [])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-        assert list_gpus() == gpus and Runner({}, tmp_path).slots == (SLOTS_PER_GPU if gpus else 1)
+        assert list_gpus() == gpus and Runner([]).slots == (SLOTS_PER_GPU if gpus else 1)
 
 
 def test_a_run_on_two_gpus_gets_two_and_is_not_overtaken(tmp_path, scripted, monkeypatch):
@@ -129,7 +129,7 @@ def test_a_run_on_two_gpus_gets_two_and_is_not_overtaken(tmp_path, scripted, mon
 def test_an_interruption_ends_the_children_and_marks_their_runs(tmp_path, scripted, monkeypatch):
     """As in a notebook, whose kernel lives on after the stop button."""
     scripted["long"] = "time.sleep(600)"
-    made = Runner(plan("long", "next"), tmp_path, 1)
+    made = Runner(plan_jobs(plan("long", "next"), tmp_path), 1)
     monkeypatch.setattr(Child, "poll", lambda self: (_ for _ in ()).throw(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         made.run()
