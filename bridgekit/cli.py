@@ -182,6 +182,7 @@ FORWARDED = {  # verbs whose module reads its own arguments: {verb: (module, wha
     "study": ("study", "many runs at once, on the GPUs there are"),
     "sweep": ("study", "the former name of study"),
     "batch": ("batch", "notebooks and studies of a file, in order or at once; again: exactly what is missing"),
+    "submit": ("slurm", "send a notebook, a study or a batch to Slurm"),
     "pair": ("train.pretrain", "make a pair of models from scratch, with a lexicon of its own"),
     "bench": ("train.bench", "what steps and answers cost on this machine, with models of real size"),
     "fetch": ("tasks.real", "bring real questions into a folder that runs read"),

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -191,18 +192,41 @@ def end_children(children: dict[Path, "Child"]) -> None:
 
 def training_command(run_dir: Path, stage: str, num_processes: int, threads: int = 0) -> list[str]:
     """The `accelerate launch` command; on CPU too several processes need --multi_gpu, or one starts."""
+    machines = int(os.environ.get("BRIDGEKIT_MACHINES", 1))  # nodes of a Slurm job that `bridgekit submit` has sent
     options = {
         "num_processes": num_processes,
-        "num_machines": 1,
-        "main_process_port": 0,  # a free one: two runs may share a machine
-        "num_cpu_threads_per_process": threads or runs.count_threads(num_processes),
+        "num_machines": machines,
+        "main_process_port": 0 if machines == 1 else find_port(),  # a free one: two runs may share a machine
+        "num_cpu_threads_per_process": threads or runs.count_threads(max(1, num_processes // machines)),
         "mixed_precision": "no",  # `pair.dtype` decides
         "dynamo_backend": "no",
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     flags += ["--multi_gpu"] if num_processes > 1 else []
     worker = ["-m", "bridgekit.train.worker", str(run_dir), "--stage", stage]
-    return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
+    if machines == 1:
+        return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
+    flags += ["--main_process_ip", os.environ["SLURMD_NODENAME"]]  # a launcher on each node; they meet on this one
+    ranked = 'exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_PROCID" "$@"'
+    apart = "unset BRIDGEKIT_PARENT_PID; "  # a process of this node alone: srun ends the launchers
+    return [
+        "srun",
+        f"--ntasks={machines}",
+        "--kill-on-bad-exit=1",
+        "sh",
+        "-c",
+        apart + ranked,
+        sys.executable,
+        *flags,
+        *worker,
+    ]
+
+
+def find_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return one.getsockname()[1]
 
 
 # -- a notebook without a browser -------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import functools
 import json
 import math
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -113,6 +114,7 @@ def build_record(folder: Path) -> dict:
         "direction": settings["pair.direction"],
         "seed": settings["run.seed"],
         "what": _describe_settings(settings, facts, status),
+        "slurm": facts.get("slurm"),
         "notes": notes.read_text(encoding="utf-8").replace("<!--", "&lt;!--").strip() if notes.is_file() else "",
         "status": status,
         "judged": {"outcome": status.get("state", "unknown")},
@@ -245,7 +247,7 @@ def _make_environment(finalize: Callable | None) -> jinja2.Environment:
     options = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True, "finalize": finalize}
     loader = jinja2.FileSystemLoader(Path(__file__).with_name("templates"))
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options)
-    environment.filters |= {"share": format_share, "line": _one_line}
+    environment.filters |= {"share": format_share, "line": _one_line, "quote": shlex.quote}
     return environment
 
 
