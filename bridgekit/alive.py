@@ -35,6 +35,7 @@ BEAT_SECONDS = 5  # between a process's signs of life
 LOOK_SECONDS = 0.25  # between looks at a child or a status
 SILENT_SECONDS = 45  # after which a process counts as dead or stopped
 GRACE_SECONDS = 30.0  # for a process that was asked to stop
+ROOM = 1 << 16  # bytes without which a log can no longer say why its process ended
 # What a log ends with: the worker's own word, an exception, or the signal that the launcher saw. {pattern: the reason}
 REASONS = {
     r"^(?:\[\w+\]: ?)?error: (.+)$": "{}",
@@ -243,6 +244,8 @@ class Child:
     def why(self) -> str:
         """Why it has ended."""
         unknown = f"the process ended with exit code {self.process.returncode}"
+        if self.folder.exists() and shutil.disk_usage(self.folder).free < ROOM:
+            unknown = "the disk is full: free some space, then go on"
         return self.silent or find_error(self.log, self.log_start) or unknown
 
 

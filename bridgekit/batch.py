@@ -106,6 +106,8 @@ def plan_entries(entries: Sequence[object], n_gpus: int = 0) -> tuple[list[Job],
                 lacking = 0 < n_gpus < job.n_gpus
                 refuse_if(lacking, f"train.num_processes: {job.name} needs {job.n_gpus} GPUs, there are {n_gpus}")
                 job.is_done()  # refuses a finished folder of other settings
+            for job in planned:  # two entries may have one name
+                job.name += f" (entry {number})" * isinstance(job, Execution)
             jobs += planned
         except (ValueError, OSError) as error:
             bad.append(f"entry {number} ({what}): {' '.join(str(error).split())}")

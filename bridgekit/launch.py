@@ -14,7 +14,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -196,7 +195,8 @@ def training_command(run_dir: Path, stage: str, num_processes: int, threads: int
     options = {
         "num_processes": num_processes,
         "num_machines": machines,
-        "main_process_port": 0 if machines == 1 else find_port(),  # a free one: two runs may share a machine
+        # A free one, because two runs may share a machine; nodes must know it, so it is the job's own.
+        "main_process_port": 0 if machines == 1 else 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000,
         "num_cpu_threads_per_process": threads or runs.count_threads(max(1, num_processes // machines)),
         "mixed_precision": "no",  # `pair.dtype` decides
         "dynamo_backend": "no",
@@ -208,25 +208,8 @@ def training_command(run_dir: Path, stage: str, num_processes: int, threads: int
         return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
     flags += ["--main_process_ip", os.environ["SLURMD_NODENAME"]]  # a launcher on each node; they meet on this one
     ranked = 'exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_PROCID" "$@"'
-    apart = "unset BRIDGEKIT_PARENT_PID; "  # a process of this node alone: srun ends the launchers
-    return [
-        "srun",
-        f"--ntasks={machines}",
-        "--kill-on-bad-exit=1",
-        "sh",
-        "-c",
-        apart + ranked,
-        sys.executable,
-        *flags,
-        *worker,
-    ]
-
-
-def find_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as one:
-        one.bind(("", 0))
-        return one.getsockname()[1]
+    nodes = f"srun --ntasks={machines} --kill-on-bad-exit=1 sh -c".split()
+    return [*nodes, f"unset BRIDGEKIT_PARENT_PID; {ranked}", sys.executable, *flags, *worker]  # srun ends them
 
 
 # -- a notebook without a browser -------------------------------------------------------------------------------

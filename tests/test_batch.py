@@ -5,8 +5,13 @@ python -m pytest tests/test_batch.py
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import faults
 import nbformat
 import pytest
 import yaml
@@ -135,9 +140,89 @@ def test_a_notebook_that_needs_more_gpus_than_there_are_is_bad(project, capsys, 
 def test_an_entry_of_another_name_is_another_run(project):
     entries = [PHASE1 | {"overrides": [f"run.name={name}", *TINY_OVERRIDES]} for name in ("a", "b")]
     jobs, bad = plan_entries(entries)
-    assert not bad and [job.name for job in jobs] == ["phase1 a", "phase1 b"]
+    assert not bad and [job.name for job in jobs] == ["phase1 a (entry 1)", "phase1 b (entry 2)"]
     for job in jobs:
         job.make_folder()
     again, _ = plan_entries(entries)
     assert [job.folder for job in again] == [job.folder for job in jobs] and not any(job.is_done() for job in again)
     assert [job.folder.name.rsplit("_", 2)[0] for job in again] == ["a", "b"]
+
+
+# -- twenty real runs -------------------------------------------------------------------------------------------
+
+
+def wait_for(reached, seconds: float = 900):
+    """What `reached` gives as soon as it gives something."""
+    end = time.monotonic() + seconds
+    while not (found := reached()):
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.1)
+    return found
+
+
+def training_runs(project: Path, pattern: str) -> list[Path]:
+    """Runs whose training has begun."""
+    return [path.parent for path in project.glob(f"{pattern}/metrics.jsonl") if path.stat().st_size > 200]
+
+
+def kill_worker(project: Path, run: Path) -> None:
+    workers = [p for p in faults.processes_of(project, str(run)) if "bridgekit.train.worker" in p.cmdline()]
+    os.kill(workers[-1].pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own, to fill, needs root")
+def test_of_twenty_runs_three_fail_are_named_and_are_what_a_second_call_does(tmp_path, monkeypatch, capsys):
+    """Eleven notebooks and a study of nine runs, two at once: one is killed, one has a full disk, one entry is bad."""
+    project, small = faults.make_project(tmp_path), tmp_path / "small"
+    small.mkdir()
+    short = ["train.steps=12", "train.eval_every=6"]
+    phase1 = {"notebook": "notebooks/phase1.ipynb", "parameters": "small.yaml"}
+    entries = [phase1 | {"overrides": [*short, f"run.seed={seed}"]} for seed in range(1, 9)]
+    entries.append(phase1 | {"overrides": ["train.steps=60", "run.name=killed"]})
+    entries.append(phase1 | {"overrides": [*short, "run.runs_dir=small"]})
+    entries.append(phase1 | {"overrides": [*short, "run.seed=9"], "parameters": "later.yaml"})
+    study = {"base": "small.yaml", "overrides": short, "seeds": [1, 2, 3]}
+    study["variants"] = {f"lr{n}": {"train.lr": n / 1000} for n in (1, 2, 3)}
+    (project / "study.yaml").write_text(yaml.safe_dump(study))
+    (project / "night.yaml").write_text(
+        yaml.safe_dump({"entries": [*entries[8:], *entries[:8], {"study": "study.yaml"}]})
+    )
+    monkeypatch.chdir(project)
+    command = [sys.executable, "-m", "bridgekit", "batch", "night.yaml", "--jobs", "2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(small)], check=True)
+    try:
+        began = time.monotonic()
+        batch = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        (full,) = wait_for(lambda: training_runs(project, "small/phase1_*"))
+        faults.harm("disk full", project, small)
+        (killed,) = wait_for(lambda: training_runs(project, "runs/killed_*"))
+        kill_worker(project, killed)
+        out, first = batch.communicate()[0], time.monotonic() - began
+        lost = [line for line in out.splitlines() if line.startswith(("failed: ", "bad: "))][-3:]
+        assert batch.returncode == 1 and "17 of 19 runs done" in out, out
+        assert "killed by SIGKILL" in lost[0] and "the disk is full" in lost[1] and "later.yaml" in lost[2], out
+        states = subprocess.run(
+            [*command[:3], "status", "runs", "small"], capture_output=True, text=True, env=environment
+        )
+        assert "17 finished" in states.stdout and out.count("later.yaml") == 2, states.stdout
+        faults.heal("disk full", small)
+        (project / "later.yaml").write_text((project / "small.yaml").read_text())
+        before = {run: run.stat().st_mtime_ns for run in faults.finished(project)}
+        began = time.monotonic()
+        again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert again.returncode == 0 and "3 are started" in again.stdout and again.stdout.endswith("all is done\n"), (
+            again
+        )
+        assert (
+            len(faults.finished(project)) == 19
+            and (full / "phase1.ipynb").is_file()
+            and (killed / "phase1.ipynb").is_file()
+        )
+        assert all(run.stat().st_mtime_ns == when for run, when in before.items()), "a finished run was written to"
+        with capsys.disabled():
+            print(f"\n20 runs: {first:.0f} s, then the three: {time.monotonic() - began:.0f} s\n" + "\n".join(lost))
+            print(states.stdout)
+    finally:
+        subprocess.run(["umount", str(small)], check=False)

@@ -16,7 +16,7 @@ from bridgekit.study import Study, plan_study, plan_swap
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
-PARAMETERS = sorted((ROOT / "parameters").glob("*.yaml"))
+PARAMETERS = [p for p in sorted((ROOT / "parameters").glob("*.yaml")) if "notebook" in load_parameters(p)]  # no batch
 LONGEST_CELL, MOST_PARAMETERS = 15, 15
 OWN = {"run_dir", "overrides", "slots", "prompt_teacher"}  # parameters of phase1 and swap that are no keys
 PLUMBING = ("sys.path", "os.environ", "subprocess", "importlib", "get_ipython")
