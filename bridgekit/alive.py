@@ -104,11 +104,13 @@ def true_status(folder: str | Path) -> dict:
     has in its queue again, is `preempted`.
     """
     status = load_status(folder)
-    state, in_queue = status.get("state"), "job" in status and status["job"] in list_slurm_jobs()
-    if state == "stopped" and in_queue:
-        return status | {"state": "preempted", "error": f"job {status['job']} goes on with it"}
-    if state == "queued" and not in_queue and not is_awaited(status):
-        return status | {"state": "stale", "error": "it was queued, and who would have started it is gone"}
+    state, job = status.get("state"), status.get("job")
+    jobs = list_slurm_jobs() if job else None
+    if state == "stopped" and job in (jobs or ()):
+        return status | {"state": "preempted", "error": f"job {job} goes on with it"}
+    if state == "queued" and not is_awaited(status, jobs):
+        gone = f"job {job} has ended without it: its output is in runs/slurm" if job else "its batch is gone"
+        return status | {"state": "stale", "error": gone}
     if state != "running" or find_writer(folder):
         return status
     if status.get("host") != platform.node() and silence(folder, min) < SILENT_SECONDS:
@@ -117,20 +119,21 @@ def true_status(folder: str | Path) -> dict:
 
 
 @functools.cache
-def list_slurm_jobs() -> set[str]:
-    """The ids of the jobs that Slurm has in its queue, waiting or running; none where there is no Slurm."""
+def list_slurm_jobs() -> set[str] | None:
+    """The ids of the jobs that Slurm has in its queue, waiting or running; None where Slurm cannot be asked."""
     if shutil.which("squeue") is None:
-        return set()
-    listed = subprocess.run(["squeue", "--noheader", "--array", "--format=%i"], capture_output=True, text=True)
-    return set(listed.stdout.split())
+        return None
+    command = ["squeue", "--noheader", "--array", "--format=%i"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if listed.returncode else set(listed.stdout.split())
 
 
-def is_awaited(status: dict) -> bool:
-    """Whether a queued run's batch lives; of another host, or of a Slurm that is not seen here, nobody can tell."""
+def is_awaited(status: dict, jobs: set[str] | None) -> bool:
+    """Whether a queued run's job or batch is there; of one that is not seen from here nobody can tell."""
     import psutil
 
     if "job" in status:
-        return shutil.which("squeue") is None
+        return jobs is None or status["job"] in jobs
     return status.get("host") != platform.node() or psutil.pid_exists(status.get("pid", 0))
 
 

@@ -137,6 +137,7 @@ def queue_jobs(jobs: Sequence[Job], bad: list[str], **where: object) -> list[Job
             due.append(job)
         except (ValueError, OSError) as error:
             bad.append(f"{job.name}: {' '.join(str(error).split())}")
+            print(f"bad: {bad[-1]}", file=sys.stderr, flush=True)
     return due
 
 
@@ -156,14 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     if not jobs:
         return 2
     with lock_run(project_root() / "runs" / args.file.stem, "batch"):
-        n_bad, n_jobs = len(bad), len(jobs)
         due = queue_jobs(jobs, bad, pid=os.getpid())
-        for line in bad[n_bad:]:
-            print(f"bad: {line}", file=sys.stderr, flush=True)
         for job in due:
             if isinstance(job, Execution) and job.config is None:  # it starts its own trainings
                 job.n_gpus = max(1, n_gpus // at_most)
-        print(f"{n_jobs} runs: {n_jobs - len(due)} are finished, running or bad, {len(due)} are started", flush=True)
+        print(f"{len(jobs)} runs: {len(jobs) - len(due)} are finished or under way, {len(due)} are started", flush=True)
         runner = Runner(due, -(-at_most // max(1, n_gpus)), at_most)
         if due:
             runner.run()

@@ -149,7 +149,7 @@ def send(jobs: Sequence[Job], site: dict, args: argparse.Namespace, more: Sequen
 
 def is_under_way(job: Job) -> bool:
     """Whether somebody runs it, or a job that Slurm has in its queue will."""
-    return bool(find_writer(job.folder)) or load_status(job.folder).get("job") in list_slurm_jobs()
+    return bool(find_writer(job.folder)) or load_status(job.folder).get("job") in (list_slurm_jobs() or ())
 
 
 def main(argv: list[str] | None = None) -> int:

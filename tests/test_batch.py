@@ -114,14 +114,14 @@ def test_a_second_call_does_exactly_what_is_missing(project, capsys, scripted): 
     del scripted["some_two_seed1"]
     assert run_batch(*night[:3]) == 0
     out = capsys.readouterr().out
-    assert "4 runs: 3 are finished, running or bad, 1 are started" in out and out.endswith("all is done\n"), out
+    assert "4 runs: 3 are finished or under way, 1 are started" in out and out.endswith("all is done\n"), out
     changed = {path.parent.name for path in Path("runs").glob("s*/*") if path.stat().st_mtime_ns != before.get(path)}
     assert changed == {"some_two_seed1"} and sorted(Path("said").read_text()) == ["\n", "\n", "a", "b"]
 
 
 def test_what_waits_is_queued_and_without_its_batch_stale(project, capsys, tiny):
     folder = runs.create_run(tiny(), Path("runs/one"))
-    for pid, state in ((os.getpid(), "queued     waits for its batch"), (2**22 + 1, "stale      it was queued")):
+    for pid, state in ((os.getpid(), "queued     waits for its batch"), (2**22 + 1, "stale      its batch is gone")):
         runs.write_status(folder, state="queued", pid=pid)
         assert cli.main(["status"]) == 0 and state in capsys.readouterr().out
 

@@ -234,7 +234,7 @@ def test_a_module_that_is_not_there_ends_the_job_in_a_line(project, shell):
     shell("bridgekit submit notebooks/phase1.ipynb -f small.yaml --site site.yaml")
     wait_for("an empty queue", lambda: not shell_free("squeue --noheader"))
     assert "error: modules: 'gcc/0.0.0' is not there (site.yaml)" in shell("cat runs/slurm/*/job.log")
-    assert "stale      it was queued" in shell("bridgekit status")
+    assert " has ended without it: its output is in runs/slurm" in shell("bridgekit status")
 
 
 @slow
