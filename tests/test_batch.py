@@ -64,7 +64,7 @@ TINY_OVERRIDES = [f"{key}={value}" for key, value in TINY.items() if key not in 
         ({"notebook": "notebooks/untagged.ipynb"}, ["untagged.ipynb", "'parameters'"]),
         (PHASE1 | {"parameters": "swap.yaml"}, ["swap.yaml", "'swap'", "'phase1'"]),
         (PHASE1 | {"parameters": "none.yaml"}, ["none.yaml"]),
-        (PHASE1 | {"parameters": {"steps": 3}}, ["parameters", "file"]),
+        (PHASE1 | {"parameters": {"steps": 3}}, ["parameters: expected a file or a list of files"]),
         (PHASE1 | {"overrides": "steps=3"}, ["overrides", "list"]),
         (PHASE1 | {"overrides": ["stps=3"]}, ["stps", "steps"]),
         (PHASE1 | {"parameters": "model.yaml"}, ["pair.source_model", "./no"]),
