@@ -169,7 +169,7 @@ def settle(child: Child, stage: str) -> str:
     state = load_status(child.folder).get("state")
     unfinished = stage == STAGES[-1] and state != "finished"  # whatever its exit code says
     why = child.why() if child.process.returncode or unfinished else ""
-    if why and state != "stopped":
+    if why and state not in ("stopped", "failed"):  # else it has said so itself
         ended = "stopped" if re.search("killed by SIG(KILL|TERM|HUP)", why) else "failed"
         mark_ended(child.folder, ended, f"{stage}: {why}")
     return why

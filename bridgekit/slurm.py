@@ -106,12 +106,11 @@ def write_script(jobs: Sequence[Job], site: dict, args: argparse.Namespace, fold
     """The batch script of some jobs that lies in a folder, as text."""
     from bridgekit.results.reports import render  # takes a second
 
-    n_jobs, n_gpus = len(jobs), max(job.n_gpus for job in jobs) // args.nodes
+    n_jobs, n_gpus = len(jobs), max(1, max(job.n_gpus for job in jobs) // args.nodes)
     throttle = f"%{args.at_once}" if args.at_once else ""
     options = {
         "job-name": args.file.stem,
         "array": f"1-{n_jobs}{throttle}" if n_jobs > 1 else "",
-        "time": format_time(choose_time(jobs, site, args.time)),
         "nodes": args.nodes,
         "ntasks-per-node": 1,
         "cpus-per-task": site["cpus"],
@@ -183,16 +182,17 @@ def main(argv: list[str] | None = None) -> int:
     due = [job for job in jobs if not job.is_done() and not is_under_way(job)]
     parts = [[j for j in due if isinstance(j, Making) == making] for making in (True, False)]
     place, more = project_root() / "runs" / "slurm" / f"{args.file.stem}_<time>", []
-    scripts = [write_script(part, site, args, place, more) for part in parts if part]
-    if args.dry_run:
-        print("\n".join(scripts), end="")
-        return 2 if bad else 0
-    for script in scripts:
-        call_slurm("sbatch", "--test-only", text=script)
-    for part in parts:
+    limits = [[f"--time={format_time(choose_time(part, site, args.time))}"] if part else [] for part in parts]
+    for part, limit in zip(parts, limits, strict=True):
+        script = write_script(part, site, args, place, limit) if part else ""
+        if args.dry_run:
+            print(script, end="")
+        elif part:
+            call_slurm("sbatch", "--test-only", text=script)
+    for part, limit in zip(parts, limits, strict=True) if not args.dry_run else ():
         if part := queue_jobs(part, bad):
-            job_id = send(part, site, args, more)
-            more = [f"--dependency=afterok:{job_id}"]  # runs come after their pairs
+            job_id = send(part, site, args, limit + more)
+            more = [f"--dependency=afterok:{job_id}", "--kill-on-invalid-dep=yes"]  # runs come after their pairs
     if len(due) < len(jobs):
-        print(f"{len(jobs) - len(due)} of {len(jobs)} runs are finished or under way", flush=True)
+        print(f"{len(jobs) - len(due)} of {len(jobs)} runs are finished or under way", file=sys.stderr, flush=True)
     return 2 if bad else 0
