@@ -6,6 +6,7 @@ folder=$(realpath -m "$2")
 export SLURM_CONF="$folder/slurm.conf"
 
 stop() {
+    scancel --user="$(id -un)" 2>/dev/null && sleep 2 || true # jobs outlive the daemons
     for name in slurmctld slurmd munged; do
         [ -f "$folder/$name.pid" ] && kill "$(cat "$folder/$name.pid")" 2>/dev/null || true
     done

@@ -31,13 +31,16 @@ PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
 MISSING = [name for name in PROGRAMS if shutil.which(name) is None]
 NAME, slow = "tests/test_slurm.py", pytest.mark.slow
 SECONDS = 420  # that a run is waited for, two restarts and other work on the machine included
+QUICK = "train.controls=[] loss.decode_weight=0 train.eval_every=12 eval.conditions=[source,target,bridged]".split()
 
 
 @pytest.fixture
 def project(tmp_path, monkeypatch) -> Path:
     """A project with a small notebook, its parameters and a study of two runs."""
     monkeypatch.chdir(faults.make_project(tmp_path))
+    Path("small.yaml").write_text(yaml.safe_dump({"notebook": "phase1", "overrides": [*faults.SETTINGS, *QUICK]}))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("BRIDGEKIT_COMMAND", "")
     list_slurm_jobs.cache_clear()
     return tmp_path
@@ -173,13 +176,11 @@ def rows(run: Path) -> int:
 
 @slow
 def test_a_preempted_run_is_put_back_and_goes_on_to_its_end(project, shell):
-    sent = shell("bridgekit submit notebooks/phase1.ipynb -f small.yaml -o train.steps=60 --time 0:20:00")
-    job, (run,) = re.match(r"job (\d+): 1 run;", sent)[1], faults.run_folders(project)
+    submit = "bridgekit submit notebooks/phase1.ipynb -f small.yaml --time 0:20:00"
+    job, (run,) = re.match(r"job (\d+): 1 run;", shell(submit))[1], faults.run_folders(project)
     shell("cat runs/slurm/phase1_*/job.sh")
-    wait_for("training", lambda: rows(run) > 6)
-    assert "running" in shell("bridgekit status") and "1 of 1 runs are finished or under way" in shell(
-        "bridgekit submit notebooks/phase1.ipynb -f small.yaml -o train.steps=60 --time 0:20:00"
-    )
+    wait_for("training", lambda: rows(run) > 3)
+    assert "running" in shell("bridgekit status") and "1 of 1 runs are finished or under way" in shell(submit)
     shell(f"scontrol requeue {job}")
     wait_for("the stop", lambda: load_status(run)["state"] == "stopped")
     assert f"preempted  job {job} goes on with it" in shell("bridgekit status")
@@ -203,7 +204,7 @@ def test_of_an_array_one_fails_and_a_second_call_sends_that_one(project, shell):
     study = yaml.safe_load(Path("many.yaml").read_text())
     study["variants"]["two"] = {"loss.extra": "own.py:fail", "loss.extra_weight": 0.1}
     Path("many.yaml").write_text(yaml.safe_dump(study))
-    shell("bridgekit submit many.yaml --time 0:20:00 --site /dev/null")
+    shell("bridgekit submit many.yaml --time 0:20:00")
     shell("bridgekit status")
     wait_for("an empty queue", lambda: not shell_free("squeue --noheader"))
     shown = shell("bridgekit status")
@@ -214,14 +215,13 @@ def test_of_an_array_one_fails_and_a_second_call_sends_that_one(project, shell):
 
 @slow
 def test_a_run_over_its_time_limit_stops_before_it_and_goes_on(project, shell):
-    Path("site.yaml").write_text("time: 0:02:00\noptions: ['--signal=B:TERM@80']\n")
-    sent = shell("bridgekit submit notebooks/phase1.ipynb -f small.yaml -o train.steps=600 --site site.yaml")
+    Path("site.yaml").write_text("time: 0:03:00\noptions: ['--signal=B:TERM@100']\n")
+    sent = shell("bridgekit submit notebooks/phase1.ipynb -f small.yaml -o train.steps=9999 --site site.yaml")
     job, (run,) = re.match(r"job (\d+): 1 run;", sent)[1], faults.run_folders(project)
     wait_for("the first stop", lambda: load_status(run)["state"] == "stopped")
     before = rows(run)
     assert "preempted" in shell("bridgekit status")
-    wait_for("a second beginning", lambda: load_status(run)["state"] == "running")
-    assert rows(run) >= before, "what was done is done"
+    wait_for("more steps", lambda: rows(run) > before)
     shell(f"scontrol show job {job} | grep -o 'JobState=[A-Z]*\\|Restarts=[0-9]*\\|TimeLimit=[0-9:]*'")
     shell(f"scancel {job}")
     wait_for("an empty queue", lambda: not shell_free("squeue --noheader"))
