@@ -236,7 +236,7 @@ class Runner:
         self.active.remove(job)
         code, summary = job.child.process.returncode, job.folder / "summary.log"
         why = job.settle()
-        text = summary.read_text().strip() if summary.exists() else "made"
+        text = summary.read_text().strip() if summary.exists() else "done"
         if why:
             text = f"{'stopped' if load_status(job.folder).get('state') == 'stopped' else 'FAILED'} ({code}): {why}"
         self._settle(job, text, bool(why), f"{time.time() - job.child.started:4.0f} s gpu {','.join(job.gpus)}  ")

@@ -209,7 +209,7 @@ def test_of_twenty_runs_three_fail_are_named_and_are_what_a_second_call_does(tmp
             [*command[:3], "status", "runs", "small"], capture_output=True, text=True, env=environment
         )
         assert "17 finished" in states.stdout and out.count("later.yaml") == 2, states.stdout
-        faults.heal("disk full", small)
+        faults.heal("disk full", project, small)
         (project / "later.yaml").write_text((project / "small.yaml").read_text())
         before = {run: run.stat().st_mtime_ns for run in faults.finished(project)}
         began = time.monotonic()
