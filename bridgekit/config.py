@@ -7,7 +7,9 @@ A key is `section.name` or its name alone, because names are unique across secti
 parameters cell and dotted overrides be one mechanism. The keys themselves stand in keys.py. Nothing here imports torch.
 """
 
+import argparse
 import difflib
+import glob
 import json
 import math
 import re
@@ -28,8 +30,12 @@ from bridgekit.keys import (
     NEVER,
     OPTIONS,
     SECTIONS,
+    ConfigError,
     holds,
     is_path,
+    load_yaml,
+    parse_yaml,
+    refuse_if,
 )
 
 # The package takes the names of a configuration's parts from here.
@@ -39,14 +45,11 @@ FORMAT = 2  # of a written configuration; a file without `format:` is of format 
 EMBEDDED = Path(__file__).parent / "model" / "embedded_pair"
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message is one line that names the key and the way out."""
+class Parser(argparse.ArgumentParser):
+    """A verb's arguments; a mistaken one is refused in one line, as everything else is."""
 
-
-def refuse_if(wrong: object, message: str) -> None:
-    """Raise the one line that says what is wrong with something the user gave."""
-    if wrong:
-        raise ConfigError(message)
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{self.prog}: {message} (all there is: {self.prog} --help)")
 
 
 Run, Pair, Task, Bridge, Loss, Train, Eval = (
@@ -85,17 +88,22 @@ def resolve_key(name: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that looks most like a mistaken one; empty where none is known."""
-    return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)), "")
+    return next(iter(difflib.get_close_matches(str(name)[:80], known, n=1, cutoff=0.0)), "")
+
+
+def suggest_file(path: str | Path) -> str:
+    """`: did you mean 'parameters/phase1.yaml'?` for a file that is not there, by those beside it; or what to name."""
+    path, form = Path(path), f"*{glob.escape(Path(path).suffix)}"
+    beside = [*path.parent.glob(form), *Path("parameters").rglob(form), *Path("notebooks").glob(form)]
+    near = nearest(str(path), map(str, beside if path.suffix else []))
+    return f": did you mean '{near}'?" if near else ": name a file that exists"
 
 
 def parse_override(text: str) -> tuple[str, object]:
     """`train.steps=200` to (key, value); the value is read as YAML, then held to the key's type."""
     name, equals, value = text.partition("=")
     refuse_if(not equals, f"override '{text}': write it as key=value")
-    try:
-        return resolve_key(name.strip()), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{text}': its value is not valid YAML") from None
+    return resolve_key(name.strip()), parse_yaml(f"override '{text}'", value)
 
 
 def format_override(key: str, value: object) -> str:
@@ -115,11 +123,8 @@ def parse_texts(where: str, texts: object) -> dict[str, object]:
 
 def load_parameters(path: str | Path) -> dict[str, object]:
     """The parameters of a YAML file as {name: value}; sections are flattened, `overrides` stays a list."""
-    refuse_if(not Path(path).is_file(), f"{path}: no such parameters file")
-    try:
-        loaded = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    refuse_if(not Path(path).is_file(), f"{path}: no such parameters file{suggest_file(path)}")
+    loaded = load_yaml(path) or {}
     is_table = isinstance(loaded, dict)
     refuse_if(not is_table, f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
     written_as = loaded.pop("format", 1)
@@ -202,7 +207,7 @@ def check_type(name: str, kind: type, value: object) -> object:
         refuse_if(not is_list, f"{name}: expected a list of names, got {value!r}")
         return tuple(value)
     if kind is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 2**64 else math.inf
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
     hint = f" (YAML reads {value} as text: write 1.0e-4 with a dot and a signed exponent)" if is_number else ""
     found = f"{type(value).__name__} {value!r}{hint}"
@@ -216,6 +221,11 @@ def check_value(name: str, value: object) -> object:
     value = check_type(name, type(default), value)
     is_finite = not isinstance(value, float) or math.isfinite(value)
     refuse_if(not is_finite, f"{name}: must be a finite number, got {value}")
+    refuse_if(
+        type(value) is int and abs(value) > 2**32, f"{name}: too large a number, got {value!r}: use a smaller one"
+    )
+    unclear = [text for text in (value if isinstance(value, tuple) else [str(value)]) if not text.isprintable()]
+    refuse_if(unclear, f"{name}: has characters that cannot be printed, got {value!r}: take them out")
     if isinstance(allowed, str):
         refuse_if(allowed and not holds(allowed, {}, value), f"{name}: must be {allowed}, got {value!r}")
         return value
@@ -235,12 +245,15 @@ def check_rules(c: Config) -> None:
     has_flow = holds(keys.DIT, flat) or bridge.producer == "constant"
     is_device = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?").fullmatch
     device, multiple = "must be auto, cpu, mps, cuda or cuda:<number>", f"must be a multiple of num_processes ({n})"
+    inside = "name a folder below the project's root, or an absolute path, without braces"
     no_groups = f"task {task.task} has no knowledge groups: {{}} must stay {{}}".format
     pairs = "injector kv pairs the tokens of both prompts: set {}".format
     missing = [name for name in ("source", "target", "bridged") if name not in c.eval.conditions]
     idle = [name for name in c.train.controls if name != "self_bridge" and not holds(keys.LOSS_OF_ALL, flat)]
     rules = [  # (key, refused if, why)
-        ("run.name", not re.fullmatch(r"[A-Za-z0-9_.-]+", c.run.name), "use letters, digits, '_', '-' and '.'"),
+        ("run.name", not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", c.run.name), "use letters, digits, '_', '-' and '.'"),
+        ("run.runs_dir", not is_inside(c.run.runs_dir), inside),
+        ("run.cache_dir", not is_inside(c.run.cache_dir), inside),
         ("pair.source_device", not is_device(c.pair.source_device), device),
         ("pair.target_device", not is_device(c.pair.target_device), device),
         ("bridge.heads", bridge.bridge_dim % bridge.heads, f"must divide bridge_dim ({bridge.bridge_dim})"),
@@ -285,6 +298,13 @@ def check_rules(c: Config) -> None:
     rules += [(own, flat[own] and not is_path(flat[key]), alone(key, flat[key])) for key, own in OPTIONS.items()]
     for key, broken, why in rules:
         refuse_if(broken, f"{key}: {why}, got {flat[key]!r}")
+
+
+def is_inside(folder: str) -> bool:
+    """Whether a folder that is written to lies below the project, or was asked for by its absolute path; papermill
+    takes braces for a parameter."""
+    outside = folder.startswith("~") or not folder.startswith("/") and ".." in Path(folder).parts
+    return bool(folder) and not outside and not set(folder) & set("{}")
 
 
 def resolve_model_folder(key: str, model: str) -> Path | None:

@@ -32,6 +32,7 @@ from bridgekit.config import (
     load_layers,
     nearest,
     refuse_if,
+    suggest_file,
     to_flat,
 )
 from bridgekit.results.live import FOLLOWED, LiveView, following
@@ -214,15 +215,21 @@ def load_defaults(notebook: str | Path) -> dict[str, object]:
     import nbformat
 
     if not Path(notebook).is_file():
-        raise ConfigError(f"{notebook}: no such notebook")
+        raise ConfigError(f"{notebook}: no such notebook{suggest_file(notebook)}")
     try:
         cells = nbformat.read(notebook, as_version=4).cells
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError) as error:
-        raise ConfigError(f"{notebook}: not a notebook ({str(error).splitlines()[0]})") from None
+    except (ValueError, nbformat.ValidationError, AttributeError, LookupError, TypeError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"{notebook}: not a notebook ({why}): open it in JupyterLab, or restore it") from None
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise ConfigError(f"{notebook}: needs one cell tagged 'parameters', found {len(tagged)}")
-    return {name: ast.literal_eval(value) for name, value in _assignments(tagged[0].source).items()}
+        raise ConfigError(f"{notebook}: needs one cell tagged 'parameters', found {len(tagged)}: tag one in JupyterLab")
+    try:
+        return {name: ast.literal_eval(value) for name, value in _assignments(tagged[0].source).items()}
+    except (ValueError, SyntaxError, AttributeError) as error:
+        where = f"line {error.lineno} of " * bool(getattr(error, "lineno", None))
+        why = "must have a plain `name = value` in each line, without computing"
+        raise ConfigError(f"{notebook}: {where}its parameters cell {why}: correct it") from None
 
 
 def _assignments(source: str) -> dict[str, ast.expr]:

@@ -11,7 +11,6 @@ A file has a `base` (one file or several, of which later ones win), `seeds`, sha
 as an effect, unless one is a declared replicate: `replicates: {A: B}` runs A on the seeds of B plus 100.
 """
 
-import argparse
 import itertools
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from bridgekit.alive import lock_run
 from bridgekit.config import (
     Config,
     ConfigError,
+    Parser,
     differences,
     effective_settings,
     format_override,
@@ -244,7 +244,7 @@ def measure_headroom(planned: dict[str, Config], runs_dir: str | Path) -> dict[s
 
 def main(argv: list[str] | None = None) -> None:
     """The `bridgekit study` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit study", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bridgekit study", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a file of parameters/studies/")
     parser.add_argument("--runs-dir", default="runs")
     slots = f"trainings at once on each GPU (default: {SLOTS_PER_GPU}, and 1 where there is no GPU)"

@@ -8,7 +8,6 @@ words and the manifest entry of each run that beats the target. Each file has on
 lock from what every run folder holds in its `.report.json`: runs that end at once lose nothing. Text around it stays.
 """
 
-import argparse
 import contextlib
 import datetime
 import fcntl
@@ -24,7 +23,7 @@ import jinja2
 import pandas as pd
 
 from bridgekit.alive import take_lock
-from bridgekit.config import load_config, to_flat
+from bridgekit.config import Parser, load_config, to_flat
 from bridgekit.results import verdict
 from bridgekit.results.statistics import paired_difference, paired_ratio
 from bridgekit.results.style import format_interval, format_share
@@ -257,7 +256,7 @@ def _one_line(text: object) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The `bridgekit report` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit report", description=__doc__.splitlines()[0])
     parser.add_argument("runs_dir", type=Path, help="the folder in which the run folders lie")
     runs_dir = parser.parse_args(argv).runs_dir
     if not runs_dir.is_dir():

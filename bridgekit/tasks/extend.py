@@ -17,9 +17,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import yaml
-
-from bridgekit.config import Config, ConfigError, check_type, nearest, refuse_if, to_flat
+from bridgekit.config import Config, ConfigError, check_type, nearest, parse_yaml, refuse_if, to_flat
 from bridgekit.keys import FILE_OBJECT, OPTIONS, is_path
 
 # What an object must be: {key: (is it a class, the arguments that it is given, the methods that it must have)}
@@ -78,10 +76,7 @@ def parse_options(key: str, made: Callable, options: Sequence[str]) -> dict[str,
         refuse_if(not equals or name in found, f"{key}: '{text}': write each option once, as name=value")
         hint = f"did you mean '{nearest(name, named)}'?" if named else "it takes none"
         refuse_if(name not in named and not takes_all, f"{what} takes no option '{name}': {hint}")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: '{text}': its value is not valid YAML") from None
+        found[name] = parse_yaml(f"{key}: '{text}'", value)
         if (kind := type(named.get(name))) in (bool, int, float, str):  # of the default
             found[name] = check_type(f"{key}: {name}", kind, found[name])
     for name, default in named.items():

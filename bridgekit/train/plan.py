@@ -6,7 +6,6 @@ It reads config.json and tokenizer.json of the models and the task's files; no w
 The sums stand in forecast.py. Before a job is started on a GPU, `refuse_unfit` asks the same.
 """
 
-import argparse
 import contextlib
 import json
 import os
@@ -18,7 +17,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bridgekit.config import EMBEDDED, Config, ConfigError, is_geometry, load_config
+from bridgekit.config import EMBEDDED, Config, ConfigError, Parser, is_geometry, load_config
 from bridgekit.config import resolve_model_folder as resolve_folder
 from bridgekit.keys import GEOMETRIES, GEOMETRY, REAL, SIZES
 from bridgekit.runs import project_root
@@ -201,7 +200,7 @@ def tabulate(config: Config, plan: Plan, memory: float) -> list[tuple[str, str]]
 
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; exit code 0 if the run can start, 2 if not."""
-    parser = argparse.ArgumentParser(prog="bridgekit plan", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit plan", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="PARAMETERS", help="files of parameters/")
     parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--gpu-memory", type=float, default=0.0, metavar="GiB", help="default: the GPU's here, else 80")

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from bridgekit.alive import watch_parent
-from bridgekit.config import ConfigError, nearest, refuse_if
+from bridgekit.config import ConfigError, Parser, nearest, refuse_if
 from bridgekit.inside.probe import probe_pair
 from bridgekit.keys import Key, holds
 from bridgekit.model.generation import generate_batch
@@ -60,7 +60,7 @@ RECIPE = {  # what a pair is made of: options of the command
 
 def parse_recipe(argv: list[str]) -> argparse.Namespace:
     """The options of the command; an unknown name or a value that cannot be is refused in one line."""
-    parser = argparse.ArgumentParser(prog="bridgekit pair", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="bridgekit pair", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", required=True, type=Path, help="folder for source/, target/ and pair.json")
     parser.add_argument("--role", choices=ROLES, help="train one of the two only")
     parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
