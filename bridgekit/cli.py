@@ -108,7 +108,8 @@ def list_runs(folders: list[Path]) -> list[Path]:
         run for folder in folders for run in [folder, *sorted(folder.glob("*"))] if (run / "config.yaml").is_file()
     ]
     if not found:
-        raise configuration.ConfigError(f"{', '.join(map(str, folders))}: no run folder (config.yaml not found)")
+        why = "no run folder (config.yaml not found): name one, or a folder of them"
+        raise configuration.ConfigError(f"{', '.join(map(str, folders))}: {why}")
     return found
 
 

@@ -10,7 +10,6 @@ parameters cell and dotted overrides be one mechanism. The keys themselves stand
 import argparse
 import difflib
 import glob
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -95,7 +94,7 @@ def suggest_file(path: str | Path) -> str:
     """`: did you mean 'parameters/phase1.yaml'?` for a file that is not there, by those beside it; or what to name."""
     path, form = Path(path), f"*{glob.escape(Path(path).suffix)}"
     beside = [*path.parent.glob(form), *Path("parameters").rglob(form), *Path("notebooks").glob(form)]
-    near = nearest(str(path), map(str, beside if path.suffix else []))
+    near = nearest(str(path), [str(p) for p in beside if p.is_file() and path.suffix])
     return f": did you mean '{near}'?" if near else ": name a file that exists"
 
 
@@ -144,7 +143,7 @@ def load_layers(files: Iterable[str | Path], notebook: str = "") -> dict[str, ob
     for file in files:
         layer = load_parameters(file)
         meant, wrong = layer.pop("notebook", notebook), f"{file}: holds parameters of the notebook"
-        refuse_if(notebook and meant != notebook, f"{wrong} '{meant}', not of '{notebook}'")
+        refuse_if(notebook and meant != notebook, f"{wrong} '{meant}', not of '{notebook}': name that one")
         if "overrides" in layer:
             layer["overrides"] = [*values.get("overrides", []), *(layer["overrides"] or [])]
         values |= layer
@@ -209,7 +208,8 @@ def check_type(name: str, kind: type, value: object) -> object:
     if kind is float and type(value) is int:
         return float(value) if abs(value) < 2**64 else math.inf
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
-    hint = f" (YAML reads {value} as text: write 1.0e-4 with a dot and a signed exponent)" if is_number else ""
+    way_out = "1.0e-4 with a dot and a signed exponent" if kind is float else "digits alone, without a leading zero"
+    hint = f" (YAML reads {value} as text: write {way_out})" if is_number else ""
     found = f"{type(value).__name__} {value!r}{hint}"
     refuse_if(type(value) is not kind, f"{name}: expected {kind.__name__}, got {found}")
     return value
@@ -326,25 +326,6 @@ def resolve_model_folder(key: str, model: str) -> Path | None:
 def is_geometry(model: str) -> bool:
     """Whether a model's name asks for random weights of a published shape."""
     return model.startswith(GEOMETRY)
-
-
-def check_models(config: Config) -> None:
-    """Refuse a missing pair, and one of a kind that cannot work, before any run folder is made or GPU taken."""
-    for key in ("source_model", "target_model"):
-        folder = resolve_model_folder(key, getattr(config.pair, key))
-        if folder is None:
-            continue
-        if not any(folder.glob("*.safetensors")):
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-            out = "make a pair with `bridgekit pair`"
-            out = "save it again as safetensors: pickled weights can run code" if pickled else out
-            raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': {out}")
-        try:
-            kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        except (ValueError, AttributeError):
-            raise ConfigError(f"pair.{key}: config.json in '{folder}' is not valid JSON: restore it") from None
-        out = "use a model with attention in all or some of its layers"
-        refuse_if(kind in keys.UNSUPPORTED, f"pair.{key}: '{folder}' is a {kind}, which no bridge works on here: {out}")
 
 
 def is_safe(key: str) -> bool:

@@ -37,7 +37,8 @@ from bridgekit.config import (
 )
 from bridgekit.results.live import FOLLOWED, LiveView, following
 from bridgekit.runs import load_status, project_root, write_status
-from bridgekit.tasks import check_inputs
+from bridgekit.tasks import check_inputs, check_texts
+from bridgekit.train.parts import check_parts
 from bridgekit.train.plan import refuse_unfit
 
 STAGES = ("baselines", "train")
@@ -65,7 +66,9 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
         if run_dir:
             return resume_run(config, Path(run_dir))
         check_inputs(config)
+        check_parts(config)
         if folder is None:  # of a study's runs the runner asks
+            check_texts(config)
             refuse_unfit(config)
         unfinished = None if folder or new else find_unfinished(config)
         if unfinished:
@@ -92,7 +95,7 @@ def find_unfinished(config: Config) -> Path | None:
 def resume_run(config: Config, run_dir: Path) -> Path:
     """A run's folder, to go on with; settings that would make it another experiment are refused."""
     if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"run_dir: '{run_dir}' is no run folder (config.yaml not found)")
+        raise ConfigError(f"run_dir: '{run_dir}' is no run folder (config.yaml not found): name a run's")
     known = runs.load_run_config(run_dir)
     old, new = to_flat(known), to_flat(config)
     apart = [key for key in new if old[key] != new[key] and not is_safe(key)]
@@ -109,9 +112,8 @@ def resume_run(config: Config, run_dir: Path) -> Path:
 
 def refuse_running(run_dir: Path) -> None:
     """Refuse to go on with a run that somebody runs, or that is no run."""
-    refuse_if(
-        not (run_dir / "config.yaml").is_file(), f"--resume: '{run_dir}' is no run folder (config.yaml not found)"
-    )
+    why = f"--resume: '{run_dir}' is no run folder (config.yaml not found): name a run's"
+    refuse_if(not (run_dir / "config.yaml").is_file(), why)
     writer = find_writer(run_dir)
     refuse_if(writer, f"--resume: '{run_dir}' is running ({writer}): wait, or end it")
 
@@ -227,7 +229,7 @@ def load_defaults(notebook: str | Path) -> dict[str, object]:
     try:
         return {name: ast.literal_eval(value) for name, value in _assignments(tagged[0].source).items()}
     except (ValueError, SyntaxError, AttributeError) as error:
-        where = f"line {error.lineno} of " * bool(getattr(error, "lineno", None))
+        where = f"line {error.lineno} of " if isinstance(error, SyntaxError) else ""
         why = "must have a plain `name = value` in each line, without computing"
         raise ConfigError(f"{notebook}: {where}its parameters cell {why}: correct it") from None
 
@@ -291,6 +293,18 @@ def resolve_config(parameters: dict[str, object]) -> Config:
     return load_config(overrides=parameters["overrides"], **values)
 
 
+def check_parameters(values: dict[str, object]) -> None:
+    """Refuse what a notebook without a run folder of its own would refuse in its kernel."""
+    with contextlib.chdir(project_root()):
+        for name in ("run", "root"):  # the folders that notebooks read
+            missing = name in values and not Path(values[name]).is_dir()
+            refuse_if(missing, f"{name}: no folder '{values.get(name)}': name one that exists, from the project's root")
+        if "base" in values:
+            load_config(values["base"], values["overrides"])
+        elif "overrides" in values and "run_dir" not in values:
+            check_inputs(resolve_config(values))
+
+
 def notebook_config(notebook: str | Path, namespace: dict[str, object]) -> Config:
     """The configuration of a notebook's own names, `notebook_config("phase1", globals())`; unknown ones are refused."""
     refuse_unknown(notebook, namespace)
@@ -314,6 +328,7 @@ def execute_notebook(
     notebook = Path(notebook)
     earlier = load_parameters_of(Path(resume), notebook) if resume else {}
     values = gather_parameters(notebook, files, earlier | (parameters or {}), overrides)
+    check_parameters(values)
     import papermill  # takes a second, so after what can be refused at once
 
     if "run_dir" in values:
@@ -357,7 +372,7 @@ def execute_notebook(
 def load_parameters_of(run_dir: Path, notebook: Path) -> dict[str, object]:
     """What an interrupted execution was given; one that has ended well has nothing to go on with."""
     known = run_dir / PARAMETERS
-    refuse_if(not known.is_file(), f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found)")
+    refuse_if(not known.is_file(), f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found): name one")
     ended = f"--resume: '{run_dir}' is finished, and so is its {notebook.name}: nothing is left to do"
     refuse_if((run_dir / notebook.name).is_file(), ended)
     refuse_running(run_dir)

@@ -22,7 +22,7 @@ from bridgekit.alive import LOOK_SECONDS, Child, lock_run
 from bridgekit.config import Config, ConfigError
 from bridgekit.results.live import LiveView, describe_progress
 from bridgekit.runs import load_run_config, load_status, project_root
-from bridgekit.train.plan import refuse_unfit
+from bridgekit.train.plan import check_devices, refuse_unfit
 
 SLOTS_PER_GPU = 6
 
@@ -93,7 +93,10 @@ class Runner:
         self.gpus, self.runs_dir = list_gpus(), project_root() / runs_dir
         self.pair_options = [str(option) for option in pair_options]
         self.slots = slots or (SLOTS_PER_GPU if self.gpus else 1)
+        self.runs_dir.mkdir(parents=True, exist_ok=True)
         trainings = [Job(name, self.runs_dir / name, config) for name, config in planned.items()]
+        for job in trainings:
+            check_devices(job.config)
         for job in trainings if self.gpus else ():
             if (n := job.config.train.num_processes) > len(self.gpus):
                 raise ConfigError(f"train.num_processes: {job.name} needs {n} GPUs, there are {len(self.gpus)}")

@@ -86,6 +86,9 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(f"{path}: unknown key '{key}' (a study has: {', '.join(known)})")
     if "base" not in values or not values.keys() & {"variants", "grid"}:
         raise ConfigError(f"{path}: needs `base:` and `variants:` or `grid:`, a study has a base and variants of it")
+    bases = values["base"] if isinstance(values["base"], list) else [values["base"]]
+    are_files = bases and all(isinstance(base, str) for base in bases)
+    refuse_if(not are_files, f"{path}: base: expected a file of parameters or a list of them, got {values['base']!r}")
     try:
         return Study(**{"name": Path(path).stem} | {k: v for k, v in values.items() if k in known})
     except ConfigError as error:

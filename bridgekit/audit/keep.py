@@ -157,13 +157,15 @@ def main(argv: list[str] | None = None) -> int:
     folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]
     if args.name and len(folders) > 1:
         raise ValueError(f"--name is for one run; {args.runs[0]} holds {len(folders)}")
-    failed = 0
+    failed, n_kept = 0, 0
     for folder in folders:
         try:
             kept = keep_run(folder, args.root, args.name, args.max_jsonl_mb, args.max_checkpoint_mb)
+            n_kept += 1
             print(f"kept {kept}; now fill in the why and the publishability in {kept / ENTRY}")
         except (ValueError, OSError) as error:
             failed = 2
             print(f"error: {error}", file=sys.stderr)
-    print(f"manifest: {write_manifest(args.root)}")
+    if n_kept or args.manifest:
+        print(f"manifest: {write_manifest(args.root)}")
     return failed

@@ -67,7 +67,9 @@ class Numbers:
         places = [runs.open_study(study, self.root / "studies") for study in studies if name.startswith(f"{study}_")]
         found = sorted(self.root.glob(pattern)) or [path for place in places for path in sorted(place.glob(pattern))]
         if not found:
-            raise ValueError(f"{self.root}: no run '{name}' is kept there, nor in one of its studies")
+            raise ValueError(
+                f"{self.root}: no run '{name}' is kept there, nor in one of its studies: `bridgekit preserve`"
+            )
         return found
 
     @functools.cache  # noqa: B019

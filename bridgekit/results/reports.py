@@ -261,6 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     runs_dir = parser.parse_args(argv).runs_dir
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir}: no such folder; name the one in which the run folders lie")
+    if not any(runs_dir.glob("*/config.yaml")):
+        raise ValueError(f"{runs_dir}: no run folder in it; name the one in which they lie")
     for record in runs_dir.glob(f"*/{RECORD}"):
         record.unlink()
     n, damaged = write_reports(runs_dir)

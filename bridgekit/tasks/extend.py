@@ -7,6 +7,7 @@ That is one file: it may import installed packages, but no file beside it. A run
 its hash; `code_dir` names that folder, and without it files are taken from the project's root, the working directory.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -14,7 +15,7 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from bridgekit.config import Config, ConfigError, check_type, nearest, parse_yaml, refuse_if, to_flat
@@ -99,6 +100,19 @@ def describe_place(made: object) -> str:
         return f"{Path(inspect.getsourcefile(found)).name}:{inspect.getsourcelines(found)[1]} {found.__name__}"
     except (OSError, TypeError):  # a number, a list: it has no source
         return repr(made)
+
+
+@contextlib.contextmanager
+def blame(key: str, made: object) -> Iterator[str]:
+    """Any error of the user's own code as one line, `key: file.py:12 Object: ...`; yields the line's beginning."""
+    what = f"{key}: {describe_place(made)}:"
+    try:
+        yield what
+    except ConfigError:
+        raise
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"{what} {why}") from error
 
 
 def own_objects(config: Config) -> dict[str, str]:

@@ -82,6 +82,7 @@ def fetch(name: str, out: str | Path, origin: str = "") -> dict[str, int]:
     Where a data set has no test split with answers, its validation split is the test file."""
     import datasets
 
+    datasets.disable_progress_bars()
     out, (place, part) = Path(out), (origin, None) if origin else HUB[name]
     if out.exists():
         raise FileExistsError(f"--out: '{out}' exists; choose another folder, or move it away")

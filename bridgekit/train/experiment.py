@@ -34,10 +34,11 @@ from bridgekit.model.bridge import (
 )
 from bridgekit.model.generation import Generated, evaluating
 from bridgekit.model.message import Message
-from bridgekit.model.pair import Pair, load_pair, pick_layers, split_prompts
+from bridgekit.model.pair import Pair, load_pair, split_prompts
 from bridgekit.model.states import SourceStates, align_tokens, count_shared, read_source
 from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
 from bridgekit.tasks import Example, extend, get_task, source_prompt, units
+from bridgekit.tasks.models import pick_layers
 from bridgekit.train import objective, trainer
 from bridgekit.train.baselines import Baselines
 from bridgekit.train.conditions import (

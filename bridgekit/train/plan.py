@@ -11,16 +11,17 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bridgekit.config import EMBEDDED, Config, ConfigError, Parser, is_geometry, load_config
+from bridgekit.config import EMBEDDED, Config, ConfigError, Parser, is_geometry, load_config, refuse_if
 from bridgekit.config import resolve_model_folder as resolve_folder
 from bridgekit.keys import GEOMETRIES, GEOMETRY, REAL, SIZES
-from bridgekit.runs import project_root
+from bridgekit.runs import count_threads, project_root
 from bridgekit.tasks import Example, get_task, literal_prompt, source_prompt, units
 from bridgekit.train.forecast import GiB, Lengths, Needs, Shape, describe_fit, forecast, nearest_fit
 
@@ -153,8 +154,29 @@ def make_plan(config: Config, gpu: str) -> Plan:
     return Plan(replace(needs, disk=needs.disk + fetched), lengths, missing, notes, lambda c: needs_of(c).peak / GiB)
 
 
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU of any make; a container may have one without nvidia-smi."""
+    devices = [path for form in ("nvidia[0-9]*", "kfd", "dxg", "dri/render*") for path in Path("/dev").glob(form)]
+    return bool(devices) and os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() not in ("", "-1")
+
+
+def check_devices(config: Config) -> None:
+    """Refuse GPUs that are not here, and a number of threads that is none."""
+    count_threads()  # or its refusal
+    for key, device in (("source", config.pair.source_device), ("target", config.pair.target_device)):
+        there = sys.platform == "darwin" if device == "mps" else device in ("auto", "cpu") or has_gpu()
+        number, gpu = int(device.partition(":")[2] or 0), find_gpu() if device.startswith("cuda:") else None
+        refuse_if(not there, f"pair.{key}_device: no GPU for '{device}' is seen here: use auto or cpu")
+        beyond = gpu is not None and number >= gpu.count
+        refuse_if(
+            beyond,
+            f"pair.{key}_device: '{device}' is not here, GPUs are numbered from 0, there are {gpu and gpu.count}",
+        )
+
+
 def refuse_unfit(config: Config) -> None:
     """Refuse a job whose forecast is more than a tenth above the memory of the GPU that is here."""
+    check_devices(config)
     elsewhere = {config.pair.target_device, config.pair.source_device} & {"cpu", "mps"}
     if elsewhere or os.environ.get("BRIDGEKIT_PLAN") == "off" or (gpu := find_gpu()) is None:
         return
