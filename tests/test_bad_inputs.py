@@ -327,7 +327,8 @@ def test_a_bad_input_is_refused_in_one_line(project, capsys, monkeypatch, nothin
 VALUES = r"""-1  0  1  2.5  1e-4  1.0e+300  .nan  -.inf  0100  1:30  0x1F  yes  null  ~  ''  text  'a b'  []  [1]
 [source, [target]]  [source, target, bridged]  {}  {a: 1}  2026-11-22  *gone  &a 3  &a [*a]  !!python/name:os.system
 !!binary aGk=  !!timestamp 2026-99-99  !!bool maybe  !!set {a}  "\u0000"  "\ud800"  "\e[31m"  ../../etc  /dev/null
-~/runs  a/b.py:C  embedded  org/name  geometry:tiny  cuda:99  soft_only  auto  @  `  %  {  ]  - 1  [[[[  "a  'b  :  #c"""
+~/runs  a/b.py:C  embedded  org/name  geometry:tiny  cuda:99  soft_only  auto  @  `  %  {  ]  - 1  [[[[
+"a  'b  :  #c"""
 VALUES = re.split(r"  |\n", VALUES)
 VALUES += ["|\n  two\n  lines", "9" * 30, "9" * 5000, f"'{'x' * 3000}'", "\x07", "a\0b"]
 VALUES += ["\N{GREEK SMALL LETTER ALPHA}", "\N{ZERO WIDTH SPACE}", "\N{PILE OF POO}", "\N{RIGHT-TO-LEFT OVERRIDE}a"]

@@ -250,7 +250,7 @@ def _make_environment(finalize: Callable | None) -> jinja2.Environment:
 
 def _one_line(text: object) -> str:
     """Text that can end neither a table cell, nor a line, nor a generated block; cut where it is very long."""
-    text = " ".join(str(text).split()).replace("<!--", "&lt;!--").replace("|", "\\|")
+    text = " ".join(str(text).split()).replace("<", "&lt;").replace("|", "\\|")
     return text if len(text) <= 1200 else text[:1197] + "..."
 
 

@@ -233,7 +233,7 @@ class Experiment:
         return answer_row(self, row, examples, bridges)
 
     def ask(self, question: str, bridge: Bridge | None = None, names=("source", "target", "bridged"), **fields):
-        """A question of one's own, answered side by side. -> DataFrame with condition, answer, extracted
+        """A question of one's own, answered side by side. -> DataFrame with condition, answer (in one line), extracted
 
         `fields` are further fields of the Example, such as `facts` that only the source reads."""
         import pandas as pd
@@ -244,7 +244,9 @@ class Experiment:
         bridges = {"bridged": bridge} if bridge else self.bridges
         names = [n for n in names if n in bridges or not isinstance(find_row(n), Bridged)]
         texts = {n: self.answer(n, [example], bridges)[0].text for n in names}
-        rows = [{"condition": n, "answer": t, "extracted": self.task.extract(t)} for n, t in texts.items()]
+        rows = [
+            {"condition": n, "answer": " ".join(t.split()), "extracted": self.task.extract(t)} for n, t in texts.items()
+        ]
         return pd.DataFrame(rows)
 
     def evaluate(self, examples, bridges=None, step=None, conditions=None, **options) -> list[dict]:

@@ -148,7 +148,7 @@ def test_a_damaged_run_is_named_and_blocks_nothing(add_run, capsys):
         assert "whole" in text and not any(f"`{name}`" in text for name in ("gone", "running", "damaged"))
     report_end(runs / "whole" / "figures")  # no run at all: nothing to report
     assert capsys.readouterr().err == ""
-    for folder, words in ((runs / "none", "no such folder"), (runs / "whole", "no run in it")):
+    for folder, words in ((runs / "none", "no such folder"), (runs / "whole", "no run folder in it")):
         with pytest.raises(ValueError, match=words):
             reports.main([str(folder)])
 
