@@ -39,7 +39,7 @@ from bridgekit.results.live import FOLLOWED, LiveView, following
 from bridgekit.runs import load_status, project_root, write_status
 from bridgekit.tasks import check_inputs, check_texts
 from bridgekit.train.parts import check_parts
-from bridgekit.train.plan import refuse_unfit
+from bridgekit.train.plan import check_devices, refuse_unfit
 
 STAGES = ("baselines", "train")
 DONE_WITH = {"baselines": "headroom.jsonl"}  # what a stage leaves behind; the last one finishes the run
@@ -302,7 +302,8 @@ def check_parameters(values: dict[str, object]) -> None:
         if "base" in values:
             load_config(values["base"], values["overrides"])
         elif "overrides" in values and "run_dir" not in values:
-            check_inputs(resolve_config(values))
+            check_inputs(config := resolve_config(values))
+            check_devices(config)
 
 
 def notebook_config(notebook: str | Path, namespace: dict[str, object]) -> Config:

@@ -162,11 +162,12 @@ def plan_study(study: Study, runs_dir: str | Path = "runs", keep: Sequence[str] 
     configs: dict[str, Config] = {}
     lengths: dict[tuple, tuple | None] = {}
     for name, texts in study.variants.items():
-        own = [f"run.name={name}", "run.seed=0", f"run.runs_dir={runs_dir}", f"run.cache_dir={runs_dir}/.cache"]
+        own = {"run.name": name, "run.seed": 0, "run.runs_dir": f"{runs_dir}", "run.cache_dir": f"{runs_dir}/.cache"}
         if pair := study.pair_of.get(name):
-            own += [f"pair.{side}_model={runs_dir}/pairs/{pair}/{side}" for side in ("source", "target")]
+            own |= {f"pair.{side}_model": f"{runs_dir}/pairs/{pair}/{side}" for side in ("source", "target")}
         try:
-            config = configs[name] = load_config(overrides=[*shared, *texts, *own], **base)
+            last = [format_override(*item) for item in own.items()]  # a name may look like a number
+            config = configs[name] = load_config(overrides=[*shared, *texts, *last], **base)
             if not pair:  # a pair of the study's own is made when it runs
                 check_inputs(config)
             read = config.pair, config.task, config.bridge.source_view

@@ -249,8 +249,8 @@ def _make_environment(finalize: Callable | None) -> jinja2.Environment:
 
 
 def _one_line(text: object) -> str:
-    """Text that can end neither a table cell, nor a line, nor a generated block; cut where it is very long."""
-    text = " ".join(str(text).split()).replace("<", "&lt;").replace("|", "\\|")
+    """Text that can end no table cell, line or generated block, and begin no tag; cut where it is very long."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(str(text).split())).replace("|", "\\|")
     return text if len(text) <= 1200 else text[:1197] + "..."
 
 

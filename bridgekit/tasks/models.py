@@ -50,7 +50,7 @@ def check_models(config: Config) -> None:
         named = load_object(folder / "model.safetensors.index.json").get("weight_map", {}).values()
         for file in sorted({*folder.glob("*.safetensors"), *(folder / name for name in named)}):
             whole = is_whole(file)
-            refuse_if(not whole, f"pair.{key}: '{file}' is cut, damaged or not there: copy it again")
+            refuse_if(not whole, f"pair.{key}: {file.name} in '{folder}' is cut, damaged or not there: copy it again")
 
 
 def load_object(path: Path) -> dict | None:
