@@ -245,15 +245,14 @@ def check_rules(c: Config) -> None:
     has_flow = holds(keys.DIT, flat) or bridge.producer == "constant"
     is_device = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?").fullmatch
     device, multiple = "must be auto, cpu, mps, cuda or cuda:<number>", f"must be a multiple of num_processes ({n})"
-    inside = "name a folder below the project's root, or an absolute path, without braces"
     no_groups = f"task {task.task} has no knowledge groups: {{}} must stay {{}}".format
     pairs = "injector kv pairs the tokens of both prompts: set {}".format
     missing = [name for name in ("source", "target", "bridged") if name not in c.eval.conditions]
     idle = [name for name in c.train.controls if name != "self_bridge" and not holds(keys.LOSS_OF_ALL, flat)]
     rules = [  # (key, refused if, why)
         ("run.name", not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", c.run.name), "use letters, digits, '_', '-' and '.'"),
-        ("run.runs_dir", not is_inside(c.run.runs_dir), inside),
-        ("run.cache_dir", not is_inside(c.run.cache_dir), inside),
+        ("run.runs_dir", not is_inside(c.run.runs_dir), INSIDE),
+        ("run.cache_dir", not is_inside(c.run.cache_dir), INSIDE),
         ("pair.source_device", not is_device(c.pair.source_device), device),
         ("pair.target_device", not is_device(c.pair.target_device), device),
         ("bridge.heads", bridge.bridge_dim % bridge.heads, f"must divide bridge_dim ({bridge.bridge_dim})"),
@@ -300,11 +299,20 @@ def check_rules(c: Config) -> None:
         refuse_if(broken, f"{key}: {why}, got {flat[key]!r}")
 
 
+INSIDE = "name a folder below the project's root, or an absolute path, without braces"
+
+
 def is_inside(folder: str) -> bool:
     """Whether a folder that is written to lies below the project, or was asked for by its absolute path; papermill
     takes braces for a parameter."""
     outside = folder.startswith("~") or not folder.startswith("/") and ".." in Path(folder).parts
     return bool(folder) and not outside and not set(folder) & set("{}")
+
+
+def check_written(values: dict[str, object]) -> None:
+    """Refuse a notebook's parameter by which it would write outside of the project."""
+    for name in (name for name in ("runs_dir", "out_dir", "figures_dir") if name in values):
+        refuse_if(not is_inside(str(values[name])), f"{name}: {INSIDE}, got {values[name]!r}")
 
 
 def resolve_model_folder(key: str, model: str) -> Path | None:

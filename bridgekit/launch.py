@@ -26,6 +26,7 @@ from bridgekit.config import (
     KEYS,
     Config,
     ConfigError,
+    check_written,
     dump_config,
     is_safe,
     load_config,
@@ -285,6 +286,7 @@ def refuse_unknown(notebook: str | Path, namespace: dict[str, object]) -> None:
             if given.pop("notebook", None) and (meant := namespace["notebook"]) != path.stem:
                 raise ConfigError(f"notebook: these are parameters of '{meant}', not of '{path.stem}'")
             check_names(path.stem, given, load_defaults(path))
+    check_written(namespace)
 
 
 def resolve_config(parameters: dict[str, object]) -> Config:
@@ -295,6 +297,7 @@ def resolve_config(parameters: dict[str, object]) -> Config:
 
 def check_parameters(values: dict[str, object]) -> None:
     """Refuse what a notebook without a run folder of its own would refuse in its kernel."""
+    check_written(values)
     with contextlib.chdir(project_root()):
         for name in ("run", "root"):  # the folders that notebooks read
             missing = name in values and not Path(values[name]).is_dir()

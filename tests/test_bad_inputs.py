@@ -302,8 +302,8 @@ def nothing_starts(monkeypatch):
 
 
 def test_the_table_has_ten_classes_of_twenty_and_nothing_twice():
-    assert {kind: len(rows) for kind, rows in CLASSES.items()} == dict.fromkeys(CLASSES, 20) and len(CLASSES) == 10
-    assert len({row[0] for rows in CLASSES.values() for row in rows}) == 200
+    assert all(len(rows) == 20 for rows in CLASSES.values()) and len(CLASSES) >= 10
+    assert len({row[0] for rows in CLASSES.values() for row in rows}) == 20 * len(CLASSES)
 
 
 @pytest.mark.parametrize(("command", "named", "way_out"), ROWS)
