@@ -16,8 +16,6 @@ import textwrap
 from collections import Counter
 from pathlib import Path
 
-import yaml
-
 from bridgekit import config as configuration
 from bridgekit.alive import GO_ON, watch_parent
 from bridgekit.runs import join_command, load_json, load_status
@@ -27,7 +25,7 @@ def run_notebook(arguments: argparse.Namespace) -> None:
     """Execute a notebook, then say where everything is, and the verdict."""
     from bridgekit import launch
 
-    parameters = {name: yaml.safe_load(value) for name, value in arguments.parameters}
+    parameters = {name: configuration.parse_yaml(f"-p {name}", value) for name, value in arguments.parameters}
     parameters |= {"trust_code": True} if arguments.trust_code else {}
     given = arguments.notebook, arguments.files, parameters, arguments.overrides
     folder = launch.execute_notebook(*given, resume=arguments.resume)
@@ -43,12 +41,13 @@ def train_bridge(arguments: argparse.Namespace) -> None:
     from bridgekit import launch
 
     files, run = arguments.files, arguments.resume
+    overrides = [f"{name}={value}" for name, value in arguments.parameters] + arguments.overrides
     if run:
         launch.refuse_running(Path(run))
         ended = load_status(run).get("state") == "finished"
         configuration.refuse_if(ended, f"--resume: '{run}' is finished: nothing is left to do")
         files = [Path(run) / "config.yaml", *files]
-    run_dir = launch.open_run(configuration.load_config(files, arguments.overrides, "phase1"), run, new=True)
+    run_dir = launch.open_run(configuration.load_config(files, overrides, "phase1"), run, new=True)
     print(f"run folder {run_dir}", flush=True)
     for stage in launch.STAGES:
         launch.run_stage(run_dir, stage)
@@ -158,7 +157,7 @@ VERBS = {  # {verb: (function, what it does, {argument: its options})}
         "execute a notebook: run folder, executed notebook, figures, verdict",
         {"notebook": {"type": Path}, "-p": PAIR} | FILES | RESUME | TRUST,
     ),
-    "train": (train_bridge, "the same training and evaluation without a notebook", FILES | RESUME),
+    "train": (train_bridge, "the same training and evaluation without a notebook", {"-p": PAIR} | FILES | RESUME),
     "status": (show_status, "what runs are doing, or how they ended", RUNS),
     "clean": (clean_runs, "free what finished runs needed only to go on", RUNS),
     "config": (print_config, "the resolved configuration, and every key there is", FILES),
@@ -196,7 +195,7 @@ TERMINATED = 143
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all verbs; the forwarded ones are only listed."""
-    parser = argparse.ArgumentParser(prog="bridgekit", description=__doc__.splitlines()[0])
+    parser = configuration.Parser(prog="bridgekit", description=__doc__.splitlines()[0])
     verbs = parser.add_subparsers(metavar="verb", required=True)
     for verb, (function, what, arguments) in VERBS.items():
         keys = configuration.describe_keys() if verb == "config" else None
@@ -224,7 +223,10 @@ def main(argv: list[str] | None = None) -> int:
             return importlib.import_module(f"bridgekit.{FORWARDED[argv[0]][0]}").main(argv[1:]) or 0
         arguments = build_parser().parse_args(argv)
         return arguments.run(arguments) or 0
-    except (ValueError, FileNotFoundError, PermissionError, FileExistsError) as error:
+    except OSError as error:
+        why = f"{error.filename}: {error.strerror}: name another path, or mend this one" if error.filename else error
+        text, code = " ".join(str(why).split()), 2
+    except ValueError as error:
         text, code = " ".join(str(error).split()), 2
     except RuntimeError as error:
         text, code = str(error), GO_ON if type(error).__name__ == "Stopped" else 1

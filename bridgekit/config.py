@@ -7,8 +7,9 @@ A key is `section.name` or its name alone, because names are unique across secti
 parameters cell and dotted overrides be one mechanism. The keys themselves stand in keys.py. Nothing here imports torch.
 """
 
+import argparse
 import difflib
-import json
+import glob
 import math
 import re
 from collections.abc import Iterable
@@ -28,8 +29,12 @@ from bridgekit.keys import (
     NEVER,
     OPTIONS,
     SECTIONS,
+    ConfigError,
     holds,
     is_path,
+    load_yaml,
+    parse_yaml,
+    refuse_if,
 )
 
 # The package takes the names of a configuration's parts from here.
@@ -39,14 +44,11 @@ FORMAT = 2  # of a written configuration; a file without `format:` is of format 
 EMBEDDED = Path(__file__).parent / "model" / "embedded_pair"
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message is one line that names the key and the way out."""
+class Parser(argparse.ArgumentParser):
+    """A verb's arguments; a mistaken one is refused in one line, as everything else is."""
 
-
-def refuse_if(wrong: object, message: str) -> None:
-    """Raise the one line that says what is wrong with something the user gave."""
-    if wrong:
-        raise ConfigError(message)
+    def error(self, message: str) -> None:
+        raise ConfigError(f"{self.prog}: {message} (all there is: {self.prog} --help)")
 
 
 Run, Pair, Task, Bridge, Loss, Train, Eval = (
@@ -85,17 +87,22 @@ def resolve_key(name: str) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The known name that looks most like a mistaken one; empty where none is known."""
-    return next(iter(difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)), "")
+    return next(iter(difflib.get_close_matches(str(name)[:80], known, n=1, cutoff=0.0)), "")
+
+
+def suggest_file(path: str | Path) -> str:
+    """`: did you mean 'parameters/phase1.yaml'?` for a file that is not there, by those beside it; or what to name."""
+    path, form = Path(path), f"*{glob.escape(Path(path).suffix)}"
+    beside = [*path.parent.glob(form), *Path("parameters").rglob(form), *Path("notebooks").glob(form)]
+    near = nearest(str(path), [str(p) for p in beside if p.is_file() and path.suffix])
+    return f": did you mean '{near}'?" if near else ": name a file that exists"
 
 
 def parse_override(text: str) -> tuple[str, object]:
     """`train.steps=200` to (key, value); the value is read as YAML, then held to the key's type."""
     name, equals, value = text.partition("=")
     refuse_if(not equals, f"override '{text}': write it as key=value")
-    try:
-        return resolve_key(name.strip()), yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"override '{text}': its value is not valid YAML") from None
+    return resolve_key(name.strip()), parse_yaml(f"override '{text}'", value)
 
 
 def format_override(key: str, value: object) -> str:
@@ -115,11 +122,8 @@ def parse_texts(where: str, texts: object) -> dict[str, object]:
 
 def load_parameters(path: str | Path) -> dict[str, object]:
     """The parameters of a YAML file as {name: value}; sections are flattened, `overrides` stays a list."""
-    refuse_if(not Path(path).is_file(), f"{path}: no such parameters file")
-    try:
-        loaded = yaml.safe_load(Path(path).read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    refuse_if(not Path(path).is_file(), f"{path}: no such parameters file{suggest_file(path)}")
+    loaded = load_yaml(path) or {}
     is_table = isinstance(loaded, dict)
     refuse_if(not is_table, f"{path}: expected `key: value` lines, got {type(loaded).__name__}")
     written_as = loaded.pop("format", 1)
@@ -139,7 +143,7 @@ def load_layers(files: Iterable[str | Path], notebook: str = "") -> dict[str, ob
     for file in files:
         layer = load_parameters(file)
         meant, wrong = layer.pop("notebook", notebook), f"{file}: holds parameters of the notebook"
-        refuse_if(notebook and meant != notebook, f"{wrong} '{meant}', not of '{notebook}'")
+        refuse_if(notebook and meant != notebook, f"{wrong} '{meant}', not of '{notebook}': name that one")
         if "overrides" in layer:
             layer["overrides"] = [*values.get("overrides", []), *(layer["overrides"] or [])]
         values |= layer
@@ -202,9 +206,10 @@ def check_type(name: str, kind: type, value: object) -> object:
         refuse_if(not is_list, f"{name}: expected a list of names, got {value!r}")
         return tuple(value)
     if kind is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 2**64 else math.inf
     is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value, re.IGNORECASE)
-    hint = f" (YAML reads {value} as text: write 1.0e-4 with a dot and a signed exponent)" if is_number else ""
+    way_out = "1.0e-4 with a dot and a signed exponent" if kind is float else "digits alone, without a leading zero"
+    hint = f" (YAML reads {value} as text: write {way_out})" if is_number else ""
     found = f"{type(value).__name__} {value!r}{hint}"
     refuse_if(type(value) is not kind, f"{name}: expected {kind.__name__}, got {found}")
     return value
@@ -216,6 +221,11 @@ def check_value(name: str, value: object) -> object:
     value = check_type(name, type(default), value)
     is_finite = not isinstance(value, float) or math.isfinite(value)
     refuse_if(not is_finite, f"{name}: must be a finite number, got {value}")
+    refuse_if(
+        type(value) is int and abs(value) > 2**32, f"{name}: too large a number, got {value!r}: use a smaller one"
+    )
+    unclear = [text for text in (value if isinstance(value, tuple) else [str(value)]) if not text.isprintable()]
+    refuse_if(unclear, f"{name}: has characters that cannot be printed, got {value!r}: take them out")
     if isinstance(allowed, str):
         refuse_if(allowed and not holds(allowed, {}, value), f"{name}: must be {allowed}, got {value!r}")
         return value
@@ -240,7 +250,9 @@ def check_rules(c: Config) -> None:
     missing = [name for name in ("source", "target", "bridged") if name not in c.eval.conditions]
     idle = [name for name in c.train.controls if name != "self_bridge" and not holds(keys.LOSS_OF_ALL, flat)]
     rules = [  # (key, refused if, why)
-        ("run.name", not re.fullmatch(r"[A-Za-z0-9_.-]+", c.run.name), "use letters, digits, '_', '-' and '.'"),
+        ("run.name", not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", c.run.name), "use letters, digits, '_', '-' and '.'"),
+        ("run.runs_dir", not is_inside(c.run.runs_dir), INSIDE),
+        ("run.cache_dir", not is_inside(c.run.cache_dir), INSIDE),
         ("pair.source_device", not is_device(c.pair.source_device), device),
         ("pair.target_device", not is_device(c.pair.target_device), device),
         ("bridge.heads", bridge.bridge_dim % bridge.heads, f"must divide bridge_dim ({bridge.bridge_dim})"),
@@ -287,6 +299,22 @@ def check_rules(c: Config) -> None:
         refuse_if(broken, f"{key}: {why}, got {flat[key]!r}")
 
 
+INSIDE = "name a folder below the project's root, or an absolute path, without braces"
+
+
+def is_inside(folder: str) -> bool:
+    """Whether a folder that is written to lies below the project, or was asked for by its absolute path; papermill
+    takes braces for a parameter."""
+    outside = folder.startswith("~") or not folder.startswith("/") and ".." in Path(folder).parts
+    return bool(folder) and not outside and not set(folder) & set("{}")
+
+
+def check_written(values: dict[str, object]) -> None:
+    """Refuse a notebook's parameter by which it would write outside of the project."""
+    for name in (name for name in ("runs_dir", "out_dir", "figures_dir") if name in values):
+        refuse_if(not is_inside(str(values[name])), f"{name}: {INSIDE}, got {values[name]!r}")
+
+
 def resolve_model_folder(key: str, model: str) -> Path | None:
     """The local folder of a model; None for a hub id or random weights. A folder that is not there is refused."""
     if model == "embedded":
@@ -306,25 +334,6 @@ def resolve_model_folder(key: str, model: str) -> Path | None:
 def is_geometry(model: str) -> bool:
     """Whether a model's name asks for random weights of a published shape."""
     return model.startswith(GEOMETRY)
-
-
-def check_models(config: Config) -> None:
-    """Refuse a missing pair, and one of a kind that cannot work, before any run folder is made or GPU taken."""
-    for key in ("source_model", "target_model"):
-        folder = resolve_model_folder(key, getattr(config.pair, key))
-        if folder is None:
-            continue
-        if not any(folder.glob("*.safetensors")):
-            pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
-            out = "make a pair with `bridgekit pair`"
-            out = "save it again as safetensors: pickled weights can run code" if pickled else out
-            raise ConfigError(f"pair.{key}: no safetensors file in '{folder}': {out}")
-        try:
-            kind = json.loads((folder / "config.json").read_text()).get("model_type")
-        except (ValueError, AttributeError):
-            raise ConfigError(f"pair.{key}: config.json in '{folder}' is not valid JSON: restore it") from None
-        out = "use a model with attention in all or some of its layers"
-        refuse_if(kind in keys.UNSUPPORTED, f"pair.{key}: '{folder}' is a {kind}, which no bridge works on here: {out}")
 
 
 def is_safe(key: str) -> bool:

@@ -4,13 +4,17 @@
     "loss.kl_tokens": Key(0, "first answer tokens compared; 0: all", ">= 0", "loss.kl_weight > 0"),
 
 Limits and conditions are written alike: `>= 0 and < 1`, `= -1 or >= 1`, `bridge.producer = dit or task.n_facts > 1`.
+`load_yaml` reads the YAML that these and all other files of a user's are written in.
 `config` builds, checks and compares configurations; import from there. Nothing here imports torch.
 """
 
+import math
 import re
 import typing
 from operator import eq, ge, gt, le, lt, ne
 from pathlib import Path
+
+import yaml
 
 # Order matters: it is the order of table rows and legends everywhere.
 CONDITIONS = tuple(
@@ -66,6 +70,84 @@ SAFE = ("train.steps", "train.patience", "train.num_processes", "pair.source_dev
 COMPARE = {">": gt, ">=": ge, "<": lt, "<=": le, "=": eq, "!=": ne}
 
 
+LONGEST_YAML = 200_000  # characters; a file of parameters has a few thousand
+MOST_NODES = 20_000  # of a YAML text, with everything that its aliases stand for
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message is one line that names the key and the way out."""
+
+    def __init__(self, message: object) -> None:
+        text = " ".join(str(message).split())  # a value may be many lines, or very long
+        super().__init__(text if len(text) <= 1000 else f"{text[:600]} ... {text[-300:]}")
+
+
+def refuse_if(wrong: object, message: str) -> None:
+    """Raise the one line that says what is wrong with something the user gave."""
+    if wrong:
+        raise ConfigError(message)
+
+
+class StrictLoader(yaml.SafeLoader):
+    """Safe YAML without its traps: a name may stand once, `0100` and `1:30` are texts, aliases stand for little."""
+
+    def compose_mapping_node(self, anchor):
+        """As in YAML, but the second of two equal names would silently win."""
+        node, seen = super().compose_mapping_node(anchor), set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands there twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return node
+
+    def get_single_node(self):
+        """As in YAML, but a few lines of aliases of aliases would fill the memory."""
+        node = super().get_single_node()
+        if node is not None and count_nodes(node, {}) > MOST_NODES:
+            raise yaml.MarkedYAMLError(problem="its aliases stand for too much", problem_mark=node.start_mark)
+        return node
+
+
+def count_nodes(node: yaml.Node, known: dict[int, float]) -> float:
+    """The parts of a YAML node, those behind aliases counted each time; infinite where it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        parts = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for pair in parts for part in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(count_nodes(part, known) for part in parts)
+    return known[id(node)]
+
+
+WHOLE, EXPONENT = "(0|[1-9][0-9_]*)", "([eE][-+][0-9]+)?"
+NUMBERS = {  # the ways of writing a number: those of YAML but the octal, the hexadecimal and the sexagesimal one
+    "tag:yaml.org,2002:int": rf"[-+]?{WHOLE}",
+    "tag:yaml.org,2002:float": rf"[-+]?({WHOLE}\.[0-9_]*{EXPONENT}|\.[0-9][0-9_]*{EXPONENT}|\.inf)|\.nan",
+}
+StrictLoader.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(rf"({NUMBERS[tag]})$") if tag in NUMBERS else form) for tag, form in forms]
+    for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def parse_yaml(where: str, text: str) -> object:
+    """A YAML text as plain values; `where` names the file or the key that is refused."""
+    refuse_if(len(text) > LONGEST_YAML, f"{where}: longer than {LONGEST_YAML:,} characters: name a file of parameters")
+    try:
+        return yaml.load(text, StrictLoader)
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or type(error).__name__
+        place = f"line {mark.line + 1}: " if mark else ""
+        raise ConfigError(f"{where}: not valid YAML ({place}{why}): correct it, or put texts in quotes") from None
+
+
+def load_yaml(path: str | Path) -> object:
+    """What a YAML file holds."""
+    try:
+        return parse_yaml(str(path), Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: not a text in UTF-8: save it as one") from None
+
+
 class Key(typing.NamedTuple):
     """A key: its default and with it its type, meaning, names or limits, and without what it has no effect."""
 
@@ -117,12 +199,12 @@ KEYS = {
     "task.n_shots": Key(0, "solved training questions in front of each real question", ">= 0"),
     "task.variant": Key("weights", "the source has facts in its weights or in its context", ("weights", "context")),
     "task.n_paragraphs": Key(0, "of hotpotqa, the supporting ones before others; 0: all", ">= 0", PARAGRAPHS),
-    "task.n_facts": Key(4, "facts in the source's context", "> 0", FACTS),
+    "task.n_facts": Key(4, "facts in the source's context", "> 0 and <= 1024", FACTS),
     "task.vary_facts": Key(False, "train on 1, 2, 4, ... n_facts facts", "", f"{FACTS} and task.n_facts > 1"),
     "task.data_seed": Key(1, "of the problems that are drawn, and of the order of real questions"),
-    "task.n_train": Key(16384, "training problems", "> 0"),
-    "task.n_val": Key(512, "validation problems", "> 0"),
-    "task.n_test": Key(2000, "test problems", "> 0"),
+    "task.n_train": Key(16384, "training problems", "> 0 and <= 10000000"),
+    "task.n_val": Key(512, "validation problems", "> 0 and <= 1000000"),
+    "task.n_test": Key(2000, "test problems", "> 0 and <= 1000000"),
     "task.source_only_share": Key(-1.0, "of the training mix; -1: the natural mix", "= -1 or >= 0 and <= 1"),
     "task.train_units_share": Key(1.0, "of the train units; smaller shares are nested", "> 0 and <= 1", WEIGHTS),
     "task.train_values_share": Key(1.0, "of the values trained on; nested as well", "> 0 and <= 1", WEIGHTS),

@@ -26,18 +26,21 @@ from bridgekit.config import (
     KEYS,
     Config,
     ConfigError,
+    check_written,
     dump_config,
     is_safe,
     load_config,
     load_layers,
     nearest,
     refuse_if,
+    suggest_file,
     to_flat,
 )
 from bridgekit.results.live import FOLLOWED, LiveView, following
 from bridgekit.runs import load_status, project_root, write_status
-from bridgekit.tasks import check_inputs
-from bridgekit.train.plan import refuse_unfit
+from bridgekit.tasks import check_inputs, check_texts
+from bridgekit.train.parts import check_parts
+from bridgekit.train.plan import check_devices, refuse_unfit
 
 STAGES = ("baselines", "train")
 DONE_WITH = {"baselines": "headroom.jsonl"}  # what a stage leaves behind; the last one finishes the run
@@ -65,6 +68,9 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
             return resume_run(config, Path(run_dir))
         if folder is None:
             check_inputs(config)
+        check_parts(config)
+        if folder is None:  # of a study's runs the runner asks
+            check_texts(config)
             refuse_unfit(config)
         unfinished = None if folder or new else find_unfinished(config)
         if unfinished:
@@ -91,7 +97,7 @@ def find_unfinished(config: Config) -> Path | None:
 def resume_run(config: Config, run_dir: Path) -> Path:
     """A run's folder, to go on with; settings that would make it another experiment are refused."""
     if not (run_dir / "config.yaml").is_file():
-        raise ConfigError(f"run_dir: '{run_dir}' is no run folder (config.yaml not found)")
+        raise ConfigError(f"run_dir: '{run_dir}' is no run folder (config.yaml not found): name a run's")
     known = runs.load_run_config(run_dir)
     old, new = to_flat(known), to_flat(config)
     apart = [key for key in new if old[key] != new[key] and not is_safe(key)]
@@ -109,7 +115,7 @@ def resume_run(config: Config, run_dir: Path) -> Path:
 def refuse_running(run_dir: Path) -> None:
     """Refuse to go on with a run that somebody runs, or that is no run."""
     is_run = any((run_dir / name).is_file() for name in ("config.yaml", PARAMETERS))
-    refuse_if(not is_run, f"--resume: '{run_dir}' is no run folder (config.yaml not found)")
+    refuse_if(not is_run, f"--resume: '{run_dir}' is no run folder (config.yaml not found): name a run's")
     writer = find_writer(run_dir)
     refuse_if(writer, f"--resume: '{run_dir}' is running ({writer}): wait, or end it")
 
@@ -220,15 +226,21 @@ def load_defaults(notebook: str | Path) -> dict[str, object]:
     import nbformat
 
     if not Path(notebook).is_file():
-        raise ConfigError(f"{notebook}: no such notebook")
+        raise ConfigError(f"{notebook}: no such notebook{suggest_file(notebook)}")
     try:
         cells = nbformat.read(notebook, as_version=4).cells
-    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError) as error:
-        raise ConfigError(f"{notebook}: not a notebook ({str(error).splitlines()[0]})") from None
+    except (ValueError, nbformat.ValidationError, AttributeError, LookupError, TypeError) as error:
+        why = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise ConfigError(f"{notebook}: not a notebook ({why}): open it in JupyterLab, or restore it") from None
     tagged = [cell for cell in cells if "parameters" in cell.metadata.get("tags", [])]
     if len(tagged) != 1:
-        raise ConfigError(f"{notebook}: needs one cell tagged 'parameters', found {len(tagged)}")
-    return {name: ast.literal_eval(value) for name, value in _assignments(tagged[0].source).items()}
+        raise ConfigError(f"{notebook}: needs one cell tagged 'parameters', found {len(tagged)}: tag one in JupyterLab")
+    try:
+        return {name: ast.literal_eval(value) for name, value in _assignments(tagged[0].source).items()}
+    except (ValueError, SyntaxError, AttributeError) as error:
+        where = f"line {error.lineno} of " if isinstance(error, SyntaxError) else ""
+        why = "must have a plain `name = value` in each line, without computing"
+        raise ConfigError(f"{notebook}: {where}its parameters cell {why}: correct it") from None
 
 
 def _assignments(source: str) -> dict[str, ast.expr]:
@@ -282,12 +294,27 @@ def refuse_unknown(notebook: str | Path, namespace: dict[str, object]) -> None:
             if given.pop("notebook", None) and (meant := namespace["notebook"]) != path.stem:
                 raise ConfigError(f"notebook: these are parameters of '{meant}', not of '{path.stem}'")
             check_names(path.stem, given, load_defaults(path))
+    check_written(namespace)
 
 
 def resolve_config(parameters: dict[str, object]) -> Config:
     """The configuration that a notebook with these parameters runs; those that are no keys are the notebook's own."""
     values = {name: value for name, value in parameters.items() if _is_key(name)}
     return load_config(overrides=parameters["overrides"], **values)
+
+
+def check_parameters(values: dict[str, object]) -> None:
+    """Refuse what a notebook without a run folder of its own would refuse in its kernel."""
+    check_written(values)
+    with contextlib.chdir(project_root()):
+        for name in ("run", "root"):  # the folders that notebooks read
+            missing = name in values and not Path(values[name]).is_dir()
+            refuse_if(missing, f"{name}: no folder '{values.get(name)}': name one that exists, from the project's root")
+        if "base" in values:
+            load_config(values["base"], values["overrides"])
+        elif "overrides" in values and "run_dir" not in values:
+            check_inputs(config := resolve_config(values))
+            check_devices(config)
 
 
 def notebook_config(notebook: str | Path, namespace: dict[str, object]) -> Config:
@@ -313,6 +340,7 @@ def execute_notebook(
     notebook = Path(notebook)
     earlier = load_parameters_of(Path(resume), notebook) if resume else {}
     values = gather_parameters(notebook, files, earlier | (parameters or {}), overrides)
+    check_parameters(values)
     import papermill  # takes a second, so after what can be refused at once
 
     folder = open_notebook(notebook, values, resume)
@@ -371,7 +399,7 @@ def dump_parameters(notebook: Path, values: dict[str, object]) -> str:
 def load_parameters_of(run_dir: Path, notebook: Path) -> dict[str, object]:
     """What an interrupted execution was given; one that has ended well has nothing to go on with."""
     known = run_dir / PARAMETERS
-    refuse_if(not known.is_file(), f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found)")
+    refuse_if(not known.is_file(), f"--resume: '{run_dir}' is no run of a notebook ({PARAMETERS} not found): name one")
     ended = f"--resume: '{run_dir}' is finished, and so is its {notebook.name}: nothing is left to do"
     refuse_if((run_dir / notebook.name).is_file(), ended)
     values = json.loads(known.read_text())

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from bridgekit import launch, runs
 from bridgekit.alive import LOOK_SECONDS, Child, lock_run
-from bridgekit.config import Config, ConfigError
+from bridgekit.config import Config, ConfigError, refuse_if
 from bridgekit.results.live import LiveView, describe_progress
 from bridgekit.runs import load_run_config, load_status, project_root
-from bridgekit.train.plan import refuse_unfit
+from bridgekit.train.plan import check_devices, refuse_unfit
 
 SLOTS_PER_GPU = 6
 
@@ -169,11 +169,13 @@ class Runner:
         self.gpus, self.waiting, self.active = list_gpus(), list(jobs), list[Job]()
         self.slots = slots or (SLOTS_PER_GPU if self.gpus else 1)
         self.at_most = at_most or self.slots * max(1, len(self.gpus))
-        for job in jobs if self.gpus else ():
-            if job.n_gpus > len(self.gpus):
-                raise ConfigError(
-                    f"train.num_processes: {job.name} needs {job.n_gpus} GPUs, there are {len(self.gpus)}"
-                )
+        for job in jobs:
+            job.folder.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(job, Training):
+                check_devices(job.config)
+            lacking = 0 < len(self.gpus) < job.n_gpus
+            why = f"train.num_processes: {job.name} needs {job.n_gpus} GPUs, there are {len(self.gpus)}"
+            refuse_if(lacking, why)
         self.n_runs = sum(not isinstance(job, Making) for job in jobs)
         self.threads = runs.count_threads(max(1, min(self.at_most, len(jobs))))
         self.failed: dict[str, Job] = {}

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import platform
 import shlex
@@ -25,12 +26,13 @@ import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from bridgekit.config import CONDITIONS, Config, ConfigError, dump_config, load_config
+from bridgekit.config import CONDITIONS, Config, ConfigError, dump_config, load_config, refuse_if
 from bridgekit.keys import INVALID
 
 FINAL = "eval_samples_step_final.jsonl"
 RESUME = "checkpoint/resume"  # checkpoints of trainings, until their run has ended
 BEAT = ".beat-"  # the file that a process touches as long as it lives, by its rank
+MOST_FILES, MOST_BYTES = 10_000, 4 << 30  # of a kept study, unpacked: the largest has 450 files, 71 MB
 UNFINISHED = ".answers.jsonl"  # those of the final evaluation, until it is whole
 
 
@@ -130,11 +132,24 @@ def open_study(name: str, root: str | Path = "preserved_data/studies", into: str
     folder = into / place
     if not folder.is_dir():
         with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=into, ignore_cleanup_errors=True) as partial:
-            with tarfile.open(path, "r:xz") as archive:
-                archive.extractall(partial, filter="data")
+            unpack(path, Path(partial))
             with contextlib.suppress(OSError):  # another process was quicker: its copy is the same
                 Path(partial).rename(folder)
     return folder
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """The files of a kept study, no more and no larger than one has; what leads out of the folder is refused."""
+    total, most = 0, f"{MOST_FILES:,} files or {MOST_BYTES >> 30} GiB"
+    try:
+        with tarfile.open(path, "r:xz") as archive:
+            for number, member in enumerate(archive, start=1):
+                total += member.size
+                too_much = number > MOST_FILES or total > MOST_BYTES
+                refuse_if(too_much, f"{path}: unpacks to more than {most}, which no study has: restore it")
+            archive.extractall(folder, filter="data")
+    except (tarfile.TarError, lzma.LZMAError, EOFError) as error:
+        raise ConfigError(f"{path}: no archive of a study ({error}): restore it") from None
 
 
 # -- files ------------------------------------------------------------------------------------------------------
@@ -244,7 +259,7 @@ def load_eval(path: str | Path, skip_broken: bool = False, texts: bool = True):
         rows = ({k: v for k, v in row.items() if not k.endswith(("_full", "_full_text", "question"))} for row in rows)
     frame = pd.DataFrame(rows)
     if frame.empty:
-        raise ValueError(f"{path}: no examples in it")
+        raise ValueError(f"{path}: no examples in it: restore the file")
     for key in ("gold_extracted", "source_extracted", "target_extracted"):
         if key not in frame:
             raise ValueError(f"{path}: no '{key}' in it, so it is no evaluation of a run")
@@ -318,7 +333,10 @@ def count_threads(n: int = 1) -> int:
     A job scheduler may have left this process fewer cores than there are.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, cores // n))
+    given = os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // n))
+    is_number = given.isdecimal() and int(given) > 0
+    refuse_if(not is_number, f"OMP_NUM_THREADS: expected a whole number above 0, got '{given}': set it, or unset it")
+    return int(given)
 
 
 def _output(*command: str) -> str:

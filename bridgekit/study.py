@@ -11,7 +11,6 @@ A file has a `base` (one file or several, of which later ones win), `seeds`, sha
 as an effect, unless one is a declared replicate: `replicates: {A: B}` runs A on the seeds of B plus 100.
 """
 
-import argparse
 import itertools
 import re
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from bridgekit.alive import lock_run
 from bridgekit.config import (
     Config,
     ConfigError,
+    Parser,
     differences,
     effective_settings,
     format_override,
@@ -86,6 +86,9 @@ def load_study(path: str | Path) -> Study:
         raise ConfigError(f"{path}: unknown key '{key}' (a study has: {', '.join(known)})")
     if "base" not in values or not values.keys() & {"variants", "grid"}:
         raise ConfigError(f"{path}: needs `base:` and `variants:` or `grid:`, a study has a base and variants of it")
+    bases = values["base"] if isinstance(values["base"], list) else [values["base"]]
+    are_files = bases and all(isinstance(base, str) for base in bases)
+    refuse_if(not are_files, f"{path}: base: expected a file of parameters or a list of them, got {values['base']!r}")
     try:
         return Study(**{"name": Path(path).stem} | {k: v for k, v in values.items() if k in known})
     except ConfigError as error:
@@ -159,11 +162,12 @@ def plan_study(study: Study, runs_dir: str | Path = "runs", keep: Sequence[str] 
     configs: dict[str, Config] = {}
     lengths: dict[tuple, tuple | None] = {}
     for name, texts in study.variants.items():
-        own = [f"run.name={name}", "run.seed=0", f"run.runs_dir={runs_dir}", f"run.cache_dir={runs_dir}/.cache"]
+        own = {"run.name": name, "run.seed": 0, "run.runs_dir": f"{runs_dir}", "run.cache_dir": f"{runs_dir}/.cache"}
         if pair := study.pair_of.get(name):
-            own += [f"pair.{side}_model={runs_dir}/pairs/{pair}/{side}" for side in ("source", "target")]
+            own |= {f"pair.{side}_model": f"{runs_dir}/pairs/{pair}/{side}" for side in ("source", "target")}
         try:
-            config = configs[name] = load_config(overrides=[*shared, *texts, *own], **base)
+            last = [format_override(*item) for item in own.items()]  # a name may look like a number
+            config = configs[name] = load_config(overrides=[*shared, *texts, *last], **base)
             # A pair of the study's own is made when it runs.
             check_inputs(config.with_(source_model="embedded", target_model="embedded") if pair else config)
             read = config.pair, config.task, config.bridge.source_view
@@ -244,7 +248,7 @@ def measure_headroom(planned: dict[str, Config], runs_dir: str | Path) -> dict[s
 
 def main(argv: list[str] | None = None) -> None:
     """The `bridgekit study` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit study", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bridgekit study", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a file of parameters/studies/")
     parser.add_argument("--runs-dir", default="runs")
     slots = f"trainings at once on each GPU (default: {SLOTS_PER_GPU}, and 1 where there is no GPU)"

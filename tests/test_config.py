@@ -14,7 +14,6 @@ from bridgekit.config import (
     Config,
     ConfigError,
     build_config,
-    check_models,
     differences,
     dump_config,
     effective_settings,
@@ -23,6 +22,7 @@ from bridgekit.config import (
     parse_override,
     to_flat,
 )
+from bridgekit.tasks.models import check_models
 
 
 def refuse(*named: str, **values) -> None:

@@ -3,6 +3,8 @@
 python -m pytest tests/test_launch.py
 """
 
+import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -26,6 +28,7 @@ task.n_train=64 task.n_val=16 task.n_test=16 train.val_samples=8 train.eval_ever
 eval.max_new_tokens=8 eval.conditions=[source,target,bridged,shuffled] train.controls=[] bridge.bridge_dim=16
 bridge.heads=2 bridge.depth=1 bridge.n_soft_tokens=4""".split()
 KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+SECRETS, CANARY = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"), "hf_canary7391"
 CELLS = {  # of small notebooks: one that trains as phase1 does, and one that has no run folder of its own
     "phase1": [
         'name = "phase1"\nsteps = 2\nrun_dir = ""\noverrides = []',
@@ -61,7 +64,8 @@ def project(tmp_path, monkeypatch) -> Path:
 def start(project: Path, *arguments: str) -> subprocess.Popen:
     """A command of the user's, in a process of its own."""
     command = [sys.executable, "-m", "bridgekit", "run", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=project)
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, **streams, cwd=project, env=os.environ | dict.fromkeys(SECRETS, CANARY))
 
 
 def test_a_headless_run_leaves_what_the_notebook_shows(project):
@@ -78,6 +82,9 @@ def test_a_headless_run_leaves_what_the_notebook_shows(project):
     assert f"executed notebook  {run_dir / 'phase1.ipynb'}" in out and not list(run_dir.glob("*.*.ipynb"))
     record = runs.json.loads((run_dir / "provenance.json").read_text())
     assert record["command"] == "bridgekit run notebooks/phase1.ipynb -f small.yaml -f more.yaml"
+    written = [path for path in project.rglob("*") if path.is_file()]
+    assert len(written) > 20 and not any(CANARY.encode() in path.read_bytes() for path in written), "a secret is kept"
+    assert CANARY not in out + err
     before = (run_dir / "train.log").read_bytes()
     launch.run_stage(run_dir, "train")
     assert (run_dir / "train.log").read_bytes() == before, "a finished run is not trained again"
@@ -236,6 +243,24 @@ def test_progress_is_one_line_on_a_terminal_and_news_elsewhere(capsys, monkeypat
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     shown = watch()
     assert shown.count("\r\x1b[K") == 4 and shown.count("\n") == 1 and shown.endswith("done · 0:00:10 in all\n")
+
+
+def test_a_bar_stands_only_where_steps_are_counted():
+    assert "<progress" not in live.draw_bar({"stage": "baselines done"}, "baselines done")
+    assert live.draw_bar({"step": 3, "steps": 4}, "a < b").startswith('<progress value="0.750"')
+    assert live.draw_bar({}, "a < b") == "<pre>a &lt; b</pre>"
+
+
+@pytest.mark.parametrize("text", ["a'); import os; ('", '"""\nx = 1', "{steps}", "a\\'", "\N{PILE OF POO}\x00"])
+def test_a_parameter_is_data_in_the_notebook(project, text):
+    """What papermill writes into the notebook is read back as the same values, and nothing else."""
+    given = {"name": text, "overrides": [text]}
+    notebook = papermill.parameterize.parameterize_notebook(
+        papermill.iorw.load_notebook_node(str(project / "notebooks/phase1.ipynb")), given
+    )
+    (source,) = [cell.source for cell in notebook.cells if "injected-parameters" in cell.metadata.get("tags", [])]
+    nodes = ast.parse(source).body
+    assert {node.targets[0].id: ast.literal_eval(node.value) for node in nodes} == given and len(nodes) == 2
 
 
 def test_the_curves_show_loss_and_accuracy_and_stay_small(tmp_path):

@@ -98,3 +98,19 @@ def test_the_package_loads_quickly_and_facts_and_edges_load_no_tensor_library():
     assert not loaded_by("import bridgekit, bridgekit.cli; assert bridgekit.load_config().train.steps == 500") & slow
     names = [f"bridgekit.{name.removesuffix('.__init__')}" for name in LIGHT if not name.startswith("__")]
     assert not loaded_by(f"import {', '.join(names)}") & HEAVY
+
+
+UNSAFE = {"pickle", "shelve", "dill", "joblib", "marshal", "torch.load", "eval", "exec", "os.system", "yaml.load"}
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_that_a_file_brings_can_run(module):
+    """No pickles in any form, and archives by a safe filter; `yaml.load` is the strict one in keys.py alone."""
+    tree = ast.parse(FILES[module].read_text(), module)
+    imported = {name.split(".")[0] for name in imported_by(module)}
+    calls = {ast.unparse(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    allowed = {"yaml.load"} if module == "keys" else set()
+    assert not (imported | set(calls)) & UNSAFE - allowed
+    options = {name: ast.unparse(call) for name, call in calls.items()}
+    assert all("filter='data'" in text for name, text in options.items() if name.endswith(".extractall"))
+    assert all("allow_pickle=False" in text for name, text in options.items() if name in ("np.load", "numpy.load"))

@@ -43,6 +43,11 @@ def test_a_grid_is_every_combination_of_every_variant(study):
     assert list(some.variants) == ["a_7", "a_8", "b_7", "b_8"] and some.variants["b_7"] == ["lr=0.5", "steps=7"]
 
 
+def test_a_name_that_looks_like_a_number_stays_a_name(study):
+    planned = plan_study(study(variants={}, grid={"depth": [1, 2]}), "007")
+    assert [(one.run.name, one.run.runs_dir) for one in planned.values()][::2] == [("1", "007"), ("2", "007")]
+
+
 def test_a_base_may_be_several_files_of_which_the_later_wins(study, tmp_path):
     (tmp_path / "more.yaml").write_text("notebook: phase1\nsteps: 9\noverrides: [lr=0.1]\n")
     (tmp_path / "most.yaml").write_text("steps: 11\noverrides: [batch_size=4]\n")

@@ -15,10 +15,9 @@ from datetime import datetime
 from pathlib import Path
 
 import pandas as pd
-import yaml
 
 from bridgekit.audit.first_runs import MissingData, Record, effective_settings, step_order
-from bridgekit.config import refuse_if
+from bridgekit.keys import load_yaml, refuse_if
 from bridgekit.results.reports import render
 from bridgekit.results.statistics import n_for_effect, paired_difference, wilson
 from bridgekit.results.style import format_share
@@ -156,10 +155,7 @@ MEASURES = {measure.__name__: measure for measure in (value, answered, differenc
 
 def load_claims(path: str | Path) -> tuple[list[dict], dict[str, str]]:
     """The claims of a YAML file and its documents; a malformed claim is refused with its id."""
-    try:
-        loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from None
+    loaded = load_yaml(path) or {}
     claims, seen = loaded.get("claims") or [] if isinstance(loaded, dict) else None, set()
     whole = isinstance(claims, list) and all(isinstance(claim, dict) for claim in claims)
     refuse_if(not whole, f"{path}: expected a list of claims under 'claims'")

@@ -8,7 +8,6 @@ bridgekit preserve --manifest     write preserved_data/README.md again from the 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import pandas as pd
 import yaml
 
 from bridgekit.audit.first_runs import PATH_KEYS, SETTINGS_AS_FACTS, Record, evaluation_files, load_run
+from bridgekit.config import Parser
 from bridgekit.results import preserve
 from bridgekit.results.preserve import FIRST, ROOT, changed_files, compress_evaluation, find_runs, generation_of
 from bridgekit.results.reports import ENTRY, describe_answers, render, write_entry
@@ -137,7 +137,7 @@ def write_manifest(root: str | Path = ROOT, blocks: dict[str, str] | None = None
 
 def main(argv: list[str] | None = None) -> int:
     """The `bridgekit preserve` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit preserve", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit preserve", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folder, or a folder of run folders")
     parser.add_argument("--root", default=str(ROOT), help="where runs are kept (default: %(default)s)")
     parser.add_argument("--name", help="keep a single run under this name")
@@ -157,13 +157,15 @@ def main(argv: list[str] | None = None) -> int:
     folders = [folder for run in args.runs for folder in find_runs(run) or [Path(run)]]
     if args.name and len(folders) > 1:
         raise ValueError(f"--name is for one run; {args.runs[0]} holds {len(folders)}")
-    failed = 0
+    failed, n_kept = 0, 0
     for folder in folders:
         try:
             kept = keep_run(folder, args.root, args.name, args.max_jsonl_mb, args.max_checkpoint_mb)
+            n_kept += 1
             print(f"kept {kept}; now fill in the why and the publishability in {kept / ENTRY}")
         except (ValueError, OSError) as error:
             failed = 2
             print(f"error: {error}", file=sys.stderr)
-    print(f"manifest: {write_manifest(args.root)}")
+    if n_kept or args.manifest:
+        print(f"manifest: {write_manifest(args.root)}")
     return failed

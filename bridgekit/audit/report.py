@@ -10,7 +10,6 @@ is 1 where a kept run has changed, is gone or cannot be read.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections import Counter
@@ -23,6 +22,7 @@ from bridgekit.audit.claims import VERDICTS, Records, Verdict, judge, load_claim
 from bridgekit.audit.findings import Finding, find_all
 from bridgekit.audit.first_runs import load_run
 from bridgekit.audit.keep import write_manifest
+from bridgekit.config import Parser
 from bridgekit.results.preserve import ROOT, changed_files, find_runs
 from bridgekit.results.reports import ENTRY, render
 from bridgekit.runs import write_text_atomic
@@ -106,7 +106,7 @@ def format_audit(audit: Audit, form: str = "text") -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The `bridgekit audit` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit audit", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit audit", description=__doc__.splitlines()[0])
     parser.add_argument("--root", default=str(ROOT), help="the preserved runs (default: %(default)s)")
     parser.add_argument("--format", choices=FORMATS, default="text")
     parser.add_argument("--output", metavar="FILE", help="write there instead of printing")

@@ -59,7 +59,7 @@ def load_attention(experiment: Experiment, examples: list[Example], folder: Path
             return {}, path
         folder.mkdir(parents=True, exist_ok=True)
         save_attention(store, path)
-    return dict(np.load(path)), path
+    return dict(np.load(path, allow_pickle=False)), path
 
 
 def attention_by_class(arrays: dict[str, np.ndarray], frame: pd.DataFrame) -> pd.DataFrame:

@@ -13,8 +13,6 @@ Shapes: B batch, S source tokens, L captured layers, D_s and D_t hidden sizes, K
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -27,7 +25,7 @@ from bridgekit.model.injectors import INJECTORS
 from bridgekit.model.message import Dropout, Injector, Message, in_half
 from bridgekit.model.producers import PRODUCERS
 from bridgekit.runs import write_bytes_atomic
-from bridgekit.tasks.extend import describe_place, load_checked
+from bridgekit.tasks.extend import blame, load_checked
 
 PARTS = {"producer": PRODUCERS, "injector": INJECTORS}
 
@@ -97,7 +95,7 @@ def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_di
     loaded = {kind: load_part(config, kind, code_dir) for kind in PARTS}
     parts = []
     for kind, (part, options) in loaded.items():
-        with blame(kind, part):
+        with blame(f"bridge.{kind}", part):
             parts.append(part(config.bridge, *given[kind], **options))
     bridge = Bridge(*parts, config, n_layers * source_dim, target.embedding_rms).to(target.device)
     if any(part not in PARTS[kind].values() for kind, (part, _) in loaded.items()):
@@ -108,19 +106,6 @@ def build_bridge(config: Config, n_layers: int, source_dim: int, target, code_di
 # ---- a user's own parts -------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def blame(kind: str, part: type) -> Iterator[str]:
-    """Any error inside as one line, `bridge.producer: file.py:12 MyProducer: ...`; yields the line's beginning."""
-    what = f"bridge.{kind}: {describe_place(part)}:"
-    try:
-        yield what
-    except ConfigError:
-        raise
-    except Exception as error:
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"{what} {why}") from error
-
-
 def try_bridge(bridge: Bridge, shape: tuple[int, int, int], n_soft_tokens: int, target) -> None:
     """Refuse a bridge that cannot be trained: two questions of 5 and 3 random states (S, L, D_s) go through it."""
     device, places = target.device, torch.arange(5, device=target.device).expand(2, -1)
@@ -128,14 +113,8 @@ def try_bridge(bridge: Bridge, shape: tuple[int, int, int], n_soft_tokens: int, 
     states = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(device) * mask[..., None, None]
     k, seeds = 5 if n_soft_tokens == -1 else n_soft_tokens, mask.sum(1)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        with blame("producer", type(bridge.producer)) as maker, torch.no_grad():
-            message = bridge.eval().produce(states, mask, seeds)
-            check_message(maker, message, (2, k, target.hidden_size))
-            alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
-            same = torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4)
-            why = "its tokens change with the batch: leave out padding (`mask`), draw by `seeds`"
-            refuse_if(not same, f"{maker} {why}")
-        with blame("injector", type(bridge.injector)) as bringer, torch.enable_grad():
+        maker = try_producer(bridge, states, mask, (2, k, target.hidden_size))
+        with blame("bridge.injector", type(bridge.injector)) as bringer, torch.enable_grad():
             message = bridge.train().encode(states, mask, seeds, alignment=torch.stack([places, places + 1], -1))
             soft, embeds = bridge.injector.soft(message), target.embed(places)
             embeds = embeds if soft is None else torch.cat([soft.tokens.to(target.dtype), embeds], 1)
@@ -148,6 +127,20 @@ def try_bridge(bridge: Bridge, shape: tuple[int, int, int], n_soft_tokens: int, 
     reached = any(p.grad is not None and p.grad.any() for p in bridge.parameters())
     refuse_if(not reached, f"{maker} no gradient reaches a parameter: make tokens from `states` by parameters")
     bridge.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def try_producer(bridge: Bridge, states: torch.Tensor, mask: torch.Tensor, wanted: tuple[int, int, int]) -> str:
+    """Refuse a producer whose tokens are not of the wanted shape (B, K, D_t), or change with the batch; -> its place"""
+    seeds = mask.sum(1)
+    with blame("bridge.producer", type(bridge.producer)) as maker:
+        message = bridge.eval().produce(states, mask, seeds)
+        check_message(maker, message, wanted)
+        alone = bridge.produce(states[1:, :3], mask[1:, :3], seeds[1:]).tokens[0]
+        same = torch.allclose(message.tokens[1, : len(alone)], alone, rtol=1e-3, atol=1e-4)
+        why = "its tokens change with the batch: leave out padding (`mask`), draw by `seeds`"
+        refuse_if(not same, f"{maker} {why}")
+    return maker
 
 
 def check_message(maker: str, message: Message, wanted: tuple[int, int, int]) -> None:

@@ -15,9 +15,9 @@ from bridgekit.config import ConfigError
 from bridgekit.model.adapter import add_to
 from bridgekit.model.attention import is_step
 from bridgekit.model.message import Injector, Message
-from bridgekit.model.pair import pick_layers
 from bridgekit.model.producers import Attention, average_spans
 from bridgekit.model.tryout import takes_soft_tokens, try_projections
+from bridgekit.tasks.models import pick_layers
 
 GATE_SPEED = 10.0  # tanh(10 x): a scalar that starts at zero would need the whole training to open at the usual rate
 

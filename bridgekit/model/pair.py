@@ -12,19 +12,18 @@ from functools import cached_property
 
 import torch
 import transformers
-from huggingface_hub import HfApi, try_to_load_from_cache
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridgekit.config import Config, ConfigError, check_models, is_geometry, refuse_if, resolve_model_folder
+from bridgekit.config import Config, ConfigError, is_geometry, refuse_if, resolve_model_folder
 from bridgekit.model.adapter import Decoder
 from bridgekit.model.attention import fuse_pieces
 from bridgekit.model.fingerprint import fingerprint_folder
 from bridgekit.model.geometry import make_geometry
 from bridgekit.model.tryout import try_decoder
 from bridgekit.tasks import CUE, Prompt, units
+from bridgekit.tasks.models import ask_hub, check_models, explain_hub
 
-MAX_AUTO_LAYERS = 8  # that an injector works on
 SAMPLE = "Question: What is 12 + 3?"  # what a model is tried on
 MARK = "prompt-goes-here"  # stands for a text while a chat template is filled in
 # What templates ask beside the messages: no worked thoughts, and no date of today, which would change every prompt.
@@ -207,31 +206,6 @@ def word_tokens(lm: LanguageModel, text: str, word: str) -> list[range]:
     return found
 
 
-def pick_layers(lm: LanguageModel, wanted: str, key: str = "bridge.source_layers") -> tuple[int, ...]:
-    """Layers from a configuration's text: numbers like `0,2`, or `auto`.
-
-    Of hidden states (0: the embeddings) auto reads three of the upper part: at 0.6, 0.8 and all of the depth. A linear
-    probe finds a unit's value there, at the word's end (`probe` in pair.json). The best layer differs between pairs;
-    the last layer alone loses the ones digit of unseen values. Of layers to work on (`bridge.inject_layers`) auto takes
-    all of a small model, and eight spread over a large one.
-    """
-    n = lm.n_layers
-    if key == "bridge.source_layers":
-        last, auto = n, {max(1, round(0.6 * n)), max(1, round(0.8 * n)), n}
-    else:
-        most = min(n, MAX_AUTO_LAYERS)
-        last, auto = n - 1, {round(i * (n - 1) / max(1, most - 1)) for i in range(most)}
-    if wanted == "auto":
-        return tuple(sorted(auto))
-    try:
-        layers = tuple(map(int, wanted.split(",")))
-    except ValueError:
-        raise ConfigError(f"{key}: expected 'auto' or numbers like '0,2', got '{wanted}'") from None
-    fits = all(0 <= i <= last for i in layers) and len(set(layers)) == len(layers)
-    refuse_if(not fits, f"{key}: this model has 0 to {last}, each once, got '{wanted}'")
-    return layers
-
-
 # ---- loading --------------------------------------------------------------------------------------------------------
 
 
@@ -293,40 +267,6 @@ def load_weights(key: str, model: str, place: str, device: torch.device, dtype: 
         lost = f"{len(missing)} tensors, first '{missing[0]}'"
         raise ConfigError(f"pair.{key}: '{model}' lacks {lost}: they would be random; restore its safetensors")
     return loaded, tokenizer
-
-
-def ask_hub(name: str, revision: str) -> dict[str, bool]:
-    """Ask the hub once for a model; where it cannot be reached, which transformers would retry for minutes, a copy on
-    this disk will do."""
-    try:
-        HfApi().model_info(name, revision=revision or None, timeout=10)
-    except Exception as error:  # of the hub, or of whatever its client speaks to the network with
-        if not isinstance(try_to_load_from_cache(name, "config.json", revision=revision or None), str):
-            raise OSError(str(error)) from error
-        return dict(local_files_only=True)
-    return {}
-
-
-def explain_hub(error: BaseException, name: str, revision: str) -> str:
-    """Why the hub did not give a model, and what to do."""
-    first, kinds = str(error).strip().splitlines()[0], set()
-    while error is not None:
-        kinds, error = kinds | {type(error).__name__}, error.__cause__ or error.__context__
-    if "GatedRepoError" in kinds:
-        return f"it is gated: ask for access at https://huggingface.co/{name}, then `hf auth login` or set HF_TOKEN"
-    if "RevisionNotFoundError" in kinds:
-        return f"it has no revision '{revision}'"
-    if "safetensors" in first:
-        return "it has no safetensors, and pickled weights can run code: use a revision that has them"
-    if kinds & {
-        "RepositoryNotFoundError",
-        "LocalEntryNotFoundError",
-        "OfflineModeIsEnabled",
-        "ConnectError",
-        "ConnectTimeout",
-    }:
-        return f"no folder '{name}' here, and the hub was not reached or shows no such model (private: `hf auth login`)"
-    return first
 
 
 def load_pair(config: Config, device: torch.device | None = None) -> Pair:

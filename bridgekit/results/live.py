@@ -51,9 +51,7 @@ class LiveView:
     def _show_in_notebook(self, text: str, status: dict) -> None:
         from IPython.display import display
 
-        share = status.get("step", 0) / (status.get("steps") or 1)
-        picture = f'<progress value="{share:.3f}" style="width: 30em"></progress><pre>{html.escape(text)}</pre>'
-        bundle = {"text/plain": text, "text/html": picture + draw_curves(self.run_dir)}
+        bundle = {"text/plain": text, "text/html": draw_bar(status, text) + draw_curves(self.run_dir)}
         display(bundle, raw=True, display_id=self.display_id, update=self.is_displayed)
         self.is_displayed = True
 
@@ -79,6 +77,14 @@ def describe_progress(status: dict) -> str:
     parts += [f"{datetime.timedelta(seconds=round(known[k]))} {label}" for k, label in times.items() if k in known]
     parts += [known.get("running", ""), f"failed: {known['error']}" if known.get("error") else ""]
     return " · ".join(filter(None, parts))
+
+
+def draw_bar(status: dict, text: str) -> str:
+    """The text as HTML, under a bar where the stage counts steps."""
+    bar = ""
+    if steps := status.get("steps"):
+        bar = f'<progress value="{status.get("step", 0) / steps:.3f}" style="width: 30em"></progress>'
+    return f"{bar}<pre>{html.escape(text)}</pre>"
 
 
 def draw_curves(run_dir: Path | None) -> str:

@@ -21,6 +21,7 @@ import shutil
 import sys
 import tarfile
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -153,7 +154,10 @@ def compress_evaluation(run: Path, folder: Path, max_mb: float, without_texts: b
     if not finals:
         return False
     data, kept = finals[0].read_bytes(), folder / f"{FINAL}.gz"
-    data = gzip.compress(gzip.decompress(data) if finals[0].suffix == ".gz" else data, mtime=0)
+    try:
+        data = gzip.compress(gzip.decompress(data) if finals[0].suffix == ".gz" else data, mtime=0)
+    except (OSError, EOFError, zlib.error):
+        raise ValueError(f"{finals[0]}: the compressed file is cut or damaged: restore it") from None
     if len(data) <= max_mb * 1e6:
         kept.write_bytes(data)
     elif without_texts:

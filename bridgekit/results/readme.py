@@ -7,7 +7,6 @@ What a template may call is `Numbers`: `{{ share("phase1_cpu_seed1", "bridged", 
 that no run gives (a threshold, a setting) is written as `{{ fixed("0.001", "weight in the plan") }}`.
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -18,6 +17,7 @@ from pathlib import Path
 import pandas as pd
 
 from bridgekit import runs
+from bridgekit.config import Parser
 from bridgekit.results import compare, table, verdict
 from bridgekit.results.reports import render
 from bridgekit.results.style import format_interval, format_share
@@ -67,7 +67,9 @@ class Numbers:
         places = [runs.open_study(study, self.root / "studies") for study in studies if name.startswith(f"{study}_")]
         found = sorted(self.root.glob(pattern)) or [path for place in places for path in sorted(place.glob(pattern))]
         if not found:
-            raise ValueError(f"{self.root}: no run '{name}' is kept there, nor in one of its studies")
+            raise ValueError(
+                f"{self.root}: no run '{name}' is kept there, nor in one of its studies: `bridgekit preserve`"
+            )
         return found
 
     @functools.cache  # noqa: B019
@@ -190,7 +192,7 @@ def find_typed(template: str) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """The `bridgekit readme` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit readme", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit readme", description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path("preserved_data"), help="the kept runs (%(default)s)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a file is not current")
     args = parser.parse_args(argv)

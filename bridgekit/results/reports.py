@@ -8,7 +8,6 @@ words and the manifest entry of each run that beats the target. Each file has on
 lock from what every run folder holds in its `.report.json`: runs that end at once lose nothing. Text around it stays.
 """
 
-import argparse
 import contextlib
 import datetime
 import fcntl
@@ -25,7 +24,7 @@ import jinja2
 import pandas as pd
 
 from bridgekit.alive import take_lock
-from bridgekit.config import load_config, to_flat
+from bridgekit.config import Parser, load_config, to_flat
 from bridgekit.results import verdict
 from bridgekit.results.statistics import paired_difference, paired_ratio
 from bridgekit.results.style import format_interval, format_share
@@ -252,18 +251,20 @@ def _make_environment(finalize: Callable | None) -> jinja2.Environment:
 
 
 def _one_line(text: object) -> str:
-    """Text that can end neither a table cell, nor a line, nor a generated block; cut where it is very long."""
-    text = " ".join(str(text).split()).replace("<!--", "&lt;!--").replace("|", "\\|")
+    """Text that can end no table cell, line or generated block, and begin no tag; cut where it is very long."""
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(str(text).split())).replace("|", "\\|")
     return text if len(text) <= 1200 else text[:1197] + "..."
 
 
 def main(argv: list[str] | None = None) -> int:
     """The `bridgekit report` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit report", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit report", description=__doc__.splitlines()[0])
     parser.add_argument("runs_dir", type=Path, help="the folder in which the run folders lie")
     runs_dir = parser.parse_args(argv).runs_dir
     if not runs_dir.is_dir():
         raise ValueError(f"{runs_dir}: no such folder; name the one in which the run folders lie")
+    if not any(runs_dir.glob("*/config.yaml")):
+        raise ValueError(f"{runs_dir}: no run folder in it; name the one in which they lie")
     for record in runs_dir.glob(f"*/{RECORD}"):
         record.unlink()
     n, damaged = write_reports(runs_dir)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import yaml
 
+from bridgekit.keys import load_yaml, refuse_if
 from bridgekit.results import statistics as stats
 from bridgekit.runs import find_eval, load_eval, load_json, load_jsonl
 from bridgekit.tasks.units import FAMILIES
@@ -70,7 +70,9 @@ def load_frame(run: str | Path, skip_broken: bool = False) -> pd.DataFrame:
         raise ValueError(f"{run}: {1 + len(others)} runs in it; name one of them")
     frame, folder, settings, made_of = load_eval(file, skip_broken), file.parent, {}, {}
     if (path := folder / "config.yaml").is_file():
-        parts = {part: keys for part, keys in yaml.safe_load(path.read_text()).items() if isinstance(keys, dict)}
+        known = load_yaml(path)
+        refuse_if(not isinstance(known, dict), f"{path}: no configuration of a run: restore it")
+        parts = {part: keys for part, keys in known.items() if isinstance(keys, dict)}
         settings = {f"{part}.{key}": value for part, keys in parts.items() for key, value in keys.items()}
         facts, code = load_json(folder / "provenance.json"), load_json(folder / "code" / "code.json")
         made_of = {key: facts.get(key) for key in ("source", "target", "lexicon_seed")}

@@ -42,7 +42,12 @@ def format_example(row: pd.Series, extras: str = "", shown: Sequence[str] = COND
         verdict = judge_answer(row, condition)
         shade = "#e2f2e2" if verdict == "right" else "#fbe3e1"
         name = f'<span style="color:{COLORS[condition]}">\N{BLACK SQUARE}</span> {LABELS[condition]}'
-        cells = (name, escape(row[f"{condition}_extracted"]), verdict, escape(row[f"{condition}_full"]))
+        cells = (
+            name,
+            escape(row[f"{condition}_extracted"]),
+            html.escape(verdict, quote=False),
+            escape(row[f"{condition}_full"]),
+        )
         cells = "".join(f'<td style="text-align:left;color:black;background:{shade}">{cell}</td>' for cell in cells)
         body += f"<tr>{cells}</tr>"
     head = "".join(f'<th style="text-align:left">{name}</th>' for name in ("condition", "answer", "", "text"))

@@ -161,7 +161,7 @@ def judge(
     seeds = [seed or i for i, seed in enumerate(recorded, start=1)] if seeds is None else list(seeds)
     if not seeds or len(seeds) != len(frames) or len(set(seeds)) != len(seeds):
         runs = "".join(f", {frame.attrs['run']}" for frame in frames if "run" in frame.attrs)
-        raise ValueError(f"judge: {len(frames)} frames, seeds {seeds}{runs}: give one frame for each distinct seed")
+        raise ValueError(f"judge: {len(frames)} runs, seeds {seeds}{runs}: give one run for each distinct seed")
     if any(known not in (0, seed) for known, seed in zip(recorded, seeds, strict=True)):
         raise ValueError(f"judge: seeds {seeds} are asked for, but the runs have {recorded}: leave `seeds` out")
     parts = {seed: held_out(frame) for seed, frame in zip(seeds, frames, strict=True)}

@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bridgekit.config import Config, ConfigError, check_models, refuse_if, resolve_model_folder
+from bridgekit.config import Config, ConfigError, refuse_if, resolve_model_folder
 from bridgekit.keys import INVALID, SOFT_INJECTORS, is_path
 from bridgekit.tasks import extend
 from bridgekit.tasks.answers import answer_is_complete, extract_answer
+from bridgekit.tasks.models import check_hub, check_models
 
 CUE = "\nAnswer:\n"
 LONGEST_CUE = 16  # tokens, at most, of what `soft_only` leaves of a prompt
@@ -114,12 +115,15 @@ def get_task(config: Config, code_dir: str | Path | None = None) -> Task:
     if not is_path(name):
         return importlib.import_module(f"bridgekit.tasks.{FILES.get(name, name)}").TASK  # they take `Example` from here
     made, options = extend.load_checked(config, "task.task", code_dir)
-    own = made(**options) if inspect.isclass(made) else made
+    with extend.blame("task.task", made):
+        own = made(**options) if inspect.isclass(made) else made
     parts = {part: getattr(own, part) for part in PARTS if hasattr(own, part)}
 
     def examples(config: Config, lexicon_seed: int | None, split: str, share: float | None = None) -> list[Example]:
         config = config if share is None else config.with_(source_only_share=share)
-        return check_examples(task, config, split, list(own.examples(config, split)))
+        with extend.blame("task.task", made):
+            given = list(own.examples(config, split))
+        return check_examples(task, config, split, given)
 
     task = Task(name=name, examples=examples, check=lambda config: check_splits(task, config), **parts)
     return task
@@ -192,15 +196,26 @@ def give_donors(examples: list[Example], differs: str = "gold", rng=None, answer
     for e in examples:
         groups[e.group].append(e)
     place, out = dict.fromkeys(groups, 0), []
+    unlike = {group: find_unlike([getattr(o, differs) for o in others]) for group, others in groups.items()}
     for e in examples:
         others, place[e.group] = groups[e.group], place[e.group] + 1
-        start = rng.randrange(len(others)) if rng else place[e.group]
-        ring = (others[(start + i) % len(others)] for i in range(len(others)))
-        donor = next((o for o in ring if getattr(o, differs) != getattr(e, differs)), None)
+        start = (rng.randrange(len(others)) if rng else place[e.group]) % len(others)
+        if getattr(others[start], differs) == getattr(e, differs):
+            start = unlike[e.group][start]
+        donor = None if start is None else others[start]
         if donor is not None:
             e = replace(e, donor_id=donor.id, donor_gold=answer_with(e, donor.value) if answer_with else None)
         out.append(e)
     return out
+
+
+def find_unlike(values: list) -> list[int | None]:
+    """For each place the next one, round the end, with another value; None where all are equal."""
+    found: list[int | None] = [None] * len(values)
+    for i in reversed(range(2 * len(values))):  # the second time round every place knows the one behind it
+        here, behind = i % len(values), (i + 1) % len(values)
+        found[here] = behind if values[behind] != values[here] else found[behind]
+    return found
 
 
 # ---- refused before anything starts ---------------------------------------------------------------------------------
@@ -209,9 +224,23 @@ def give_donors(examples: list[Example], differs: str = "gold", rng=None, answer
 def check_inputs(config: Config) -> None:
     """Refuse missing models, data and files of the user's, before a run folder exists."""
     check_models(config)
+    check_hub(config)
     for key in extend.own_objects(config):
         extend.load_checked(config, key)
     get_task(config).check(config)
+
+
+def check_texts(config: Config) -> None:
+    """Refuse questions that do not fit into the target, as far as files tell, or that have no donors."""
+    check_donors(config, get_task(config).examples(config, None, "test"))
+    if lengths := measure_prompts(config):
+        check_positions(config, *lengths)
+
+
+def check_donors(config: Config, test: list[Example]) -> None:
+    """Refuse a test without another question for each, where the `shuffled` condition needs one."""
+    lacks = "shuffled" in config.eval.conditions and any(e.donor_id is None for e in test)
+    refuse_if(lacks, "task.n_test: too few problems for each to have a donor: more, or no `shuffled` condition")
 
 
 def check_examples(task: Task, config: Config, split: str, examples: list) -> list[Example]:

@@ -7,6 +7,7 @@ That is one file: it may import installed packages, but no file beside it. A run
 its hash; `code_dir` names that folder, and without it files are taken from the project's root, the working directory.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -14,12 +15,10 @@ import json
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import yaml
-
-from bridgekit.config import Config, ConfigError, check_type, nearest, refuse_if, to_flat
+from bridgekit.config import Config, ConfigError, check_type, nearest, parse_yaml, refuse_if, to_flat
 from bridgekit.keys import FILE_OBJECT, OPTIONS, is_path
 
 # What an object must be: {key: (is it a class, the arguments that it is given, the methods that it must have)}
@@ -78,10 +77,7 @@ def parse_options(key: str, made: Callable, options: Sequence[str]) -> dict[str,
         refuse_if(not equals or name in found, f"{key}: '{text}': write each option once, as name=value")
         hint = f"did you mean '{nearest(name, named)}'?" if named else "it takes none"
         refuse_if(name not in named and not takes_all, f"{what} takes no option '{name}': {hint}")
-        try:
-            found[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ConfigError(f"{key}: '{text}': its value is not valid YAML") from None
+        found[name] = parse_yaml(f"{key}: '{text}'", value)
         if (kind := type(named.get(name))) in (bool, int, float, str):  # of the default
             found[name] = check_type(f"{key}: {name}", kind, found[name])
     for name, default in named.items():
@@ -104,6 +100,19 @@ def describe_place(made: object) -> str:
         return f"{Path(inspect.getsourcefile(found)).name}:{inspect.getsourcelines(found)[1]} {found.__name__}"
     except (OSError, TypeError):  # a number, a list: it has no source
         return repr(made)
+
+
+@contextlib.contextmanager
+def blame(key: str, made: object) -> Iterator[str]:
+    """Any error of the user's own code as one line, `key: file.py:12 Object: ...`; yields the line's beginning."""
+    what = f"{key}: {describe_place(made)}:"
+    try:
+        yield what
+    except ConfigError:
+        raise
+    except Exception as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"{what} {why}") from error
 
 
 def own_objects(config: Config) -> dict[str, str]:

@@ -9,7 +9,6 @@ for each row. Validation is cut from the training file, and solved training ques
 question (`task.n_shots`).
 """
 
-import argparse
 import functools
 import importlib
 import json
@@ -20,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bridgekit import config as configuration
-from bridgekit.config import Config, ConfigError, refuse_if
+from bridgekit.config import Config, ConfigError, Parser, refuse_if
 from bridgekit.tasks import CUE, FILES, Example, Task, give_donors
 
 SPLITS = ("train", "test")
@@ -83,6 +82,7 @@ def fetch(name: str, out: str | Path, origin: str = "") -> dict[str, int]:
     Where a data set has no test split with answers, its validation split is the test file."""
     import datasets
 
+    datasets.disable_progress_bars()
     out, (place, part) = Path(out), (origin, None) if origin else HUB[name]
     if out.exists():
         raise FileExistsError(f"--out: '{out}' exists; choose another folder, or move it away")
@@ -107,7 +107,7 @@ def fetch(name: str, out: str | Path, origin: str = "") -> dict[str, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bridgekit fetch", description="Bring real questions into a folder.")
+    parser = Parser(prog="bridgekit fetch", description="Bring real questions into a folder.")
     parser.add_argument("task", choices=list(HUB))
     parser.add_argument("--out", required=True, help="the folder for train.jsonl and test.jsonl")
     parser.add_argument("--origin", default="", help="another data set of the same columns, or a local folder of one")

@@ -289,7 +289,7 @@ def load_lexicon_seed(config: Config) -> int | None:
     refuse_if(len(set(seeds.values())) > 1, f"pair.source_model: {why}")
     for key in ("target_model", "source_model"):  # a source that reads the facts need not have been taught any
         is_needed = config.task.task == "units" and (key == "target_model" or config.task.variant == "weights")
-        why = f"pair.{key}: task `units` needs a pair that was taught a lexicon (pair.json)"
+        why = f"pair.{key}: task `units` needs a pair that was taught a lexicon (pair.json): `bridgekit pair` makes one"
         refuse_if(is_needed and key not in seeds, why)
     return seeds.get("target_model")
 

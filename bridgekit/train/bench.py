@@ -8,7 +8,6 @@ row stands beside what the hardware allows, measured in the same process. The fi
 captured, are not counted: `first` says what they cost.
 """
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from bridgekit.config import load_config
+from bridgekit.config import Parser, load_config
 from bridgekit.model.pair import Pair, load_pair
 from bridgekit.runs import write_text_atomic
 from bridgekit.tasks import units
@@ -177,7 +176,7 @@ def run(rows: list[str], pair_names: tuple[str, str], cap_gib: float, new_tokens
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="bridgekit bench", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit bench", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", nargs="*", default=[*STEPS, *ANSWERS], choices=[*STEPS, *ANSWERS], metavar="ROW",
                         help=", ".join([*STEPS, *ANSWERS]))  # fmt: skip
     parser.add_argument("--source", default="geometry:mistral-7b", help="geometry:<name>, a folder or a hub id")

@@ -34,10 +34,11 @@ from bridgekit.model.bridge import (
 )
 from bridgekit.model.generation import Generated, evaluating
 from bridgekit.model.message import Message
-from bridgekit.model.pair import Pair, load_pair, pick_layers, split_prompts
+from bridgekit.model.pair import Pair, load_pair, split_prompts
 from bridgekit.model.states import SourceStates, align_tokens, count_shared, read_source
 from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
 from bridgekit.tasks import Example, extend, get_task, source_prompt, units
+from bridgekit.tasks.models import pick_layers
 from bridgekit.train import objective, trainer
 from bridgekit.train.baselines import Baselines
 from bridgekit.train.conditions import (
@@ -232,7 +233,7 @@ class Experiment:
         return answer_row(self, row, examples, bridges)
 
     def ask(self, question: str, bridge: Bridge | None = None, names=("source", "target", "bridged"), **fields):
-        """A question of one's own, answered side by side. -> DataFrame with condition, answer, extracted
+        """A question of one's own, answered side by side. -> DataFrame with condition, answer (in one line), extracted
 
         `fields` are further fields of the Example, such as `facts` that only the source reads."""
         import pandas as pd
@@ -243,7 +244,9 @@ class Experiment:
         bridges = {"bridged": bridge} if bridge else self.bridges
         names = [n for n in names if n in bridges or not isinstance(find_row(n), Bridged)]
         texts = {n: self.answer(n, [example], bridges)[0].text for n in names}
-        rows = [{"condition": n, "answer": t, "extracted": self.task.extract(t)} for n, t in texts.items()]
+        rows = [
+            {"condition": n, "answer": " ".join(t.split()), "extracted": self.task.extract(t)} for n, t in texts.items()
+        ]
         return pd.DataFrame(rows)
 
     def evaluate(self, examples, bridges=None, step=None, conditions=None, **options) -> list[dict]:

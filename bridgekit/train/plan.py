@@ -6,22 +6,22 @@ It reads config.json and tokenizer.json of the models and the task's files; no w
 The sums stand in forecast.py. Before a job is started on a GPU, `refuse_unfit` asks the same.
 """
 
-import argparse
 import contextlib
 import json
 import os
 import shutil
 import subprocess
+import sys
 from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bridgekit.config import EMBEDDED, Config, ConfigError, is_geometry, load_config
+from bridgekit.config import EMBEDDED, Config, ConfigError, Parser, is_geometry, load_config, refuse_if
 from bridgekit.config import resolve_model_folder as resolve_folder
 from bridgekit.keys import GEOMETRIES, GEOMETRY, REAL, SIZES
-from bridgekit.runs import project_root
+from bridgekit.runs import count_threads, project_root
 from bridgekit.tasks import Example, get_task, literal_prompt, source_prompt, units
 from bridgekit.train.forecast import GiB, Lengths, Needs, Shape, describe_fit, forecast, nearest_fit
 
@@ -154,8 +154,29 @@ def make_plan(config: Config, gpu: str) -> Plan:
     return Plan(replace(needs, disk=needs.disk + fetched), lengths, missing, notes, lambda c: needs_of(c).peak / GiB)
 
 
+def has_gpu() -> bool:
+    """Whether this machine shows a GPU of any make; a container may have one without nvidia-smi."""
+    devices = [path for form in ("nvidia[0-9]*", "kfd", "dxg", "dri/render*") for path in Path("/dev").glob(form)]
+    return bool(devices) and os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() not in ("", "-1")
+
+
+def check_devices(config: Config) -> None:
+    """Refuse GPUs that are not here, and a number of threads that is none."""
+    count_threads()  # or its refusal
+    for key, device in (("source", config.pair.source_device), ("target", config.pair.target_device)):
+        there = sys.platform == "darwin" if device == "mps" else device in ("auto", "cpu") or has_gpu()
+        number, gpu = int(device.partition(":")[2] or 0), find_gpu() if device.startswith("cuda:") else None
+        refuse_if(not there, f"pair.{key}_device: no GPU for '{device}' is seen here: use auto or cpu")
+        beyond = gpu is not None and number >= gpu.count
+        refuse_if(
+            beyond,
+            f"pair.{key}_device: '{device}' is not here, GPUs are numbered from 0, there are {gpu and gpu.count}",
+        )
+
+
 def refuse_unfit(config: Config) -> None:
     """Refuse a job whose forecast is more than a tenth above the memory of the GPU that is here."""
+    check_devices(config)
     elsewhere = {config.pair.target_device, config.pair.source_device} & {"cpu", "mps"}
     if elsewhere or os.environ.get("BRIDGEKIT_PLAN") == "off" or (gpu := find_gpu()) is None:
         return
@@ -201,7 +222,7 @@ def tabulate(config: Config, plan: Plan, memory: float) -> list[tuple[str, str]]
 
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; exit code 0 if the run can start, 2 if not."""
-    parser = argparse.ArgumentParser(prog="bridgekit plan", description=__doc__.splitlines()[0])
+    parser = Parser(prog="bridgekit plan", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="PARAMETERS", help="files of parameters/")
     parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--gpu-memory", type=float, default=0.0, metavar="GiB", help="default: the GPU's here, else 80")

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
 
 from bridgekit.alive import watch_parent
-from bridgekit.config import ConfigError, nearest, refuse_if
+from bridgekit.config import ConfigError, Parser, nearest, refuse_if
 from bridgekit.inside.probe import probe_pair
 from bridgekit.keys import Key, holds
 from bridgekit.model.generation import generate_batch
@@ -44,7 +44,7 @@ SHAPES = {
 }
 
 RECIPE = {  # what a pair is made of: options of the command
-    "lexicon_seed": Key(1, "a new seed is a new lexicon and a new pair", ">= 0"),
+    "lexicon_seed": Key(1, "a new seed is a new lexicon and a new pair", ">= 0 and < 4294967296"),
     "steps": Key(3000, "training steps of each model", ">= 1"),
     "batch": Key(48, f"windows of {WINDOW:,} tokens a step", ">= 1"),
     "documents": Key(300_000, "documents that each model is taught", ">= 1"),
@@ -60,7 +60,7 @@ RECIPE = {  # what a pair is made of: options of the command
 
 def parse_recipe(argv: list[str]) -> argparse.Namespace:
     """The options of the command; an unknown name or a value that cannot be is refused in one line."""
-    parser = argparse.ArgumentParser(prog="bridgekit pair", description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = Parser(prog="bridgekit pair", description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--out", required=True, type=Path, help="folder for source/, target/ and pair.json")
     parser.add_argument("--role", choices=ROLES, help="train one of the two only")
     parser.add_argument("--replace", action="store_true", help="overwrite a pair that is there")
@@ -83,6 +83,10 @@ def parse_recipe(argv: list[str]) -> argparse.Namespace:
     recipe.shape = parse_numbers("shape", recipe.shape, "hidden=192,layers=6", SHAPES["source"])
     refuse_if(not sum(recipe.kinds.values()), "kinds: all weights are 0, so there is no document: raise one")
     refuse_if(0 in recipe.shape.values(), "shape: every size must be above 0")
+    for role, one in ((role, SHAPES[role] | recipe.shape) for role in ROLES):
+        fits = one["hidden"] % (2 * one["heads"]) == 0 == one["heads"] % one["kv_heads"]
+        sizes = ", ".join(f"{name}={one[name]}" for name in ("hidden", "heads", "kv_heads"))
+        refuse_if(not fits, f"shape: heads must divide hidden evenly, and kv_heads the heads; {role} has {sizes}")
     return recipe
 
 

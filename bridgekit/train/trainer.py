@@ -164,7 +164,8 @@ def write_progress(experiment, name, metrics: Path, step: int, window: Window, b
     if experiment.processes.is_first:
         append_jsonl(metrics, row)
     experiment.log(f"{name} step {step}/{settings.steps} loss {row['loss']:.4f} {parts} {seconds:.0f} s")
-    left = round(seconds / step * (settings.steps - step), 1)
+    # The first steps are slow: they prepare what the others find.
+    left = round(seconds / step * (settings.steps - step), 1) if step * 10 >= settings.steps else None
     known = {} if best.last is None else {"val_accuracy": best.last, "best": best.selections["mix"].accuracy}
     experiment.report(f"train {name}", step=step, steps=settings.steps, loss=row["loss"], seconds_left=left, **known)
 

@@ -34,7 +34,7 @@ from bridgekit.runs import (
     write_status,
     write_text_atomic,
 )  # fmt: skip
-from bridgekit.tasks import Example, check_positions, literal_prompt, source_prompt
+from bridgekit.tasks import Example, check_donors, check_positions, literal_prompt, source_prompt
 from bridgekit.train.checkpoints import STOP
 from bridgekit.train.conditions import count_flips, tune_router
 from bridgekit.train.experiment import Experiment
@@ -53,8 +53,7 @@ def open_job(folder: Path) -> Experiment:
             "start the job with bridgekit or `accelerate launch --multi_gpu --num_processes N`"
         )
     experiment = Experiment(config, folder, accelerator)
-    if "shuffled" in config.eval.conditions and any(e.donor_id is None for e in experiment.examples("test")):
-        raise ConfigError("task.n_test: too few problems for each to have a donor: more, or no `shuffled` condition")
+    check_donors(config, experiment.examples("test"))
     check_lengths(experiment)
     record = experiment.provenance() | {"data": fingerprint_data(experiment)}
     check_resumed(folder, record)

@@ -207,7 +207,7 @@ def test_every_form_gives_the_same_verdicts_and_the_readme_folds_its_claims(tmp_
     assert "CLAIMS: differs (1)" in capsys.readouterr().out
     readme = (root / "README.md").read_text()
     assert "`own_seed1`, `own_seed2` | 2 replicates end at" in readme.split("### Replicates of healthy runs")[1]
-    assert "<b>peak</b> \\| more" in readme and "| selection on the test set |" in readme
+    assert "&lt;b>peak&lt;/b> \\| more" in readme and "| selection on the test set |" in readme
     with pytest.raises(ValueError, match="no such folder"):
         audit.main(["--root", str(tmp_path / "nowhere")])
 

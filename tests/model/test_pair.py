@@ -15,23 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bridgekit.config import EMBEDDED, ConfigError, check_models, is_geometry, load_config
+from bridgekit.config import EMBEDDED, ConfigError, is_geometry, load_config
 from bridgekit.model import fingerprint
 from bridgekit.model.fingerprint import fingerprint_folder
 from bridgekit.model.generation import generate_batch
 from bridgekit.model.pair import (
     LanguageModel,
-    ask_hub,
-    explain_hub,
     format_prompts,
     load_model,
     load_pair,
-    pick_layers,
     split_prompts,
     word_tokens,
 )
 from bridgekit.tasks import Prompt, literal_prompt, load_examples, units
 from bridgekit.tasks.answers import extract_answer
+from bridgekit.tasks.models import ask_hub, check_models, explain_hub, pick_layers
 
 ROLES = ("source", "target")
 
@@ -289,10 +287,10 @@ def test_a_model_on_this_disk_loads_where_the_hub_cannot_be_reached(monkeypatch)
     def fail(*args, **options):
         raise type("ConnectError", (Exception,), {})("no network")
 
-    monkeypatch.setattr("bridgekit.model.pair.HfApi.model_info", fail)
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", fail)
     with pytest.raises(ConfigError, match="^pair.target_model: .*no folder 'pairs/mine' here"):
         load_model("target_model", "pairs/mine", torch.device("cpu"), torch.float32)
-    monkeypatch.setattr("bridgekit.model.pair.try_to_load_from_cache", lambda *args, **options: "config.json")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *args, **options: "config.json")
     assert ask_hub("org/name", "v9") == {"local_files_only": True}
 
 

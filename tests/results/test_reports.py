@@ -120,12 +120,12 @@ def test_a_run_made_again_that_fails_moves_up_and_loses_its_row(add_run):
     report_end(add_run("other", LOSES, minute=2))
     shutil.rmtree(runs / "again")
     folder = create_run(load_config(), runs / "again")  # it says nothing of its start: now
-    reports.mark_ended(folder, "failed", "train: no <!-- end: runs --> in\nsight | of it")
-    reports.mark_ended(folder, "failed", "train: no <!-- end: runs --> in\nsight | of it")
+    reports.mark_ended(folder, "failed", "train: no <!-- end: runs --> in\nsight | of <script>it")
+    reports.mark_ended(folder, "failed", "train: no <!-- end: runs --> in\nsight | of <script>it")
     texts = load(runs)
     assert texts[LOG].count("`again` · failed") == 1
     assert texts[LOG].index("`again` · failed") < texts[LOG].index("· `other` ·")
-    assert "train: no &lt;!-- end: runs --> in sight \\| of it" in texts[LOG]
+    assert "train: no &lt;!-- end: runs --> in sight \\| of &lt;script>it" in texts[LOG]
     assert "`again`]" not in texts[SUMMARY] and "`again`]" not in texts[REPORT]
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_run_is_named_and_blocks_nothing(add_run, capsys):
         assert "whole" in text and not any(f"`{name}`" in text for name in ("gone", "running", "damaged"))
     report_end(runs / "whole" / "figures")  # no run at all: nothing to report
     assert capsys.readouterr().err == ""
-    for folder, words in ((runs / "none", "no such folder"), (runs / "whole", "no run in it")):
+    for folder, words in ((runs / "none", "no such folder"), (runs / "whole", "no run folder in it")):
         with pytest.raises(ValueError, match=words):
             reports.main([str(folder)])
 

@@ -39,7 +39,8 @@ def frame(tmp_path):
 
 def test_no_answer_can_become_markup_in_a_page(frame):
     nasty = "costs $5 | and *then* `$6`\n<script>_x_</script> [a](b) \\$ ~~ </table>"
-    frame.loc[0, "bridged_full"] = frame.loc[0, "question"] = nasty
+    frame.loc[0, "bridged_full"] = frame.loc[0, "question"] = frame.loc[0, "donor_gold"] = nasty
+    frame.loc[0, ["shuffled_extracted", "shuffled_correct"]] = "another", False
     text = tables.format_example(frame.iloc[0])
     cells = re.findall(r"<code>(.*?)</code>", text)
     assert [html.unescape(cell.replace("<br>", "\n")) for cell in cells].count(nasty) == 2

@@ -283,8 +283,8 @@ def test_conditions_table_is_one_row_for_each_condition_and_subset():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda f: judge([]), "0 frames, seeds"),
-        (lambda f: judge([f, f], seeds=[1, 1]), "give one frame for each distinct seed"),
+        (lambda f: judge([]), "0 runs, seeds"),
+        (lambda f: judge([f, f], seeds=[1, 1]), "give one run for each distinct seed"),
         (lambda f: judge([without(f, "bridged")]), "`bridged` was not evaluated"),
         (lambda f: judge([f.assign(novelty="seen")]), "no held-out problem in this evaluation"),
         (lambda f: judge([f.assign(unit="u")]), "all 450 questions are one `unit`"),

@@ -4,6 +4,8 @@ python -m pytest tests/tasks/test_tasks.py
 """
 
 import json
+import time
+from dataclasses import replace
 
 import pytest
 
@@ -98,3 +100,7 @@ def test_donors_differ_and_are_of_the_same_group():
     ]
     assert [e.donor_id for e in give_donors(made)] == ["1", "2", "3", "0", "5", "6", "7", "4"]
     assert give_donors(made[:1])[0].donor_id is None
+    alike = [replace(made[0], id=str(i)) for i in range(20_000)]  # yes, yes, yes: no pair of them is looked at twice
+    since = time.process_time()
+    assert {e.donor_id for e in give_donors([*alike, made[1]])} == {"0", "1"}
+    assert time.process_time() - since < 10

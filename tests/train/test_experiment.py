@@ -72,6 +72,7 @@ def test_a_question_of_one_s_own_is_answered_side_by_side(experiment):
     frame = experiment.ask(QUESTION, experiment.build_bridge())
     assert list(frame) == ["condition", "answer", "extracted"]
     assert list(frame["condition"]) == ["source", "target", "bridged"]
+    assert not frame["answer"].str.contains("\n").any() and frame["answer"].str.contains("####").any()
     example = experiment.examples("test")[0]  # any field of an Example may be given
     frame = experiment.ask(example.question, names=("target_told",), told=example.told)
     assert list(frame["extracted"]) == [example.gold]

@@ -48,7 +48,7 @@ def test_parameters_are_those_of_the_real_model(given):
 @pytest.mark.parametrize("injector", ["prefix", "residual", "kv"])
 def test_parameters_of_a_bridge_are_exact(pair, producer, injector):
     from bridgekit.model.bridge import build_bridge
-    from bridgekit.model.pair import pick_layers
+    from bridgekit.tasks.models import pick_layers
 
     more = dict(n_soft_tokens=-1) if injector == "kv" else dict(source_projection=True, dit_condition="attention")
     config = load_config(**TINY | dict(producer=producer, injector=injector) | more)

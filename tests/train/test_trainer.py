@@ -167,6 +167,13 @@ def test_patience_stops_a_bridge_at_once_and_a_control_after_half_of_its_steps(t
     assert steps == {"bridged": [0, 1, 2], "constant": [6, 7, 8]}  # not validated before half
 
 
+def test_the_time_that_is_left_is_told_once_a_tenth_of_the_steps_is_known(tiny, make_experiment):
+    experiment, told = make_experiment(tiny(steps=20, eval_every=20, val_samples=6, max_new_tokens=4)), {}
+    experiment.report = lambda stage, step=0, seconds_left=None, **_: told.setdefault(step, seconds_left)
+    trainer.train_bridge(experiment, "bridged")
+    assert told[1] is None and told[2] > 0 and told[20] == 0
+
+
 # -- what is trained, and how fast ------------------------------------------------------------------------------------
 
 
