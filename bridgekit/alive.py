@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import IO
 
 from bridgekit.config import ConfigError
-from bridgekit.runs import BEAT, load_status, project_root
+from bridgekit.runs import BEAT, count_threads, load_status, project_root
 
 GO_ON = 75  # exit code of what was stopped and can go on
 BEAT_SECONDS = 5  # between a process's signs of life
@@ -175,6 +175,29 @@ def unless_in_thread(*signals: int) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def training_command(run_dir: Path, stage: str, num_processes: int, threads: int = 0) -> list[str]:
+    """The `accelerate launch` command; on CPU too several processes need --multi_gpu, or one starts."""
+    machines = int(os.environ.get("BRIDGEKIT_MACHINES", 1))  # nodes of a Slurm job that `bridgekit submit` has sent
+    options = {
+        "num_processes": num_processes,
+        "num_machines": machines,
+        # A free one, because two runs may share a machine; nodes must know it, so it is the job's own.
+        "main_process_port": 0 if machines == 1 else 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000,
+        "num_cpu_threads_per_process": threads or count_threads(max(1, num_processes // machines)),
+        "mixed_precision": "no",  # `pair.dtype` decides
+        "dynamo_backend": "no",
+    }
+    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    flags += ["--multi_gpu"] if num_processes > 1 else []
+    worker = ["-m", "bridgekit.train.worker", str(run_dir), "--stage", stage]
+    if machines == 1:
+        return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
+    flags += ["--main_process_ip", os.environ["SLURMD_NODENAME"]]  # a launcher on each node; they meet on this one
+    ranked = 'exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_PROCID" "$@"'
+    nodes = f"srun --ntasks={machines} --kill-on-bad-exit=1 sh -c".split()
+    return [*nodes, f"unset BRIDGEKIT_PARENT_PID; {ranked}", sys.executable, *flags, *worker]  # srun ends them
 
 
 class Child:

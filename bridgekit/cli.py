@@ -136,7 +136,8 @@ def list_runs(folders: list[Path]) -> list[Path]:
     ]
     missing = not found and folders != [Path("runs")]
     named = ", ".join(map(str, folders))
-    configuration.refuse_if(missing, f"{named}: no run folder (config.yaml not found); `bridgekit status` lists runs/")
+    why = "no run folder (config.yaml not found): name one, or a folder of them"
+    configuration.refuse_if(missing, f"{named}: {why}")
     return found
 
 

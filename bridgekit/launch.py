@@ -14,13 +14,20 @@ import logging
 import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bridgekit import runs
-from bridgekit.alive import LOOK_SECONDS, Child, find_writer, lock_run, unless_in_thread, wait_for_worker
+from bridgekit.alive import (
+    LOOK_SECONDS,
+    Child,
+    find_writer,
+    lock_run,
+    training_command,
+    unless_in_thread,
+    wait_for_worker,
+)
 from bridgekit.config import (
     BY_NAME,
     KEYS,
@@ -193,29 +200,6 @@ def end_children(children: dict[Path, "Child"]) -> None:
             state = load_status(folder)
             if state.get("state") == "running" and (folder / "config.yaml").is_file():
                 mark_ended(folder, "stopped", "interrupted")
-
-
-def training_command(run_dir: Path, stage: str, num_processes: int, threads: int = 0) -> list[str]:
-    """The `accelerate launch` command; on CPU too several processes need --multi_gpu, or one starts."""
-    machines = int(os.environ.get("BRIDGEKIT_MACHINES", 1))  # nodes of a Slurm job that `bridgekit submit` has sent
-    options = {
-        "num_processes": num_processes,
-        "num_machines": machines,
-        # A free one, because two runs may share a machine; nodes must know it, so it is the job's own.
-        "main_process_port": 0 if machines == 1 else 20000 + int(os.environ["SLURM_JOB_ID"]) % 10000,
-        "num_cpu_threads_per_process": threads or runs.count_threads(max(1, num_processes // machines)),
-        "mixed_precision": "no",  # `pair.dtype` decides
-        "dynamo_backend": "no",
-    }
-    flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    flags += ["--multi_gpu"] if num_processes > 1 else []
-    worker = ["-m", "bridgekit.train.worker", str(run_dir), "--stage", stage]
-    if machines == 1:
-        return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
-    flags += ["--main_process_ip", os.environ["SLURMD_NODENAME"]]  # a launcher on each node; they meet on this one
-    ranked = 'exec "$0" -m accelerate.commands.launch --machine_rank "$SLURM_PROCID" "$@"'
-    nodes = f"srun --ntasks={machines} --kill-on-bad-exit=1 sh -c".split()
-    return [*nodes, f"unset BRIDGEKIT_PARENT_PID; {ranked}", sys.executable, *flags, *worker]  # srun ends them
 
 
 # -- a notebook without a browser -------------------------------------------------------------------------------
