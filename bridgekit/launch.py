@@ -18,16 +18,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bridgekit import runs
-from bridgekit.alive import (
-    LOOK_SECONDS,
-    Child,
-    find_writer,
-    lock_run,
-    training_command,
-    unless_in_thread,
-    wait_for_worker,
-)
+from bridgekit import alive, runs
+from bridgekit.alive import LOOK_SECONDS, Child, find_writer, lock_run, training_command
 from bridgekit.config import (
     BY_NAME,
     KEYS,
@@ -175,7 +167,7 @@ def settle(child: Child, stage: str) -> str:
     """After a child's end: why it failed, empty if it did not; its folder says so too."""
     from bridgekit.results.reports import mark_ended  # takes a second
 
-    wait_for_worker(child.folder, "worker")  # it may outlive its launcher for a moment
+    alive.wait_for_worker(child.folder, "worker")  # it may outlive its launcher for a moment
     child.quiet()
     if not child.log.exists():
         return "its folder was deleted while it ran: open a new run"
@@ -192,7 +184,7 @@ def end_children(children: dict[Path, "Child"]) -> None:
     """Ask the children of these folders to stop, all at once, and say so there. A second Ctrl-C does not disturb it."""
     from bridgekit.results.reports import mark_ended
 
-    with unless_in_thread(signal.SIGINT, signal.SIGTERM):
+    with alive.unless_in_thread(signal.SIGINT, signal.SIGTERM):
         for child in children.values():
             child.ask()
         for folder, child in children.items():
@@ -343,9 +335,9 @@ def execute_notebook(
     except BaseException as error:
         from bridgekit.results.reports import mark_ended
 
-        with unless_in_thread(signal.SIGINT, signal.SIGTERM):
+        with alive.unless_in_thread(signal.SIGINT, signal.SIGTERM):
             reason = _describe_failure(error)
-            wait_for_worker(folder)
+            alive.wait_for_worker(folder)
             if load_status(folder).get("state") != "stopped":
                 mark_ended(folder, "failed" if isinstance(error, Exception) else "stopped", reason)
             if executed.exists():
