@@ -11,6 +11,7 @@ Letters: B rows of a process, K soft tokens, T places of a row after the shared 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import mean
 
 from bridgekit.config import SOFT_INJECTORS, Config, format_override
 
@@ -25,11 +26,7 @@ FITTED = {
     "batch": 0.5,  # seconds of a decoded batch for graphs and texts: 200 rows
     "step": 3e-3,  # seconds of a captured training step beside its arithmetic: a guess
     "eager_layer": 2e-3,  # seconds of a layer, forward and backward, that is not captured: a guess
-    "logits": 8,  # bytes of an answer's logit and its gradient; each loss adds to them, as losses.py keeps copies:
-    "nll": 8,
-    "format": 8,
-    "kl": 16,
-    "extra": 8,  # a guess: as the likelihood
+    "logits": 8,  # bytes of an answer's logit and its gradient, and of each loss's copies of both; KL has two models'
     "block": 26,  # numbers of the bridge's width that a block keeps of each query: counted in producers.py
     "reads": 2,  # and of each source token: its keys and values
     "message": 8,  # copies of a message in float32, forward and backward
@@ -165,23 +162,23 @@ def count_bridge(config: Config, source: Shape, target: Shape) -> tuple[int, int
     return reader, work, each * count_layers(c.inject_layers, min(target.layers, 8))
 
 
-def rates_of(gpu: str) -> tuple[float, float]:
-    return next(rates for name, rates in GPUS.items() if name in gpu.upper())
-
-
 class Work:
     """What one process does; of two GPUs the target's is meant, where the bridge is."""
 
-    def __init__(self, config: Config, source: Shape, target: Shape, lengths: Lengths):
+    def __init__(self, config: Config, source: Shape, target: Shape, lengths: Lengths, gpu: str):
         c, task, self.n = config.bridge, config.task, config.train.num_processes
         self.config, self.source, self.target, self.lengths = config, source, target, lengths
         self.reader, self.work, self.injector = count_bridge(config, source, target)
-        self.bridge, self.half = self.reader + self.work + self.injector, c.bridge_dtype == "bfloat16"
+        self.bridge, half = self.reader + self.work + self.injector, c.bridge_dtype == "bfloat16"
         is_dit, taught = c.producer == "dit", c.dit_tokens == "teacher"
         sampled = c.dit_steps_train * (not taught) + (taught or config.loss.flow_weight > 0)
         self.passes = sampled if is_dit else 1  # through the bridge's blocks in a step
         self.inside = count_layers(c.source_layers, min(3, source.layers)) * source.hidden
         self.size = 4 if config.pair.dtype == "float32" else 2  # bytes of a number in the frozen models
+        rate, self.bandwidth = next(rates for name, rates in GPUS.items() if name in gpu.upper())
+        self.frozen_rate = FITTED["efficiency"] * rate * (FITTED["float32"] if self.size == 4 else 1)
+        self.bridge_rate = rate * (FITTED["efficiency"] / 2 if half else FITTED["float32"])
+        self.bridge_size = 4 * (FITTED["half_bridge"] if half else 1)  # bytes of a number that the bridge keeps
         places = {config.pair.source_device, config.pair.target_device}
         self.beside = "auto" in places or len(places) == 1  # the source is on the target's GPU
         self.is_soft = c.injector in SOFT_INJECTORS
@@ -196,14 +193,14 @@ class Work:
         known = n_train * mean(lengths.read) * self.inside, n_train * mean(lengths.answers) * target.hidden * has_kl
         self.states, self.taught = (x * self.size if x * self.size <= room else 0 for x in known)
 
-    def widths(self, rows: float = math.inf) -> tuple[int, int, int, int]:
-        """K, question, A and what the bridge reads, of a batch of `rows`."""
+    def widths(self, rows: float = math.inf) -> tuple[int, int, int, int, int]:
+        """K, message tokens (also those that take no place), question, A and what the bridge reads, of `rows` rows."""
         c, lengths = self.config.bridge, self.lengths
         added = self.config.eval.max_new_tokens if c.source_view == "solution" else 0
         read = self.front + added + widest(lengths.read, rows)
-        k = 0 if not self.is_soft else min(read, 2048) if c.n_soft_tokens == -1 else c.n_soft_tokens
+        tokens = min(read, 2048) if c.n_soft_tokens == -1 else c.n_soft_tokens
         asked = CUE if self.mode == "soft_only" else widest(lengths.asked, rows) + lengths.shared - self.shared
-        return k, asked, widest(lengths.answers, rows, self.config.loss.answer_tokens), read
+        return tokens * self.is_soft, tokens, asked, widest(lengths.answers, rows, self.config.loss.answer_tokens), read
 
     # ---- bytes ------------------------------------------------------------------------------------------------------
 
@@ -217,34 +214,25 @@ class Work:
         }
 
     def training(self) -> dict[str, float]:
-        loss, target, (k, asked, a, _) = self.config.loss, self.target, self.widths()
+        c, loss, target, (k, tokens, asked, a, read) = self.config.bridge, self.config.loss, self.target, self.widths()
         answers = max(a, loss.decode_tokens + WIDTH if self.decoded else 0)
         rows, places = max(self.config.train.batch_size // self.n, self.decoded), k + asked + answers
-        losses = [name for name in ("nll", "kl", "format", "extra") if getattr(loss, f"{name}_weight")]
+        weights = loss.nll_weight, loss.kl_weight, loss.kl_weight, loss.format_weight, loss.extra_weight
         fused = self.size == 2 and target.hidden >= FUSED
         validated = self.rooms(self.config.train.val_samples, k + asked)
         decoding = self.decoded * (k + asked + loss.decode_tokens) * target.cached * self.size
+        kept = c.depth * self.passes * (k * FITTED["block"] + read * FITTED["reads"]) * c.bridge_dim  # by the bridge
+        kept += (2 + self.passes) * FITTED["message"] / 3 * tokens * target.hidden
+        kept += 3 * read * self.inside + self.injector * places // max(1, 3 * c.bridge_dim)
         return {
             "bridge, gradients, optimizer": 16 * self.bridge,
             "source states kept": self.states * self.beside,
             "target's states kept for KL": self.taught,
             "activations of the target": rows * places * target.saved(self.shared > 0, fused) * self.size,
-            "logits and their losses": rows * answers * target.vocab * sum(FITTED[x] for x in ("logits", *losses)),
-            "activations of the bridge": rows * self.kept(places) * 4 * (FITTED["half_bridge"] if self.half else 1),
+            "logits and their losses": rows * answers * target.vocab * FITTED["logits"] * (1 + sum(map(bool, weights))),
+            "activations of the bridge": rows * kept * self.bridge_size,
             "rooms of answers": validated * target.cached * self.size + decoding,
         }
-
-    def kept(self, places: int) -> float:
-        """Numbers that the bridge keeps of a row for its backward pass."""
-        c, (k, _, _, read) = self.config.bridge, self.widths()
-        blocks = c.depth * self.passes * (k * FITTED["block"] + read * FITTED["reads"]) * c.bridge_dim
-        message = (2 + self.passes) * FITTED["message"] / 3 * self.tokens(k, read) * self.target.hidden
-        return blocks + message + 3 * read * self.inside + self.injector * places // max(1, 3 * c.bridge_dim)
-
-    def tokens(self, k: int, read: int) -> int:
-        """Message tokens: also those that take no place in the target's prompt."""
-        own = self.config.bridge.n_soft_tokens
-        return k if self.is_soft else min(read, 2048) if own == -1 else own
 
     def rooms(self, questions: int, before: int) -> float:
         """Places of the rooms that answers to these questions leave behind, on this process.
@@ -256,7 +244,7 @@ class Work:
         return (rows + rest) * (before + new)
 
     def evaluation(self) -> dict[str, float]:
-        source, target, lengths, (k, asked, _, _) = self.source, self.target, self.lengths, self.widths()
+        source, target, lengths, (k, _, asked, _, _) = self.source, self.target, self.lengths, self.widths()
         n_test, new = self.config.task.n_test, self.config.eval.max_new_tokens
         rows = min(self.config.eval.eval_batch_size, -(-n_test // self.n))
         prompts = min(rows * (k + asked), PREFILL) * (3 * target.ffn + 4 * target.hidden) * self.size
@@ -269,15 +257,13 @@ class Work:
 
     # ---- seconds ----------------------------------------------------------------------------------------------------
 
-    def frozen_rate(self, gpu: str) -> float:
-        return FITTED["efficiency"] * rates_of(gpu)[0] * (FITTED["float32"] if self.size == 4 else 1)
-
     def read_source(self, rows: int, read: float) -> float:
         return self.source.flops(rows * (read - self.front), seen=self.lengths.source_shared)
 
-    def step_seconds(self, rows: int, gpu: str) -> float:
-        c, loss, target, (k, asked, a, read) = self.config.bridge, self.config.loss, self.target, self.widths(rows)
-        t, tokens = k + asked + a, self.tokens(k, read)
+    def step_seconds(self, rows: int) -> float:
+        c, loss, target = self.config.bridge, self.config.loss, self.target
+        k, tokens, asked, a, read = self.widths(rows)
+        t = k + asked + a
         frozen = 2 * target.flops(rows * t, rows * a, self.shared + t / 2)  # no weight has a gradient
         if loss.kl_weight:
             own = 0 if self.taught else rows * (widest(self.lengths.asked, rows) + a)
@@ -285,48 +271,43 @@ class Work:
         frozen += 0 if self.states or c.producer == "constant" else self.read_source(rows, read)
         bridge = 6 * rows * (self.reader * read + self.work * tokens * self.passes + self.injector * t)
         bridge += 14 * rows * tokens * (tokens + read) * c.bridge_dim * c.depth * self.passes  # its attention
-        bridge_rate = rates_of(gpu)[0] * (FITTED["efficiency"] / 2 if self.half else FITTED["float32"])
-        found = frozen / self.frozen_rate(gpu) + bridge / bridge_rate + FITTED["step"]
-        captured = not loss.extra_weight
-        return found if captured else max(found, FITTED["eager_layer"] * (target.layers + c.depth * self.passes))
+        found = frozen / self.frozen_rate + bridge / self.bridge_rate + FITTED["step"]
+        uncaptured = FITTED["eager_layer"] * (target.layers + c.depth * self.passes) * (loss.extra_weight > 0)
+        return max(found, uncaptured)
 
-    def decode_seconds(self, questions: int, new: int, gpu: str) -> float:
+    def decode_seconds(self, questions: int, new: int) -> float:
         """Bridged answers of this process to its part of the questions, none of which ends early."""
-        own, target, bandwidth = -(-questions // self.n), self.target, rates_of(gpu)[1]
+        own, target = -(-questions // self.n), self.target
         rows = min(own, self.config.eval.eval_batch_size)
-        k, asked, _, read = self.widths(rows)
+        k, _, asked, _, read = self.widths(rows)
         first = target.flops(rows * (k + asked), rows, self.shared + (k + asked) / 2) + self.read_source(rows, read)
         cached = (self.shared + rows * (k + asked + new / 2)) * target.cached
         each = FITTED["weights_read"] * target.parameters + FITTED["cache_read"] * cached
-        each = each * self.size / bandwidth + target.layers * FITTED["decode_layer"]
-        return -(-own // rows) * (first / self.frozen_rate(gpu) + new * each + FITTED["batch"])
+        each = each * self.size / self.bandwidth + target.layers * FITTED["decode_layer"]
+        return -(-own // rows) * (first / self.frozen_rate + new * each + FITTED["batch"])
 
-    def seconds(self, gpu: str) -> dict[str, float]:
+    def seconds(self) -> dict[str, float]:
         task, loss, train, evaluation = self.config.task, self.config.loss, self.config.train, self.config.eval
-        step, new = self.step_seconds(train.batch_size // self.n, gpu), evaluation.max_new_tokens
+        step, new = self.step_seconds(train.batch_size // self.n), evaluation.max_new_tokens
         if self.decoded:
-            decoded = self.decode_seconds(self.decoded * self.n, loss.decode_tokens, gpu)
+            decoded = self.decode_seconds(self.decoded * self.n, loss.decode_tokens)
             decoded -= FITTED["batch"]  # its graph and room are there from the first time on
-            step += (decoded + self.step_seconds(self.decoded, gpu)) / loss.decode_every
-        validation, trainings = self.decode_seconds(train.val_samples, new, gpu), 1 + len(train.controls)
+            step += (decoded + self.step_seconds(self.decoded)) / loss.decode_every
+        validation, trainings = self.decode_seconds(train.val_samples, new), 1 + len(train.controls)
         passes = len(set(evaluation.conditions) - {"router", "union"}) + trainings - 1
         asked = task.n_test if evaluation.eval_samples == -1 else evaluation.eval_samples
-        test = passes * self.decode_seconds(asked, new, gpu)
-        baselines = 2 * self.decode_seconds(task.n_val, new, gpu)
+        test = passes * self.decode_seconds(asked, new)
+        baselines = 2 * self.decode_seconds(task.n_val, new)
         validations = 1 + -(-train.steps // train.eval_every)
         total = 2 * FITTED["start"] + baselines + trainings * (train.steps * step + validations * validation) + test
         parts = {"training step": step, "validation": validation, "baselines": baselines, "test": test}
         return parts | {"whole run": total}
 
 
-def mean(lengths: tuple[int, ...]) -> float:
-    return sum(lengths) / len(lengths)
-
-
 def forecast(config: Config, source: Shape, target: Shape, lengths: Lengths, gpu: str) -> Needs:
     """What a run needs of each GPU, and for how long."""
-    work, trainings = Work(config, source, target, lengths), 1 + len(config.train.controls)
-    seconds = work.seconds(gpu)
+    work, trainings = Work(config, source, target, lengths, gpu), 1 + len(config.train.controls)
+    seconds = work.seconds()
     disk = work.bridge * (4 * (3 * trainings - 2) + 24 * trainings + 12)  # best weights, two checkpoints each, a third
     parts = work.resident(), work.training(), work.evaluation()
     return Needs(*parts, seconds, work.n * seconds["whole run"] / 3600, work.bridge, disk)
