@@ -1,12 +1,10 @@
 """Any decoder of transformers: tiny random models of many families go through every injector, or are refused.
 
 python -m pytest tests/model/test_families.py
-python tests/model/test_families.py              # the table: family x injector
 """
 
 import re
 import tempfile
-from collections.abc import Iterator
 from functools import cache
 
 import pytest
@@ -134,22 +132,3 @@ def test_a_family_goes_through_every_injector_or_is_refused_in_one_line(family):
                 go_through(family, injector)
         else:
             go_through(family, injector)
-
-
-def describe_families() -> Iterator[str]:
-    """The lines of the table family x injector, as Markdown."""
-    yield from ("| family | " + " | ".join(INJECTORS) + " |", "|---|" + "---|" * len(INJECTORS))
-    for family in FAMILIES:
-        cells = []
-        for injector in INJECTORS:
-            try:
-                go_through(family, injector)
-                cells.append("works")
-            except ConfigError as error:
-                cells.append("refused: " + re.sub(r"'/[^']*' ", "", str(error)))
-        yield f"| {family} | " + " | ".join(cells) + " |"
-
-
-if __name__ == "__main__":
-    for line in describe_families():
-        print(line, flush=True)

@@ -20,13 +20,6 @@ def dropout(p: float = 0.3, salt: int = 1) -> Dropout:
     return made
 
 
-def test_first_values_are_those_of_every_kept_run():
-    seeds = torch.tensor([0, 1, 7])
-    assert hashed_uniform(seeds, 1)[:, 0].tolist() == pytest.approx([0.868200928, 0.9346350729, 0.4536016881], rel=1e-9)
-    first = [[-0.3771913946, -0.6916077733], [0.1819950491, 0.4311666787], [-1.209540725, -0.1278402358]]
-    assert hashed_normal(seeds, (2,)).tolist() == [pytest.approx(row, rel=1e-6) for row in first]
-
-
 def test_noise_is_standard_normal_and_independent():
     noise = hashed_normal(torch.arange(200), (50, 20)).numpy()
     assert abs(noise.mean()) < 5 / np.sqrt(noise.size) and abs(noise.var() - 1) < 5 * np.sqrt(2 / noise.size)

@@ -191,19 +191,6 @@ def test_layers_to_read_and_to_work_on(pair):
         pick_layers(lm, str(n), key)
 
 
-def test_hidden_states_and_logits_are_those_that_transformers_gives(pair):
-    for lm in (pair.source, pair.target):
-        ids = torch.tensor([lm.sample, lm.sample[::-1]])
-        out = lm.decoder(input_ids=ids, output_hidden_states=True, use_cache=False)
-        layers = (0, 2, lm.n_layers)
-        for mask in (None, torch.ones_like(ids)):
-            states = lm.hidden_states(ids, mask, layers)
-            assert torch.equal(states, torch.stack([out.hidden_states[i] for i in layers], 2))
-        assert torch.equal(lm.head(out.last_hidden_state), lm.model.get_output_embeddings()(out.last_hidden_state))
-        moved = lm.hidden_states(ids, None, layers, position_ids=torch.arange(ids.shape[1])[None] * 3)
-        assert not torch.allclose(moved[:, :, -1], states[:, :, -1])
-
-
 # -- loading ------------------------------------------------------------------------------------------------
 
 

@@ -13,53 +13,25 @@ import pytest
 
 from bridgekit.config import ConfigError
 from bridgekit.tasks import check_inputs, equivalence, get_task, load_examples
-from bridgekit.tasks.math_problems import TASK, find_answer
-from bridgekit.tasks.real import fetch
+from bridgekit.tasks.math_problems import TASK
 
 PAIRS = json.loads((Path(__file__).parent / "pairs/math.json").read_text())
-TYPES = {"level": "Level 2", "type": "Algebra"}
 
 
 def problem(i: int) -> dict:
     worked = f"Half of it is\n\\[\\frac{{{i}}}{{2}},\\]\nso it is $\\boxed{{\\frac{{{i}}}{{2}}}}$."
-    return {"problem": f"What is half of ${i}$?", "solution": worked} | TYPES
+    return {"problem": f"What is half of ${i}$?", "solution": worked, "level": "Level 2", "type": "Algebra"}
 
 
 @pytest.fixture
-def real(tiny, tmp_path):
-    (tmp_path / "data").mkdir()
-    for split, first, n in (("train", 0, 30), ("test", 30, 10)):
-        rows = [problem(i) for i in range(first, first + n)]
-        (tmp_path / "data" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-
-    def make(**changes):
-        own = {
-            "task": "math",
-            "data": str(tmp_path / "data"),
-            "n_train": 16,
-            "n_val": 8,
-            "n_test": 10,
-            "val_samples": 8,
-        }
-        return tiny(**(own | changes))
-
-    return make
+def real(ask_real):
+    return ask_real("math", problem)
 
 
 def test_pairs_are_scored_as_they_were_judged():
     assert len(PAIRS) >= 200 and 0.4 < sum(right for *_, right in PAIRS) / len(PAIRS) < 0.6
     wrong = [(text, gold) for text, gold, right in PAIRS if TASK.is_right(TASK.extract(text), gold) != right]
     assert not wrong
-
-
-def test_math_verify_itself_says_the_same():
-    from math_verify import parse, verify
-
-    rows = [(find_answer(text), gold, right) for text, gold, right in PAIRS if "9^{9" not in text]
-    boxed = [(parse(f"\\boxed{{{gold}}}"), parse(f"\\boxed{{{said}}}"), right) for said, gold, right in rows]
-    assert all(
-        verify(gold, said) == right for (gold, said, right), row in zip(boxed, rows, strict=True) if row[0][0] != "["
-    )
 
 
 def test_an_answer_without_end_is_invalid_in_time_and_the_next_one_is_scored():
@@ -102,9 +74,9 @@ def test_rows_become_examples_in_their_own_format(real):
         assert e.solution.rfind(TASK.marker) > 0 and not get_task(real()).has_groups
 
 
-def test_a_bad_file_is_named_with_its_rows(real, tmp_path):
+def test_a_bad_file_is_named_with_its_rows(real, data):
     rows = [problem(1), problem(2) | {"solution": "It is 1."}, {"question": "How many?", "answer": "#### 3"}]
-    (tmp_path / "data/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data("train", rows)
     with pytest.raises(ConfigError) as caught:
         check_inputs(real())
     said = r"train.jsonl, row 2: no final answer in its `solution`, such as `\boxed{12}`; row 3: needs texts `problem`"
@@ -113,9 +85,3 @@ def test_a_bad_file_is_named_with_its_rows(real, tmp_path):
         real(data="")
     with pytest.raises(ConfigError, match="'target_told' needs the fact in words, which task math does not have"):
         real(conditions=["source", "target", "bridged", "target_told"])
-
-
-def test_a_fetched_folder_is_read_as_the_data_set(real, tmp_path):
-    assert fetch("math", tmp_path / "fetched", str(tmp_path / "data")) == {"train": 30, "test": 10}
-    config = real(data=str(tmp_path / "fetched"))
-    assert load_examples(config, None, "test") == load_examples(real(), None, "test")

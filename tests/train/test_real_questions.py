@@ -11,17 +11,7 @@ from bridgekit.results import verdict
 from bridgekit.runs import create_run, find_eval, load_eval, load_status
 from bridgekit.train.worker import open_job, run_training
 
-CONDITIONS = (
-    "source",
-    "target",
-    "bridged",
-    "target_suffix",
-    "shuffled",
-    "relay_full",
-    "relay_answer",
-    "router",
-    "union",
-)
+CONDITIONS = "source target bridged target_suffix shuffled relay_full relay_answer router union".split()
 
 
 def gsm8k(i: int) -> dict:
@@ -50,7 +40,7 @@ def hotpotqa(i: int) -> dict:
 def test_a_run_on_real_questions_goes_through(tiny, tmp_path, task, row, options):
     for name, first, n in (("train", 0, 40), ("test", 40, 12)):
         (tmp_path / f"{name}.json").write_text(json.dumps([row(i) for i in range(first, first + n)]))
-    options = {"conditions": list(CONDITIONS)} | options
+    options = {"conditions": CONDITIONS} | options
     config = tiny(task=task, data=str(tmp_path), n_train=16, n_val=8, n_test=12, val_samples=8, n_shots=1, steps=2,
                   controls=["constant"], soft_position="question", **options)  # fmt: skip
     folder = create_run(config)
