@@ -9,13 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from bridgekit.config import load_config
+from bridgekit.config import ConfigError, load_config
 
 TINY = dict(
     source_device="cpu", target_device="cpu", n_train=64, n_val=24, n_test=24, val_samples=24, bridge_dim=16,
     heads=2, depth=1, n_soft_tokens=4, steps=4, batch_size=8, eval_every=2, warmup_steps=1, max_new_tokens=24,
     controls=[], conditions=["source", "target", "bridged"],
 )  # fmt: skip
+
+
+def refused(function, *given, **named) -> str:
+    """What is said, in one line, of something that cannot work."""
+    with pytest.raises(ConfigError) as caught:
+        function(*given, **named)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bridgekit.config import ConfigError
-from bridgekit.model.bridge import build_bridge, describe_card, load_bridge, save_bridge
+from bridgekit.model.bridge import build_bridge, load_bridge, save_bridge
 from bridgekit.model.generation import bridged_logits
 from bridgekit.model.losses import answer_nll
 
@@ -156,10 +156,3 @@ def test_weights_of_another_shape_or_a_broken_file_are_refused(build, tmp_path):
             load_bridge(build(bridge_dim=8), tmp_path, "bridged")
     with pytest.raises(FileNotFoundError, match="no checkpoint of 'constant'"):
         load_bridge(build(), tmp_path, "constant")
-
-
-def test_a_card_says_what_was_trained_on_what(build, tiny, pair):
-    text = describe_card(build(), tiny(), pair, (2, 4), {"step": "3"})
-    parts = pair.source.fingerprint, pair.target.fingerprint, "lexicon seed 2", "2, 4", "step 3 of 4", "nothing"
-    assert all(part in text for part in parts)
-    assert "transfers in all seeds" in describe_card(build(), tiny(), pair, (2, 4), {}, "transfers in all seeds")

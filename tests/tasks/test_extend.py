@@ -7,8 +7,9 @@ import inspect
 import json
 
 import pytest
+from conftest import refused
 
-from bridgekit.config import ConfigError, is_path, load_config
+from bridgekit.config import is_path, load_config
 from bridgekit.tasks import extend
 
 PRODUCER = """
@@ -50,13 +51,6 @@ def project(tmp_path, monkeypatch):
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "parts.py").write_text(PRODUCER)
     return tmp_path
-
-
-def refused(function, *arguments) -> str:
-    with pytest.raises(ConfigError) as caught:
-        function(*arguments)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_an_object_is_named_by_a_file_below_the_project():

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import refused
 
-from bridgekit.config import ConfigError
 from bridgekit.tasks import check_inputs, equivalence, get_task, load_examples
 from bridgekit.tasks.math_problems import TASK
 
@@ -77,11 +77,6 @@ def test_rows_become_examples_in_their_own_format(real):
 def test_a_bad_file_is_named_with_its_rows(real, data):
     rows = [problem(1), problem(2) | {"solution": "It is 1."}, {"question": "How many?", "answer": "#### 3"}]
     data("train", rows)
-    with pytest.raises(ConfigError) as caught:
-        check_inputs(real())
     said = r"train.jsonl, row 2: no final answer in its `solution`, such as `\boxed{12}`; row 3: needs texts `problem`"
-    assert said in str(caught.value)
-    with pytest.raises(ConfigError, match="task.data: task math needs a folder"):
-        real(data="")
-    with pytest.raises(ConfigError, match="'target_told' needs the fact in words, which task math does not have"):
-        real(conditions=["source", "target", "bridged", "target_told"])
+    assert said in refused(check_inputs, real())
+    assert "task.data: task math needs a folder" in refused(real, data="")
