@@ -11,8 +11,6 @@ import torch
 from bridgekit.model import generation
 from bridgekit.model.generation import (
     CHECK_EVERY,
-    answer_logits,
-    bridged_logits,
     decode_bridged,
     draw,
     generate_batch,
@@ -130,27 +128,3 @@ def test_drawn_tokens_follow_the_models_probabilities_and_their_own_seeds():
     assert torch.equal(draw(scores[:7], seeds[:7])[1], chosen[:7]) and not torch.equal(
         draw(scores, seeds + 1)[1], chosen
     )
-
-
-# -- logits of given answers -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("position", ["start", "question", "end"])
-@pytest.mark.parametrize("mode", ["soft_plus_text", "soft_only"])
-@pytest.mark.parametrize("k", [0, 3, -1])
-def test_answer_logits_are_those_of_the_plain_forward(one_batch, pair, position, mode, k):
-    """Ragged prompts, answers and soft tokens against one example at a time; k = 0: no soft tokens."""
-    lm, wanted = pair.target, dict(soft_position=position, prompt_mode=mode, n_soft_tokens=k or 1)
-    _, bridge, batch, message = one_batch(indices=(4, 0, 9), **wanted)
-    labels = batch.labels, batch.labels_mask
-    with torch.no_grad():
-        if k:
-            found = bridged_logits(lm, bridge, message, batch.before, batch.after, *labels)
-        else:
-            found = answer_logits(lm, batch.before, batch.after, None, *labels)
-        rows = zip(*(unpad(*part) for part in (batch.before, batch.after, labels)), strict=True)
-        for i, (before, after, answer) in enumerate(rows):
-            soft = message.tokens[i][message.mask[i]][: None if k else 0]
-            text = [lm.embed(torch.tensor(ids, dtype=torch.long)) for ids in (before, after + answer)]
-            wanted = lm.model(inputs_embeds=torch.cat([text[0], soft, text[1]])[None]).logits[0]
-            assert torch.allclose(found[i, : len(answer)], wanted[-len(answer) - 1 : -1], atol=1e-5, rtol=1e-5)

@@ -16,7 +16,6 @@ from bridgekit.model import losses
 from bridgekit.model.bridge import checkpoint_path
 from bridgekit.model.generation import Generated
 from bridgekit.runs import load_jsonl
-from bridgekit.tasks import load_examples
 from bridgekit.train import objective, trainer
 from bridgekit.train.captured import map_batch
 from bridgekit.train.objective import decode_loss, encode_batch, own_steps, step_losses
@@ -187,21 +186,6 @@ def test_a_control_is_the_bridge_s_own_training_but_for_one_thing(tiny):
     assert changed["self_bridge"] == set()
     assert changed["constant"] == {"bridge.producer", *speak_of_the_source}
     assert changed["constant_natural"] == {"bridge.producer", "task.source_only_share", *speak_of_the_source}
-
-
-@pytest.mark.parametrize("share", [0.75, -1.0])
-def test_the_mix_of_the_training_data_is_the_one_asked_for(tiny, make_experiment, share):
-    experiment = make_experiment(tiny(source_only_share=share, n_train=80))
-    lm, asked = experiment.pair.target, {}
-    for name in ("bridged", "constant", "constant_natural"):
-        literal = experiment.training_data(name).texts.literal
-        asked[name] = {lm.tokenizer.decode(i[m][1:]) for i, m in zip(literal.ids, literal.mask, strict=True)}
-    wanted = {}
-    for mix in (0.75, -1.0):
-        examples = load_examples(experiment.config.with_(source_only_share=mix), experiment.pair.lexicon_seed, "train")
-        wanted[mix] = {f"Question: {e.question}\nAnswer:\n" for e in examples}
-        assert sum(e.group == "source_only" for e in examples) == (60 if mix == 0.75 else round(0.23 * 80))
-    assert asked == {"bridged": wanted[share], "constant": wanted[share], "constant_natural": wanted[-1.0]}
 
 
 def test_a_warm_up_longer_than_the_training_ends_at_the_peak(tiny):
