@@ -18,6 +18,7 @@ import pytest
 
 from bridgekit.launch import open_run, training_command
 from bridgekit.runs import create_run, find_eval, load_jsonl, load_status
+from bridgekit.train import worker
 
 DROPOUT = float(os.environ.get("BRIDGEKIT_TEST_DROPOUT", 0.2))
 LOSSES = dict(
@@ -28,10 +29,10 @@ CONDITIONS = ["source", "target", "bridged", "noise", "shuffled", "relay_cut"]
 
 
 @pytest.fixture(scope="module")
-def run(tiny):
+def run(tiny, pair):
     """`run(n)`: the folder of a training, of a bridge and a control, that n processes have finished.
 
-    With `then`, n have begun it and others have ended it.
+    With `then`, n have begun it and others have ended it. One alone is this process, on one thread.
     """
 
     def make(world: int, then: int = 0):
@@ -46,10 +47,13 @@ def run(tiny):
             metrics = folder / "metrics.jsonl"
             while begun.poll() is None and not (metrics.is_file() and metrics.read_text().count('"loss"') >= 2):
                 time.sleep(0.02)
-            (worker,) = psutil.Process(begun.pid).children()
-            worker.terminate()
+            (child,) = psutil.Process(begun.pid).children()
+            child.terminate()
             assert begun.wait() and load_status(folder)["state"] == "stopped"
             open_run(config.with_(num_processes=then), folder)
+        elif world == 1:
+            assert worker.main([str(folder)]) == 0
+            return folder
         command = training_command(folder, "train", then or world)
         done = subprocess.run(command, capture_output=True, timeout=600, **more)
         assert done.returncode == 0 and load_status(folder)["state"] == "finished", done.stderr[-3000:]
