@@ -26,7 +26,8 @@ def make_shot(tiny, make_experiment):
     """An experiment whose questions stand behind two solved ones."""
 
     def make(**changes):
-        experiment = make_experiment(tiny(soft_position="question", kl_weight=0.5, **changes))
+        small = dict(n_train=16, n_val=8, val_samples=8, max_new_tokens=12)
+        experiment = make_experiment(tiny(soft_position="question", kl_weight=0.5, **small, **changes))
         made, shots = experiment.examples, ""
         for example in made("train")[:2]:
             shots += f"Question: {example.question}\nAnswer:\n{example.solution}\n\n"
