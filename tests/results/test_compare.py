@@ -33,16 +33,9 @@ def draw_answers(seeds=(1, 2, 3), **rates: float) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)
 
 
-def test_differences_are_paired_by_problem_and_seed():
-    answers = draw_answers(a=0.5, b=0.9, c=0.5)
-    compared = compare.compare_variants(answers, "a").set_index(["variant", "subset"])
-    row, means = compared.loc["b", "source_only_held_unit"], answers.groupby(["variant", "seed"])["correct"].mean()
-    assert row["by_seed"] == pytest.approx(list(means["b"] - means["a"]))
-    assert row["point"] == pytest.approx(np.mean(row["by_seed"])) and row["holds"] and row["low"] > 0
-    assert (row["n"], row["n_units"], row["n_seeds"]) == (200, 100, 3)
-    assert not compared.loc["c", "all"]["holds"] and compared.loc["c", "all"]["smallest_effect"] > 0.1
-    assert compared["adjusted_p"].tolist() == list(stats.holm(dict(enumerate(compared["p"]))).values())
-    # what was missed is found four times in five at the strictest of the levels, of four comparisons
+def test_the_smallest_effect_is_found_four_times_in_five_at_the_strictest_level():
+    compared = compare.compare_variants(draw_answers(a=0.5, b=0.9, c=0.5), "a").set_index(["variant", "subset"])
+    row = compared.loc["b", "source_only_held_unit"]
     drawn = row["smallest_effect"] / row["deviation"] + np.random.default_rng(2).standard_normal(2000)
     assert (drawn > scipy.stats.t.ppf(1 - 0.05 / 4 / 2, row["df"])).mean() == pytest.approx(0.8, abs=0.03)
 

@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 
-from bridgekit.config import CONDITIONS
 from bridgekit.results import plots
 from bridgekit.results.plots import lines, rows
 from bridgekit.results.statistics import wilson
@@ -121,20 +120,6 @@ def test_what_cannot_be_drawn_truthfully_is_refused(change, message):
 
 
 # The figures of a run or a study
-
-
-def test_conditions_and_groups_show_the_table(conditions):
-    found = conditions[conditions["subset"] == "target_only"].set_index("condition")
-    fig, groups = plots.plot_conditions(conditions, "target_only"), plots.plot_groups(conditions)
-    for at, name in enumerate(CONDITIONS):
-        assert mark(fig, f"point:{name}").get_xydata().tolist() == [[found.loc[name, "accuracy"], at]]
-        assert span(mark(fig, f"interval:{name}")) == (found.loc[name, "low"], found.loc[name, "high"])
-    assert mark(fig, "reference:target").get_xdata()[0] == found.loc["target", "accuracy"]
-    assert mark(groups, "point:target_only:bridged").get_xdata()[0] == found.loc["bridged", "accuracy"]
-    fig = plots.plot_conditions(
-        pd.concat([conditions.assign(arm="forward"), conditions.assign(arm="back")]), panel="arm"
-    )
-    assert [ax.get_title("left") for ax in fig.axes] == ["forward", "back"] and marks(fig, "point:back:union")
 
 
 def test_forest_shows_effect_interval_seeds_and_what_could_not_be_found(compared):

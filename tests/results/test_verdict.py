@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from bridgekit.results.statistics import minimum_detectable_effect, paired_difference, wilson
-from bridgekit.results.verdict import conditions_table, headroom, judge
+from bridgekit.results.verdict import headroom, judge
 
 SOURCE = {"source_only": 0.97, "target_only": 0.04, "both": 0.97}
 TARGET = {"source_only": 0.04, "target_only": 0.97, "both": 0.97}
@@ -64,15 +64,6 @@ def test_a_bridge_that_beats_every_control_in_every_seed_transfers(frames):
     assert worst.difference == paired_difference(frames[worst.seed - 7], "bridged", "target")
 
 
-def test_a_control_that_was_not_run_is_named_and_leaves_no_proof(frames):
-    verdict = judge([without(frame, "self_bridge") for frame in frames])
-    assert not verdict.passes and not verdict.complete and verdict.outcome == "unproven"
-    assert verdict.not_run == ["self_bridge"] and verdict.failed == []
-    assert verdict.text.startswith("It is not yet proven that the bridge transfers") and "self_bridge" in verdict.text
-    only = judge([frames[0], without(frames[1], "self_bridge", "shuffled"), frames[2]])
-    assert only.not_run == ["shuffled (seed 2)", "self_bridge (seed 2)"] and not only.passes
-
-
 def test_the_first_experiment_harmed():
     """11 questions gained and 36 lost of 200, 129 right."""
     bridged = [True] * 129 + [False] * 71
@@ -84,22 +75,10 @@ def test_the_first_experiment_harmed():
     assert verdict.not_run == list(CONTROLS) and "Not run: constant, shuffled, self_bridge." in verdict.text
 
 
-def test_without_groups_the_source_only_part_does_not_apply_and_with_few_units_it_was_not_run(frames):
+def test_without_groups_the_source_only_part_does_not_apply(frames):
     verdict = judge([frame.drop(columns=["group", "unit", "novelty"]) for frame in frames])
     assert verdict.passes and {c.subset for c in verdict.comparisons} == {"all"}
     assert "Not applicable: the source-only part" in verdict.text and "on 450 questions" in verdict.text
-    partly = judge([frames[0], frames[1].drop(columns="group"), frames[2]], seeds=[4, 5, 6])
-    assert partly.not_run == ["the source-only part (fewer than 30 held-out units in seed 5)"]
-    assert partly.outcome == "unproven" and partly.not_applicable == []
-    assert {c.seed for c in partly.comparisons if c.subset == "source_only"} == {4, 6}
-
-
-def test_a_bridge_that_helps_elsewhere_than_on_source_only_problems_does_not_transfer():
-    weak = {"source_only": 0.3, "target_only": 0.3, "both": 0.3}
-    helped = {"source_only": 0.3, "target_only": 0.95, "both": 0.95}
-    verdict = judge([make_frame(1, bridged=helped, target=weak, **dict.fromkeys(CONTROLS, weak))])
-    assert [(c.control, c.subset) for c in verdict.failed] == [(c, "source_only") for c in ("target", *CONTROLS)]
-    assert "Not shown to beat target on source-only problems (seed 1 " in verdict.text
 
 
 def test_what_was_seen_in_training_counts_nowhere():
@@ -136,15 +115,12 @@ def test_each_selection_of_a_control_must_be_beaten(frames):
     assert stronger.outcome == "fails" and list(stronger.table()["holds"]).count("no") == 2
 
 
-# of 400; a run of before the record says nothing
-@pytest.mark.parametrize(("step", "trained"), [(0, False), (199, False), (200, True), (400, True), (None, True)])
+@pytest.mark.parametrize(("step", "trained"), [(199, False), (200, True)])  # of 400
 def test_a_control_with_weights_from_before_half_of_training_was_not_run(frames, step, trained):
-    record = {} if step is None else {"self_bridge": {"mix": step}}
-    verdict = judge([with_selection(frames[0], "constant.last", TARGET, **record)])
+    verdict = judge([with_selection(frames[0], "constant.last", TARGET, self_bridge={"mix": step})])
     assert verdict.passes == trained and ("self_bridge" in {c.control for c in verdict.comparisons}) == trained
     assert verdict.not_run == ([] if trained else [f"self_bridge (not trained: weights of step {step})"])
-    assert verdict.outcome == "unproven" or trained and "not run" not in set(verdict.table()["holds"])
-    assert ("weights of step" in verdict.text) == (step is not None)
+    assert f"weights of step {step}" in verdict.text and ("not run" in set(verdict.table()["holds"])) != trained
 
 
 def test_several_comparisons_at_the_edge_do_not_survive_holm():
@@ -202,11 +178,9 @@ def test_a_verdict_is_json_and_a_table(frames):
     assert len(short) == 8 and short.loc["target", "bridged minus control"] == str(worst.difference)
 
 
-def test_one_run_given_twice_is_refused_and_two_that_answer_alike_are_not(frames):
+def test_two_runs_that_answer_alike_are_not_taken_for_one(frames):
     """A kept run has no log-probabilities: its answers must show it, unless nearly all are right."""
     again = frames[0].sample(frac=1, random_state=0)
-    with pytest.raises(ValueError, match="seed 1 and seed 3 are the same run"):
-        judge([frames[0], frames[1], again])
     right = frames[0].assign(bridged_correct=True, bridged_extracted="12")
     assert judge([right, right.copy()]).passes
     told_apart = [f.assign(bridged_logprob=p) for f, p in ((frames[0], -0.25), (again, -0.5))]
@@ -261,23 +235,6 @@ def test_headroom_speaks_of_the_test_set_that_the_bridge_will_be_tried_on(frames
     there = headroom(tmp_path / "headroom.jsonl")
     assert there.smallest_effect == pytest.approx(here.smallest_effect / 2, rel=0.05) and there.counts == here.counts
     assert "The smallest gain that 1,800 test problems find" in there.text and "450 problems about 150" in there.text
-
-
-def test_conditions_table_is_one_row_for_each_condition_and_subset():
-    frame = make_frame(1, seen=30)
-    table = conditions_table(frame)
-    parts = ["source_only_seen", "source_only_held_unit", "source_only_held_value"]
-    assert list(table["subset"].unique()) == ["all", "source_only", *parts, "target_only", "both"]
-    everything = table[table["subset"] == "all"].set_index("condition")
-    assert list(everything.index) == ["source", "target", "bridged", "shuffled", "constant", "self_bridge", "union"]
-    assert set(everything["n"]) == {360} and set(everything["n_units"]) == {120}
-    seen = frame[(frame["group"] == "source_only") & (frame["novelty"] == "seen")]
-    row = table.set_index(["condition", "subset"]).loc[("bridged", "source_only_seen")]
-    assert (row["n"], row["n_units"]) == (len(seen), seen["unit"].nunique())
-    assert row["accuracy"] == seen["bridged_correct"].mean() == 1 - row["invalid"]
-    assert row["low"] < row["accuracy"] < row["high"] and np.isnan(everything.loc["union", "invalid"])
-    held = frame[frame["novelty"] != "seen"]
-    assert everything.loc["union", "accuracy"] == (held["source_correct"] | held["target_correct"]).mean()
 
 
 @pytest.mark.parametrize(
