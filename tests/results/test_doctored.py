@@ -85,7 +85,7 @@ cut = {"eval_samples_step_final.jsonl": lambda text: text[:-40]}
 old = {"metrics_constant.jsonl": lambda text: '{"step": 0, "eval": {"constant": 0.5}}\n'}
 DOCTORED = {
     # one run as several
-    "the same seed twice": (last("config", run__seed=1), "give one frame for each distinct seed"),
+    "the same seed twice": (last("config", run__seed=1), "give one run for each distinct seed"),
     "one run three times": (copies(), "are the same run"),
     "... rows reordered": (copies(lambda r: r.sample(frac=1, random_state=0)), "are the same run"),
     "... a row missing": (copies(lambda r: r.drop(index=[3])), "are the same run"),
