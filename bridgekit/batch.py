@@ -9,7 +9,6 @@ exactly what is missing: what is finished is kept, what was interrupted goes on.
 failed; 2: no run failed, but an entry is bad.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from bridgekit import launch, runs
 from bridgekit.alive import find_writer, lock_run, wait_for_worker
-from bridgekit.config import Config, load_parameters, nearest, parse_texts, refuse_if
+from bridgekit.config import Config, Parser, load_parameters, nearest, parse_texts, refuse_if
 from bridgekit.runner import Job, Making, Runner, list_gpus, plan_jobs
 from bridgekit.runs import project_root
 from bridgekit.study import load_study, plan_study
@@ -143,7 +142,7 @@ def queue_jobs(jobs: Sequence[Job], bad: list[str], **where: object) -> list[Job
 
 def main(argv: list[str] | None = None) -> int:
     """The `bridgekit batch` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit batch", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bridgekit batch", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a file with `entries`, e.g. parameters/night.yaml")
     jobs_help = "how many runs at once (default: one on each GPU, and one where there is no GPU)"
     parser.add_argument("--jobs", type=int, default=0, metavar="N", help=jobs_help)

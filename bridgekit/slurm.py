@@ -21,7 +21,7 @@ from pathlib import Path
 from bridgekit import runs
 from bridgekit.alive import find_writer, list_slurm_jobs
 from bridgekit.batch import load_batch, plan_entries, queue_jobs
-from bridgekit.config import check_type, load_parameters, nearest, refuse_if
+from bridgekit.config import Parser, check_type, load_parameters, nearest, refuse_if
 from bridgekit.runner import Job, Making
 from bridgekit.runs import join_command, load_status, project_root
 from bridgekit.train.plan import make_plan
@@ -50,8 +50,6 @@ def load_site(path: Path | None) -> dict[str, object]:
     given = load_parameters(path) if path else {}
     for key, value in given.items():
         refuse_if(key not in SITE, f"{path}: unknown key '{key}': did you mean '{nearest(key, SITE)}'?")
-        if key == "time" and type(value) is int:  # YAML reads 4:00:00 as a number of seconds
-            given[key] = value = format_time(value)
         given[key] = check_type(f"{path}: {key}", type(SITE[key]), value)
     return SITE | given
 
@@ -153,7 +151,7 @@ def is_under_way(job: Job) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """The `bridgekit submit` verb."""
-    parser = argparse.ArgumentParser(prog="bridgekit submit", description=__doc__.split("\n")[0])
+    parser = Parser(prog="bridgekit submit", description=__doc__.split("\n")[0])
     parser.add_argument("file", type=Path, help="a notebook, a study, or a batch")
     parser.add_argument("-f", dest="files", action="append", default=[], metavar="FILE", help="a notebook's parameters")
     parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="one key of it")
