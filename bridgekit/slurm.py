@@ -50,7 +50,7 @@ def load_site(path: Path | None) -> dict[str, object]:
     given = load_parameters(path) if path else {}
     for key, value in given.items():
         refuse_if(key not in SITE, f"{path}: unknown key '{key}': did you mean '{nearest(key, SITE)}'?")
-        given[key] = check_type(f"{path}: {key}", type(SITE[key]), value)
+        given[key] = check_type(f"{path}: {key}", type(SITE[key]), str(value) if key == "time" else value)
     return SITE | given
 
 

@@ -41,7 +41,7 @@ def write(path: Path, content: str | bytes = "") -> Path:
 
 
 def make_parameters(folder: Path) -> None:
-    """Files of parameters and of studies."""
+    """Files of parameters, of studies and of batches."""
     bomb = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
     bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
     small = "source_model=embedded target_model=embedded prompt_format=plain inject_from=auto n_train=200 n_val=100"
@@ -91,6 +91,29 @@ def make_parameters(folder: Path) -> None:
     }
     for name, text in studies.items():
         write(folder / "s" / f"{name}.yaml", text)
+    phase1 = "notebook: notebooks/phase1.ipynb"
+    entries = {
+        "both": f"{phase1}, study: s/key.yaml",
+        "neither": "parameters: parameters/phase1_smoke.yaml",
+        "unknown": f"{phase1}, parameter: parameters/phase1_smoke.yaml",
+        "gone": "notebook: notebooks/none.ipynb",
+        "cell": "notebook: n/none.ipynb",
+        "other": f"{phase1}, parameters: {ROOT}/parameters/swap_smoke.yaml",
+        "files": f"{phase1}, parameters: {{a: 1}}",
+        "override": f"{phase1}, overrides: [train.stpes=3]",
+        "overrides": f"{phase1}, overrides: train.steps=3",
+        "study": "study: s/key.yaml",
+    }
+    batches = {name: f"entries: [{{{text}}}]" for name, text in entries.items()}
+    batches |= {
+        "empty": "",
+        "text": "entries: night",
+        "list": f"- {phase1}",
+        "keys": f"entries: [{{{phase1}}}]\njobs: 3",
+    }
+    batches |= {"site_key": "partitoin: gpu", "site_time": "time: 3600", "site_modules": "modules: gcc"}
+    for name, text in batches.items():
+        write(folder / "b" / f"{name}.yaml", text)
 
 
 def make_notebooks(folder: Path) -> None:
@@ -301,8 +324,8 @@ def nothing_starts(monkeypatch):
     monkeypatch.setattr(papermill, "execute_notebook", start)
 
 
-def test_the_table_has_ten_classes_of_twenty_and_nothing_twice():
-    assert all(len(rows) == 20 for rows in CLASSES.values()) and len(CLASSES) >= 10
+def test_the_table_has_eleven_classes_of_twenty_and_nothing_twice():
+    assert all(len(rows) == 20 for rows in CLASSES.values()) and len(CLASSES) == 11
     assert len({row[0] for rows in CLASSES.values() for row in rows}) == 20 * len(CLASSES)
 
 
@@ -317,7 +340,7 @@ def test_a_bad_input_is_refused_in_one_line(project, capsys, monkeypatch, nothin
     before = list_files(project)
     assert cli.main(words) == 2
     out = capsys.readouterr()
-    assert out.out == "" and out.err.startswith("error: ") and out.err.count("\n") == 1, out.out + out.err
+    assert out.out == "" and out.err.startswith(("error: ", "bad: ")) and out.err.count("\n") == 1, out.out + out.err
     assert named in out.err and way_out in out.err, out.err
     assert len(out.err) < 1200 and "Traceback" not in out.err and list_files(project) == before
 
@@ -362,7 +385,9 @@ def test_five_hundred_mutated_configurations_are_loaded_or_refused_in_one_line(t
         path.write_bytes(mutate(random.Random(seed)).encode("utf-8", "surrogatepass"))
         code = cli.main(["config", "-f", str(path)])
         out, text = capsys.readouterr(), path.read_bytes()
-        is_refused = code == 2 and out.out == "" and out.err.startswith("error: ") and out.err.count("\n") == 1
+        is_refused = (
+            code == 2 and out.out == "" and out.err.startswith(("error: ", "bad: ")) and out.err.count("\n") == 1
+        )
         assert is_refused and len(out.err) < 1200 or code == 0 and out.err == "", (seed, text, out.err)
         if code == 0:  # what is accepted is what is written into a run
             assert load_config(path).train.steps >= 0
