@@ -249,7 +249,9 @@ def harm(kind: str, project: Path, volume: Path | None) -> None:
 def heal(kind: str, project: Path, volume: Path | None) -> None:
     """What stands before the run is begun again: mended, but for a byte of its newest checkpoint."""
     if kind == "checkpoint damaged":
-        newest = max(project.glob("runs/*/checkpoint/resume/*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+        newest = max(
+            project.glob("runs/*/checkpoint/resume/bridged-*/*.safetensors"), key=lambda path: path.stat().st_mtime_ns
+        )
         data = newest.read_bytes()
         newest.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
     elif kind == "loss not finite":
