@@ -67,8 +67,7 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
             return resume_run(config, Path(run_dir))
         if folder is None:
             check_inputs(config)
-        check_parts(config)
-        if folder is None:  # of a study's runs the runner asks
+            check_parts(config)
             check_texts(config)
             refuse_unfit(config)
         unfinished = None if folder or new else find_unfinished(config)

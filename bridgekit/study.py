@@ -36,6 +36,7 @@ from bridgekit.config import (
 from bridgekit.runner import SLOTS_PER_GPU, is_done, prepare_folder, run_planned
 from bridgekit.runs import project_root
 from bridgekit.tasks import check_inputs, check_positions, measure_prompts
+from bridgekit.train.parts import check_parts
 
 REPLICATE_SHIFT = 100
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -170,6 +171,7 @@ def plan_study(study: Study, runs_dir: str | Path = "runs", keep: Sequence[str] 
             config = configs[name] = load_config(overrides=[*shared, *texts, *last], **base)
             # A pair of the study's own is made when it runs.
             check_inputs(config.with_(source_model="embedded", target_model="embedded") if pair else config)
+            check_parts(config)
             read = config.pair, config.task, config.bridge.source_view
             if read not in lengths:
                 lengths[read] = measure_prompts(config)

@@ -40,6 +40,15 @@ def write(path: Path, content: str | bytes = "") -> Path:
     return path
 
 
+def copy_wrong(good: Path, folder: Path, files: dict[str, str | bytes | None]) -> None:
+    """A copy of a folder in which these files hold something else, or, where it is None, are gone."""
+    shutil.copytree(good, folder, copy_function=shutil.copyfile)
+    for file, content in files.items():
+        (folder / file).unlink(missing_ok=True)
+        if content is not None:
+            write(folder / file, content)
+
+
 def make_parameters(folder: Path) -> None:
     """Files of parameters, of studies and of batches."""
     bomb = "a0: &a0 [1, 1, 1, 1, 1, 1, 1, 1, 1]\n"
@@ -163,11 +172,7 @@ def make_pairs(folder: Path) -> None:
         "other_lexicon": {"pair.json": '{"lexicon_seed": 1, "lexicon": "0"}'},
     }
     for name, files in wrong.items():
-        shutil.copytree(PAIR, folder / "m" / name, copy_function=shutil.copyfile)
-        for file, content in files.items():
-            (folder / "m" / name / file).unlink(missing_ok=True)
-            if content is not None:
-                write(folder / "m" / name / file, content)
+        copy_wrong(PAIR, folder / "m" / name, files)
     write(folder / "m" / "file", "no folder")
     write(folder / "m" / "made" / "pair.json", "{}")
 
@@ -255,11 +260,7 @@ def make_runs(folder: Path) -> None:
         "code": {"code/code.json": "{}"},
     }
     for name, files in wrong.items():
-        shutil.copytree(RUN, folder / "r" / name, copy_function=shutil.copyfile)
-        for file, content in files.items():
-            (folder / "r" / name / file).unlink(missing_ok=True)
-            if content is not None:
-                write(folder / "r" / name / file, content)
+        copy_wrong(RUN, folder / "r" / name, files)
     (folder / "r" / "empty").mkdir()
 
 

@@ -165,13 +165,10 @@ def check_devices(config: Config) -> None:
     count_threads()  # or its refusal
     for key, device in (("source", config.pair.source_device), ("target", config.pair.target_device)):
         there = sys.platform == "darwin" if device == "mps" else device in ("auto", "cpu") or has_gpu()
-        number, gpu = int(device.partition(":")[2] or 0), find_gpu() if device.startswith("cuda:") else None
         refuse_if(not there, f"pair.{key}_device: no GPU for '{device}' is seen here: use auto or cpu")
-        beyond = gpu is not None and number >= gpu.count
-        refuse_if(
-            beyond,
-            f"pair.{key}_device: '{device}' is not here, GPUs are numbered from 0, there are {gpu and gpu.count}",
-        )
+        if device.startswith("cuda:") and (gpu := find_gpu()):
+            why = f"'{device}' is not here, GPUs are numbered from 0, there are {gpu.count}"
+            refuse_if(int(device.partition(":")[2]) >= gpu.count, f"pair.{key}_device: {why}")
 
 
 def refuse_unfit(config: Config) -> None:

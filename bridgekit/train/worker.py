@@ -171,9 +171,8 @@ def explain(error: Exception, status: dict) -> str:
             stage, change = f"step {status['step'] + 1} of {stage}, or just after", "smaller train.cache_states_gb or "
         used = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0
         ways = f"{change}more train.num_processes, then go on with --resume"
-        return f"out of memory in {stage} ({used:.1f} GiB in use at most): {ways}; or a new run with a smaller " + (
-            "train.batch_size or bridge.n_soft_tokens (`bridgekit plan` says what fits)"
-        )
+        other = "a new run with a smaller train.batch_size or bridge.n_soft_tokens (`bridgekit plan` says what fits)"
+        return f"out of memory in {stage} ({used:.1f} GiB in use at most): {ways}; or {other}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full ({error.filename or 'while writing'}): free some space, then go on with --resume"
     return (str(error) or type(error).__name__).splitlines()[0]
