@@ -24,7 +24,7 @@ from bridgekit.results import style, table, verdict
 from bridgekit.results.statistics import Interval
 from bridgekit.runs import load_json, write_text_atomic
 from bridgekit.tasks import Example
-from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, SPLIT_SHARES, VALUES
+from bridgekit.tasks.units import GROUP_SHARES, N_UNITS, NARROW, SPLIT_SHARES, WIDE
 
 SUBSETS = ("source_only_held_unit", "all")
 POWER = 0.8
@@ -145,7 +145,8 @@ def axis_table(answers: pd.DataFrame, settings: dict[str, dict], tests: dict[str
         row = {"variant": variant, "seed": seed} | settings[variant] | recovered.to_dict("records")[0]
         if "n_facts" in row:
             part = table.select(run[run["condition"] == "bridged"], "source_only")
-            bits = carried_bits(part["value"], part["said"], VALUES, part["unit"])
+            values = next(kind.all for kind in (NARROW, WIDE) if set(part["value"]) <= set(kind.all))
+            bits = carried_bits(part["value"], part["said"], values, part["unit"])
             # a message made from the facts alone, before the question, must hold each of them
             times, k = row["n_facts"] if row["source_view"] == "facts" else 1, row["n_soft_tokens"]
             row |= _prefixed("bits", bits, times) | _prefixed("bits_per_token", bits, times / k)

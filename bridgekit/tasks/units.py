@@ -14,16 +14,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from bridgekit.config import GROUPS, Config, ConfigError, is_geometry, refuse_if, resolve_model_folder
 from bridgekit.tasks import Example, Task, give_donors
 
-VALUES = tuple(range(12, 60))
-HELD_VALUES = {"val": 4, "test": 6}  # values that occur in no other split: selection has held-out values of its own
 N_UNITS = 6000
 GROUP_SHARES = dict(zip(GROUPS, (0.23, 0.46, 0.31), strict=True))
 SPLIT_SHARES = {"train": 0.65, "val": 0.1, "test": 0.25}
-HELD_VALUE_SHARE = 0.15  # of the units of a split that has some
+
+
+class Values(NamedTuple):
+    """The values that a lexicon's units have."""
+
+    all: tuple[int, ...]
+    held: dict[str, int]  # how many occur in no other split: selection has held-out values of its own
+    held_share: float  # of the units of a split that has some
+
+
+NARROW = Values(tuple(range(12, 60)), {"val": 4, "test": 6}, 0.15)
+WIDE = Values(tuple(range(12, 100)), {"val": 10, "test": 15}, 0.4)
+FIRST_WIDE = 10  # of the lexicon seeds; those below it are the shipped pair's and those of the sweeps before it
 
 NAMES = "Hal Ida Jon Mia Ned Oda Pia Ray Sam Tia Uma Vic Wes Zoe Ann Bob Cal Dee Eli Fay Gus Kit Lea Max".split()
 THINGS = (
@@ -89,19 +100,33 @@ def make_words(rng: random.Random, n: int, taken: set[str] | frozenset[str]) -> 
     return list(words)
 
 
+def values_of(seed: int) -> Values:
+    """The values of a seed's lexicon."""
+    return WIDE if seed >= FIRST_WIDE else NARROW
+
+
+def hold_out(rng: random.Random, kind: Values) -> tuple[dict[str, list[int]], list[int]]:
+    """Values held out for each split, and the open ones, among which every digit occurs at every place."""
+    digits = [{v // 10 for v in kind.all}, {v % 10 for v in kind.all}]
+    while True:
+        drawn = iter(rng.sample(kind.all, sum(kind.held.values())))
+        held = {split: sorted(next(drawn) for _ in range(n)) for split, n in kind.held.items()}
+        open_values = [v for v in kind.all if v not in sum(held.values(), [])]
+        if [{v // 10 for v in open_values}, {v % 10 for v in open_values}] == digits:
+            return held, open_values
+
+
 @lru_cache(maxsize=4)
 def make_lexicon(seed: int, n_units: int = N_UNITS) -> tuple[Unit, ...]:
     """All units of a lexicon: word, value, who knows it, which split it belongs to."""
-    rng = random.Random(f"lexicon {seed}")
-    drawn = iter(rng.sample(VALUES, sum(HELD_VALUES.values())))
-    held = {split: sorted(next(drawn) for _ in range(n)) for split, n in HELD_VALUES.items()}
-    open_values = [v for v in VALUES if v not in sum(held.values(), [])]
+    rng, kind = random.Random(f"lexicon {seed}"), values_of(seed)
+    held, open_values = hold_out(rng, kind)
     words, units = iter(make_words(rng, n_units, ORDINARY_WORDS)), []
     for group, group_share in GROUP_SHARES.items():
         for split, split_share in SPLIT_SHARES.items():
             n = round(n_units * group_share * split_share)
             own, others = (rng.sample(values, len(values)) for values in (held.get(split, []), open_values))
-            n_held = round(n * HELD_VALUE_SHARE) if own else 0
+            n_held = round(n * kind.held_share) if own else 0
             for i, word in zip(range(n), words, strict=False):
                 value = own[i % len(own)] if i < n_held else others[(i - n_held) % len(others)]
                 novelty = "seen" if split == "train" else "held_value" if i < n_held else "held_unit"
@@ -250,12 +275,12 @@ def make_seen_examples(
 
 def make_context_examples(rng: random.Random, lexicon: tuple, split: str, n: int, n_facts: int, vary: bool) -> list:
     """Problems whose fact stands in the source's context among others; no model was taught any of the words."""
-    taught = {u.word for u in lexicon} | ORDINARY_WORDS
+    taught, values = {u.word for u in lexicon} | ORDINARY_WORDS, sorted({u.value for u in lexicon})
     doublings = [2**k for k in range(n_facts.bit_length()) if 2**k < n_facts] if vary else []
     sizes = [rng.choice([*doublings, n_facts]) if doublings else n_facts for _ in range(n)]
     examples = []
     for i, size in enumerate(sizes):
-        pairs = tuple((word, rng.choice(VALUES)) for word in make_words(rng, size, taught))
+        pairs = tuple((word, rng.choice(values)) for word in make_words(rng, size, taught))
         unit = Unit(*rng.choice(pairs), "source_only", split, "seen" if split == "train" else "held_unit")
         examples.append(make_example(rng, unit, split, i, f"units-context{size}-{split}", pairs))
     return give_donors(examples, "value", rng, answer_with)

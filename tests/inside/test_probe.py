@@ -11,7 +11,7 @@ import torch
 from bridgekit.inside import probe
 from bridgekit.tasks import units
 
-VALUES = torch.tensor(units.VALUES)
+VALUES = torch.tensor(units.NARROW.all)
 
 
 def plant(values: torch.Tensor, noise: float, seed: int) -> torch.Tensor:
@@ -34,7 +34,7 @@ def test_ridge_is_least_squares_with_a_free_intercept_and_a_penalty_on_the_rest(
 
 
 def test_planted_digits_are_read_also_of_values_that_were_never_fitted():
-    held, seen = VALUES[::8], torch.tensor([v for v in units.VALUES if v not in VALUES[::8]])
+    held, seen = VALUES[::8], torch.tensor([v for v in units.NARROW.all if v not in VALUES[::8]])
     fit, choose = draw(600, seen, 1), draw(100, seen, 2)
     fitted = probe.DigitProbe(plant(fit, 0.1, 1), fit, plant(choose, 0.1, 2), choose)
     for values in (draw(200, seen, 3), draw(200, held, 4)):

@@ -17,8 +17,9 @@ from bridgekit.results import statistics as stats
 from bridgekit.results.compare import carried_bits, decide
 from bridgekit.results.style import format_interval
 from bridgekit.tasks import Example, units
-from bridgekit.tasks.units import VALUES
+from bridgekit.tasks.units import NARROW
 
+VALUES = NARROW.all
 FULL = math.log2(len(VALUES))
 
 

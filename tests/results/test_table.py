@@ -12,7 +12,7 @@ import pytest
 from bridgekit.results import statistics as stats
 from bridgekit.results.table import difference, load_answers, ratio, said_value, select, share
 from bridgekit.runs import write_jsonl
-from bridgekit.tasks.units import FAMILIES, VALUES, draw_numbers, solve
+from bridgekit.tasks.units import FAMILIES, WIDE, draw_numbers, solve
 
 UNITS = [f"u{i // 2}" for i in range(60)]
 
@@ -84,7 +84,7 @@ def test_a_seed_given_twice_and_no_runs_at_all_are_refused(runs):
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
 def test_the_value_is_read_from_every_family_of_worked_answers(family):
     rng = random.Random(family.name)
-    for value in rng.sample(VALUES, 20):
+    for value in rng.sample(WIDE.all, 20):
         text, _ = solve(family, draw_numbers(rng, family), value, "pins")
         assert said_value(text, family.name) == value
         assert said_value(f"{text}\n<<3*99=297>>297", family.name) == value  # what follows the answer is not read
