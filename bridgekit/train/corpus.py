@@ -3,16 +3,17 @@
     make_documents(make_lexicon(2), "source", 300_000, seed=2)      # [(prompt, answer), ...]
 
 Documents are problems about known units, plain statements of known facts, problems whose fact is stated in a note about
-an unknown word, and problems after a helper's worked answer. A helper's answer about an unknown word is to be trusted,
-one about a known unit may be wrong and is to be overruled: so handing over text is a fair rival. No document mentions a
-unit that its model is not meant to know.
+an unknown word, recalls of such a note's facts, and problems after a helper's worked answer. A helper's answer about an
+unknown word is to be trusted, one about a known unit may be wrong and is to be overruled: so handing over text is a
+fair rival. No document mentions a unit that its model is not meant to know.
 """
 
 import random
+from dataclasses import dataclass
 
 from bridgekit.tasks import CUE, units
 
-KINDS = {"problem": 42, "fact": 32, "note": 15, "helper": 11}  # how many of 100 documents
+KINDS = {"problem": 36, "fact": 28, "note": 14, "helper": 8, "recall": 14}  # how many of 100 documents
 NOTE_FACTS = {  # how many facts a note states, each as often; the source, which must read contexts, sees longer ones
     "source": (1, 1, 1, 2, 2, 4, 8, 16, 32),
     "target": (1, 1, 1, 2, 4, 8),
@@ -25,7 +26,7 @@ def make_documents(
     """n documents as (prompt, answer); the answer is what is learned by heart, the prompt only in passing."""
     rng = random.Random(f"corpus {role} {seed}")
     known = units.known_units(lexicon, role)
-    taken = {u.word for u in lexicon}
+    nonces = Nonces({u.word for u in lexicon}, sorted({u.value for u in lexicon}))
     pool: list = []
     documents = []
     for kind in rng.choices(list(kinds), weights=list(kinds.values()), k=n):
@@ -37,10 +38,28 @@ def make_documents(
             stated = [pool.pop() for _ in range(min(len(pool), 6))]
             documents.append(("", " ".join(state_fact(rng, unit) for unit in stated)))
         elif kind == "note":
-            documents.append(note_document(rng, taken, note_facts or NOTE_FACTS[role]))
+            documents.append(note_document(rng, nonces, note_facts or NOTE_FACTS[role]))
+        elif kind == "recall":
+            documents.append(recall_document(rng, nonces, note_facts or NOTE_FACTS[role]))
         else:
-            documents.append(helper_document(rng, pool.pop() if rng.random() < 0.5 else None, taken))
+            documents.append(helper_document(rng, pool.pop() if rng.random() < 0.5 else None, nonces))
     return documents
+
+
+@dataclass(frozen=True)
+class Nonces:
+    """Words that no model knows, with values that nothing says."""
+
+    taken: set[str]
+    values: list[int]
+
+    def draw(self, rng: random.Random) -> units.Unit:
+        return units.Unit(*units.make_words(rng, 1, self.taken), rng.choice(self.values), "nobody", "none", "none")
+
+    def draw_note(self, rng: random.Random, sizes: tuple[int, ...]) -> tuple[list[units.Unit], str]:
+        """Some of them, and the note that states them."""
+        listed = {u.word: u for u in (self.draw(rng) for _ in range(rng.choice(sizes)))}
+        return list(listed.values()), units.state_facts([(u.word, u.value) for u in listed.values()])
 
 
 def state_fact(rng: random.Random, unit: units.Unit) -> str:
@@ -68,23 +87,26 @@ def problem_document(rng: random.Random, unit: units.Unit, prefix: str = "") -> 
     return f"{prefix}Question: {problem.question}{CUE}", solution
 
 
-def nonce_unit(rng: random.Random, taken: set[str]) -> units.Unit:
-    """A word that no model knows, with a value that nothing says."""
-    return units.Unit(*units.make_words(rng, 1, taken), rng.choice(units.VALUES), "nobody", "none", "none")
-
-
-def note_document(rng: random.Random, taken: set[str], sizes: tuple[int, ...]) -> tuple[str, str]:
+def note_document(rng: random.Random, nonces: Nonces, sizes: tuple[int, ...]) -> tuple[str, str]:
     """A problem about one of the words in the note."""
-    n_facts = rng.choice(sizes)
-    listed = {u.word: u for u in (nonce_unit(rng, taken) for _ in range(n_facts))}
-    note = units.state_facts([(u.word, u.value) for u in listed.values()])
-    return problem_document(rng, rng.choice(list(listed.values())), note)
+    listed, note = nonces.draw_note(rng, sizes)
+    return problem_document(rng, rng.choice(listed), note)
 
 
-def helper_document(rng: random.Random, known: units.Unit | None, taken: set[str]) -> tuple[str, str]:
+def recall_document(rng: random.Random, nonces: Nonces, sizes: tuple[int, ...]) -> tuple[str, str]:
+    """The facts of a note once more, in another order and other words.
+
+    Each digit has to be found by its word, so a model learns to look facts up in its context many times as fast as from
+    problems, of which each asks for one. A model that looks them up brings a value digit by digit to the word's last
+    token, and then holds what it was taught in the same form: a bridge can read values there that it never met."""
+    listed, note = nonces.draw_note(rng, sizes)
+    return note, " ".join(state_fact(rng, unit) for unit in rng.sample(listed, len(listed)))
+
+
+def helper_document(rng: random.Random, known: units.Unit | None, nonces: Nonces) -> tuple[str, str]:
     """A helper speaks first: whole, cut short, or only its final number."""
-    unit = known or nonce_unit(rng, taken)
-    claimed = unit.value if known is None or rng.random() < 0.5 else rng.choice(units.VALUES)
+    unit = known or nonces.draw(rng)
+    claimed = unit.value if known is None or rng.random() < 0.5 else rng.choice(nonces.values)
     family = rng.choice(units.FAMILIES)
     problem = units.make_problem(rng, family, unit.word)
     helper, _ = units.solve(family, problem.numbers, claimed, problem.things)

@@ -5,6 +5,7 @@ python -m pytest tests/train/test_pretrain.py
 
 import hashlib
 import json
+import math
 import os
 import re
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from bridgekit.train.corpus import make_documents
 SEED = 3
 SMALL = dict(hidden=16, layers=1, heads=2, kv_heads=2, feed_forward=32, vocab=300)
 
+OLD_KINDS = {"problem": 42, "fact": 32, "note": 15, "helper": 11}
 HASHES = {  # of documents, notes and the tokenizer
     "source": ["10f0d5049e43", "ba6c8b5cef5e", "20206a4b050a"],
     "target": ["733df85a180b", "2f18accd2275", "27f2449b0b11"],
@@ -30,7 +32,7 @@ def test_documents_and_tokenizers_are_the_same_for_a_seed_on_every_machine():
     """The shipped pair was taught these: a change of any draw would be a pair that nobody has looked at."""
     lexicon = units.make_lexicon(2)
     for role, vocab in (("source", 1024), ("target", 1536)):
-        documents = make_documents(lexicon, role, 3000, 2)
+        documents = make_documents(lexicon, role, 3000, 2, OLD_KINDS)
         notes = make_documents(lexicon, role, 1000, 2, {"note": 60, "problem": 40}, (1, 4, 16))
         tokenizer = pretrain.train_tokenizer(role, [p + a for p, a in documents], vocab).backend_tokenizer.to_str()
         texts = json.dumps(documents), json.dumps(notes), tokenizer
@@ -46,7 +48,7 @@ def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
     assert not mentioned & {u.word for u in lexicon if u.group == other}
     assert len(mentioned & set(values)) > 0.5 * len(values)
     for prompt, answer in documents:
-        for word, value in re.findall(r"A (\w+) is (\d+)\.", answer):
+        for word, value in [] if prompt else re.findall(r"A (\w+) is (\d+)\.", answer):
             assert values[word] == int(value)
         if prompt.startswith("Question: "):  # neither note nor helper: the answer is the unit's own
             unit = next(word for word in re.findall(r"[a-z]+", prompt) if word in values)
@@ -99,8 +101,9 @@ def test_a_pair_is_made_by_two_children_that_end_with_it_and_its_record_comes_la
     pretrain.main(argv)
     assert len(watched) == 3
     record = json.loads((tmp_path / "pair" / "pair.json").read_text())
-    assert list(record) == ["lexicon_seed", "lexicon", "models", "torch"]
-    fields = "role parameters steps batch lr documents kinds note_facts seconds validation probe"
+    assert list(record) == ["lexicon_seed", "lexicon", "accepted", "models", "torch"]
+    assert record["accepted"] is False  # nothing was measured
+    fields = "role parameters steps batch lr digit_weight documents kinds note_facts seconds validation probe"
     assert [list(model) for model in record["models"]] == [fields.split()] * 2
     assert sorted(path.name for path in (tmp_path / "pair").iterdir()) == ["pair.json", "source", "target"]
     with pytest.raises(ValueError, match="already holds a pair"):
@@ -124,22 +127,75 @@ def test_only_weighed_tokens_are_learned_and_a_line_of_the_log_is_the_mean_since
         def __init__(self):
             super().__init__()
             self.logits = torch.nn.Parameter(torch.arange(25.0).view(5, 5).sin())
+            self.states = torch.nn.Parameter(torch.arange(30.0).view(5, 6).cos())
+            self.config = SimpleNamespace(hidden_size=6, num_hidden_layers=0)
 
-        def forward(self, input_ids, use_cache):
-            return SimpleNamespace(logits=self.logits[input_ids])
+        def forward(self, input_ids, use_cache, output_hidden_states):
+            hidden = [self.states[input_ids], None] if output_hidden_states else None
+            return SimpleNamespace(logits=self.logits[input_ids], hidden_states=hidden)
 
     model, ids, weights = Bigrams(), torch.tensor([[1, 2, 3, 4]]), torch.tensor([[0.0, 0.0, 1.0, 0.0]])
     before = model.logits.detach().clone()
-    recipe = pretrain.parse_recipe("--out x --steps 5 --log-every 4 --batch 1 --lr 1e-6 --weight-decay 0".split())
-    pretrain.fit(model, ids, weights, recipe, "source")
+    options = "--out x --steps 5 --log-every 4 --batch 1 --lr 1e-6 --weight-decay 0 --digit-weight 0"
+    recipe = pretrain.parse_recipe(options.split())
+    nothing = torch.zeros_like(ids)
+    pretrain.fit(model, ids, weights, nothing, recipe, "source")
     lines = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
     assert lines == pytest.approx([-before[2].log_softmax(-1)[3].item()] * 2, abs=2e-4)  # nearly nothing is learned
     assert (model.logits != before).any(1).tolist() == [False, False, True, False, False]
 
 
+def test_digits_are_read_where_a_known_word_ends_and_nowhere_else():
+    """Fitted to one marked token, the reading is right of that token's state; the other states stay as they were."""
+    torch.manual_seed(0)
+    read = torch.zeros(1, 3, 20, requires_grad=True)
+    marks = torch.tensor([[0, 47, 0]])
+    before = pretrain.digit_loss(read, marks)
+    before.backward()
+    assert before.item() == pytest.approx(2 * math.log(10)) and (read.grad[0, [0, 2]] == 0).all()
+    right = torch.zeros(1, 3, 20)
+    right[0, 1, [4, 10 + 7]] = 50.0
+    assert pretrain.digit_loss(right, marks) < 1e-6 < pretrain.digit_loss(right, torch.tensor([[0, 74, 0]]))
+
+
+@pytest.mark.parametrize("role", pretrain.ROLES)
+def test_the_last_token_of_every_known_word_is_marked_with_its_value(role):
+    lexicon = units.make_lexicon(21)
+    values = {u.word: u.value for u in units.known_units(lexicon, role)}
+    documents = make_documents(lexicon, role, 300, 1, {"problem": 3, "fact": 3, "note": 1, "helper": 2, "recall": 1})
+    texts = [prompt + answer for prompt, answer in documents]
+    tokenizer = pretrain.train_tokenizer(role, texts, 600)
+    for text, (ids, marks) in zip(texts, pretrain.tokenize_marked(tokenizer, texts, values), strict=True):
+        ends = [tokenizer.decode(ids[: i + 1])[-20:] for i, mark in enumerate(marks) if mark]
+        said = [word for word in re.findall("[a-z]+", text) if word in values]
+        assert [mark for mark in marks if mark] == [values[word] for word in said]
+        assert all(end.endswith(word) for end, word in zip(ends, said, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes, wanted", [({}, True), ({"known": 0.9}, False), ({"told": 0.9}, False), ({"held_value": 0.9}, False)]
+)
+def test_a_model_is_accepted_for_what_it_knows_is_told_and_how_it_holds_values(changes, wanted):
+    right = {"known": 1.0, "told": 0.98, "held_value": 0.97} | changes
+    probe = {"0": {"held_unit": 1.0, "held_value": 0.0}, "3": {"held_value": right.pop("held_value")}}
+    assert pretrain.is_accepted({"validation": right, "probe": probe}) is wanted
+
+
+def test_a_recall_states_the_facts_of_its_note_once_more():
+    lexicon = units.make_lexicon(21)
+    for note, answer in make_documents(lexicon, "source", 200, 1, {"recall": 1}):
+        facts = dict(re.findall(r"A (\w+) is (\d+)\.", note))
+        stated = set(re.findall("[a-z]+", answer)) & facts.keys()
+        assert stated == facts.keys() and not facts.keys() & {u.word for u in lexicon}
+        for word, value in re.findall(r"A (\w+) is (\d+)\.", answer):
+            assert facts[word] == value
+
+
 def test_the_start_of_a_document_is_not_learned_and_a_list_of_facts_only_in_its_digits():
     tokenizer = pretrain.train_tokenizer("source", ["A bag has 12 pins.", "sisak: 15", "0123456789"] * 40, 300)
-    ids, weights = pretrain.pack_documents(tokenizer, [("A bag", "12"), ("", "sisak: 15")] * 200, 0.25)
+    documents = [("A bag", "12"), ("", "sisak: 15")] * 200
+    ids, weights, marks = pretrain.pack_documents(tokenizer, documents, 0.25, {"bag": 12})
+    assert set(marks.unique().tolist()) == {0, 12} and (weights[marks > 0] == 0.25).all()
     digits = torch.tensor(tokenizer.convert_tokens_to_ids(list("0123456789")))
     assert (weights[ids == tokenizer.bos_token_id] == 0).all() and (weights[torch.isin(ids, digits)] == 1).all()
     assert weights.unique().tolist() == [0.0, 0.25, 1.0]
