@@ -34,12 +34,11 @@ notebooks: setup  ## execute every notebook with its small parameters (CPU, some
 smoke: setup  ## every notebook that runs something, in about a minute each: does every part work?
 	$(PY) tests/run_smoke.py $(ARGS)
 
-test: setup  ## run the tests (CPU, offline); one process per core, one thread each
+test: setup  ## run the tests (CPU, offline); one process per core, one thread each; ARGS="-m slow" the long ones
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 $(ARGS)
 
-faults: setup  ## kill real runs again and again, go on with them, and compare every byte (some 25 minutes)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -m slow
-	$(PY) tests/faults.py $(ARGS)
+faults: setup  ## kill real runs again and again, go on with them, and compare every byte (some 20 minutes)
+	OMP_NUM_THREADS=1 $(PY) tests/faults.py $(ARGS)
 
 lint: setup  ## ruff on modules and notebooks; notebooks are stored without outputs
 	$(PY) -m ruff check .

@@ -200,6 +200,11 @@ def training_command(run_dir: Path, stage: str, num_processes: int, threads: int
     return [*nodes, f"unset BRIDGEKIT_PARENT_PID; {ranked}", sys.executable, *flags, *worker]  # srun ends them
 
 
+# What a launcher that has started us (torchrun, mpirun) tells its processes: a child begins a group of its own.
+RANKS = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT"}
+RANKS |= {f"{name}_{what}" for name in ("PMI", "OMPI_COMM_WORLD", "MV2_COMM_WORLD") for what in ("RANK", "SIZE")}
+
+
 class Child:
     """A process that writes a folder, with its output in train.log there; it ends when we do.
 
@@ -211,6 +216,7 @@ class Child:
         ours = {"BRIDGEKIT_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
         # OpenMP threads busy-wait: long spinning slows a shared machine tenfold, none slows an idle one by a quarter.
         whole = {"GOMP_SPINCOUNT": "30000"} | os.environ | ours | environment  # tens of microseconds
+        whole = {name: value for name, value in whole.items() if name not in RANKS}
         self.folder, self.log, self.started = folder, folder / "train.log", time.time()
         self.passes_on = passes_on
         self.looked, self.silent = self.started, ""

@@ -318,6 +318,8 @@ def execute_notebook(
     check_parameters(values)
     import papermill  # takes a second, so after what can be refused at once
 
+    from bridgekit.results.reports import mark_ended, write_html
+
     folder = open_notebook(notebook, values, resume)
     if "run_dir" in values:
         values["run_dir"] = str(folder)
@@ -332,8 +334,6 @@ def execute_notebook(
         with following(folder):
             papermill.execute_notebook(notebook, executed, values, progress_bar=False, autosave_cell_every=5, **options)
     except BaseException as error:
-        from bridgekit.results.reports import mark_ended
-
         with alive.unless_in_thread(signal.SIGINT, signal.SIGTERM):
             reason = _describe_failure(error)
             alive.wait_for_worker(folder)
@@ -350,6 +350,7 @@ def execute_notebook(
             raise RuntimeError(f"{notebook.name} failed: {reason}; what ran is in {evidence}") from None
         raise
     executed.rename(folder / notebook.name)
+    write_html(folder / notebook.name)
     evidence.unlink(missing_ok=True)
     if "run_dir" not in values:  # else the run itself has said it
         write_status(folder, state="finished", stage="executed")

@@ -103,10 +103,17 @@ def test_a_damaged_status_is_named_and_stops_nobody(tmp_path, text):
 def test_a_child_knows_its_parent_and_does_not_spin(tmp_path, monkeypatch):
     """Spinning OpenMP threads cost a run on a shared machine several times its length."""
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    code = "import os; print(*(os.environ.get(n) for n in ('BRIDGEKIT_PARENT_PID', 'GOMP_SPINCOUNT', 'MORE')))"
+    monkeypatch.setenv("WORLD_SIZE", "4")  # of a group that we belong to, and a child of ours does not
+    names = ("BRIDGEKIT_PARENT_PID", "GOMP_SPINCOUNT", "MORE", "WORLD_SIZE")
+    code = f"import os; print(*(os.environ.get(n) for n in {names}))"
     for expected in ("30000", "7"):
         Child(tmp_path, [sys.executable, "-c", code], MORE="1").process.wait()
-        assert (tmp_path / "train.log").read_text().splitlines()[-1].split() == [str(os.getpid()), expected, "1"]
+        assert (tmp_path / "train.log").read_text().splitlines()[-1].split() == [
+            str(os.getpid()),
+            expected,
+            "1",
+            "None",
+        ]
         monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # who sets it, has it
 
 

@@ -80,6 +80,8 @@ def test_a_headless_run_leaves_what_the_notebook_shows(project):
     assert "done" in output.data["text/plain"] and "<svg" in output.data["text/html"]
     assert "train bridged · step " in out, "the terminal shows progress too"
     assert f"executed notebook  {run_dir / 'phase1.ipynb'}" in out and not list(run_dir.glob("*.*.ipynb"))
+    page = (run_dir / "phase1.html").read_text()  # the same for any browser
+    assert page.startswith("<!DOCTYPE html>") and "<svg" in page
     record = runs.json.loads((run_dir / "provenance.json").read_text())
     assert record["command"] == "bridgekit run notebooks/phase1.ipynb -f small.yaml -f more.yaml"
     written = [path for path in project.rglob("*") if path.is_file()]

@@ -12,6 +12,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import importlib.util
 import json
 import math
 import re
@@ -239,6 +240,15 @@ def write_blocks(path: Path, template: str, blocks: dict[str, str], **values: ob
 def render(template: str, finalize: Callable | None = None, **values: object) -> str:
     """A template of `templates/`, filled in; `finalize` turns each value into what is printed."""
     return _make_environment(finalize).get_template(template).render(**values)
+
+
+def write_html(executed: Path) -> None:
+    """The same as a page for any browser, where JupyterLab is installed, which brings the exporter."""
+    if importlib.util.find_spec("nbconvert"):
+        from nbconvert import HTMLExporter
+
+        page, _ = HTMLExporter().from_filename(str(executed))
+        write_text_atomic(executed.with_suffix(".html"), page)
 
 
 @functools.cache

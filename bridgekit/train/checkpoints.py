@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import typing
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import safetensors.torch
@@ -77,10 +78,13 @@ class Checkpoints:
             shutil.rmtree(left_over, ignore_errors=True)
         partial.mkdir(parents=True)
         safetensors.torch.save_file(self._tensors(bridge), partial / "state.safetensors")
-        sync(partial / "state.safetensors")
         for weights in self._best_files():
             link(weights, partial / weights.name)
-        sums = {path.name: hash_file(path) for path in sorted(partial.iterdir())}
+        files = sorted(partial.iterdir())
+        with ThreadPoolExecutor() as pool:  # the disk and a core for each file, while the training waits
+            synced, sums = pool.submit(sync, partial / "state.safetensors"), pool.map(hash_file, files)
+            sums = dict(zip((path.name for path in files), sums, strict=True))
+            synced.result()
         write_text_atomic(partial / "state.json", json.dumps(state | {"sha256": sums}) + "\n")
         partial.rename(place)
         sync(self.root)
