@@ -78,7 +78,7 @@ def same_run(one: Config, other: Config) -> bool:
 
 
 def write_status(folder: str | Path, **status) -> None:
-    """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed.
+    """What a watcher shows: state, stage, step, steps, loss, val_accuracy, best, seconds_left, elapsed, gpu_gib.
 
     The state is `queued`, `running`, `finished`, `stopped` (asked to, or killed) or `failed`: the last two can go on.
     Who runs it stands in `host`, and in `job` where that is Slurm's; a run that is stopped keeps its job.

@@ -234,13 +234,13 @@ def test_progress_is_one_line_on_a_terminal_and_news_elsewhere(capsys, monkeypat
         for step in range(3):
             known = {"stage": "train bridged", "step": step, "steps": 3, "loss": 0.5, "val_accuracy": step // 2}
             view.show(known | {"seconds_left": 61, "elapsed": 3725})
-        view.close({"stage": "test", "state": "stopped", "error": "asked to stop", "elapsed": 10})
+        view.close({"stage": "test", "state": "stopped", "error": "asked to stop", "elapsed": 10, "gpu_gib": 52.9})
         return capsys.readouterr().out
 
     assert watch().splitlines() == [
         "train bridged · step 0/3 · loss 0.500 · val 0.000 · 1:02:05 so far · 0:01:01 left",
         "train bridged · step 2/3 · loss 0.500 · val 1.000 · 1:02:05 so far · 0:01:01 left",
-        "test · 0:00:10 so far · stopped: asked to stop",
+        "test · 0:00:10 so far · 52.9 GiB of GPU memory at most · stopped: asked to stop",
     ]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     shown = watch()

@@ -75,6 +75,7 @@ def describe_progress(status: dict) -> str:
     parts += [f"{label} {known[name]:.3f}" for name, label in names.items() if name in known]
     times = {"elapsed": spent, "seconds_left": "left"}
     parts += [f"{datetime.timedelta(seconds=round(known[k]))} {label}" for k, label in times.items() if k in known]
+    parts += [f"{known['gpu_gib']} GiB of GPU memory at most"] if known.get("gpu_gib") else []
     parts += [known.get("running", ""), f"{known.get('state', 'failed')}: {known['error']}" if "error" in known else ""]
     return " · ".join(filter(None, parts))
 

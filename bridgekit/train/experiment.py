@@ -264,8 +264,10 @@ class Experiment:
     def report(self, stage: str, **status) -> None:
         """What a watcher of the run sees."""
         if self.folder and self.processes.is_first:
-            elapsed = round(time.time() - self.started, 1)
-            write_status(self.folder, state="running", stage=stage, elapsed=elapsed, **status)
+            status |= {"elapsed": round(time.time() - self.started, 1)}
+            if self.device.type == "cuda":  # of this process; the other processes' GPUs hold about as much
+                status["gpu_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 1)
+            write_status(self.folder, state="running", stage=stage, **status)
 
     def log(self, text: str) -> None:
         if self.processes.is_first:
