@@ -163,6 +163,25 @@ def test_a_loss_that_is_no_number_leaves_the_last_good_checkpoint(stopped, whole
     assert differing(stopped.folder, whole) == []
 
 
+def test_out_of_memory_in_a_step_says_what_to_change_and_the_run_goes_on(stopped, whole, monkeypatch):
+    real = trainer.train_step
+
+    def step(*given):
+        if given[5] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_step", step)
+        with pytest.raises(torch.OutOfMemoryError) as met:
+            run(stopped)
+    said = worker.explain(met.value, {"stage": "train bridged", "step": 6})
+    assert said.startswith("out of memory in step 7 of train bridged, or just after (")
+    assert "GiB in use at most): smaller train.cache_states_gb or more train.num_processes" in said
+    run(stopped)
+    assert differing(stopped.folder, whole) == []
+
+
 def test_other_models_or_data_are_refused(stopped):
     record = json.loads((stopped.folder / "provenance.json").read_text())
     worker.check_resumed(stopped.folder, record)
