@@ -7,8 +7,10 @@ The sums stand in forecast.py. Before a job is started on a GPU, `refuse_unfit` 
 """
 
 import contextlib
+import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -195,7 +197,20 @@ def check_machine(config: Config, plan: Plan, gpu: Gpu | None) -> list[str]:
         lacking.append(f"train.num_processes: {n} GPUs are needed, there are {gpu.count}")
     if gpu and plan.needs and gpu.free < plan.needs.peak / GiB <= gpu.total:
         lacking.append(f"pair.target_device: {gpu.free:.0f} of {gpu.total:.0f} GiB are free: end what takes the rest")
-    return lacking
+    return lacking + (check_build() if gpu else [])
+
+
+def check_build() -> list[str]:
+    """Whether torch, which is not imported here, was built for a CUDA that the driver takes."""
+    said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
+    driver = re.search(r"CUDA Version: (\d+)\.\d+", said)
+    version = Path(importlib.util.find_spec("torch").origin).with_name("version.py").read_text()
+    built = re.search(r"^cuda\b.*= '(\d+)\.\d+'", version, re.MULTILINE)
+    if driver is None or built and int(built[1]) <= int(driver[1]):
+        return []
+    kind = f"is built for CUDA {built[0].split(chr(39))[1]}" if built else "is a build without CUDA"
+    wanted = driver[0].split(": ")[1]
+    return [f"torch: this one {kind}, the driver takes {wanted}: install it from PyTorch's index for CUDA {wanted}"]
 
 
 def tabulate(config: Config, plan: Plan, memory: float) -> list[tuple[str, str]]:

@@ -4,8 +4,10 @@ python -m pytest tests/train/test_plan.py
 """
 
 import json
+import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import TINY
@@ -126,3 +128,25 @@ def test_its_constants_are_those_of_the_code_it_foresees():
     from bridgekit.train import captured
 
     assert (forecasts.WIDTH, forecasts.FUSED, forecasts.PREFILL) == (captured.WIDTH, attention.FUSED, decoding.PREFILL)
+
+
+@pytest.mark.parametrize(
+    "cuda, driver, said",
+    [
+        ("'13.0'", "12.6", "this one is built for CUDA 13.0, the driver takes 12.6"),
+        ("None", "12.6", "this one is a build without CUDA"),
+        ("'12.8'", "12.6", None),  # of one major version
+        ("'13.0'", "13.1", None),
+    ],
+)
+def test_a_torch_that_the_driver_does_not_take_is_named(tmp_path, monkeypatch, cuda, driver, said):
+    """By a stand-in for nvidia-smi; the file is written as torch's own."""
+    (tmp_path / "version.py").write_text(f"__version__ = '2.11.0'\ndebug = False\ncuda: Optional[str] = {cuda}\n")
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text(f"#!/bin/sh\necho '| Driver Version: 560.35.05      CUDA Version: {driver}     |'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    torch = SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(plan.importlib.util, "find_spec", lambda name: torch)
+    found = plan.check_build()
+    assert found == [] if said is None else said in found[0] and "index for CUDA 12.6" in found[0]
