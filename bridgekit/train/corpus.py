@@ -96,9 +96,8 @@ def note_document(rng: random.Random, nonces: Nonces, sizes: tuple[int, ...]) ->
 def recall_document(rng: random.Random, nonces: Nonces, sizes: tuple[int, ...]) -> tuple[str, str]:
     """The facts of a note once more, in another order and other words.
 
-    Each digit has to be found by its word, so a model learns to look facts up in its context many times as fast as from
-    problems, of which each asks for one. A model that looks them up brings a value digit by digit to the word's last
-    token, and then holds what it was taught in the same form: a bridge can read values there that it never met."""
+    Each digit has to be found by its word, so a model learns to look facts up in its context faster than from problems,
+    of which each asks for one."""
     listed, note = nonces.draw_note(rng, sizes)
     return note, " ".join(state_fact(rng, unit) for unit in rng.sample(listed, len(listed)))
 
