@@ -350,10 +350,10 @@ def execute_notebook(
             raise RuntimeError(f"{notebook.name} failed: {reason}; what ran is in {evidence}") from None
         raise
     executed.rename(folder / notebook.name)
-    write_html(folder / notebook.name)
     evidence.unlink(missing_ok=True)
     if "run_dir" not in values:  # else the run itself has said it
         write_status(folder, state="finished", stage="executed")
+    write_html(folder / notebook.name)  # last: without the page everything is there
     return folder
 
 

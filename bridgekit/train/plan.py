@@ -203,13 +203,15 @@ def check_machine(config: Config, plan: Plan, gpu: Gpu | None) -> list[str]:
 def check_build() -> list[str]:
     """Whether torch, which is not imported here, was built for a CUDA that the driver takes."""
     said = subprocess.run(["nvidia-smi"], capture_output=True, text=True, check=False).stdout
-    driver = re.search(r"CUDA Version: (\d+)\.\d+", said)
-    version = Path(importlib.util.find_spec("torch").origin).with_name("version.py").read_text()
-    built = re.search(r"^cuda\b.*= '(\d+)\.\d+'", version, re.MULTILINE)
-    if driver is None or built and int(built[1]) <= int(driver[1]):
+    driver = re.search(r"CUDA Version: ((\d+)\.\d+)", said)
+    torch = importlib.util.find_spec("torch")
+    if driver is None or torch is None:
         return []
-    kind = f"is built for CUDA {built[0].split(chr(39))[1]}" if built else "is a build without CUDA"
-    wanted = driver[0].split(": ")[1]
+    version = Path(torch.origin).with_name("version.py").read_text()
+    built = re.search(r"^cuda\b.*= '((\d+)\.\d+)'", version, re.MULTILINE)
+    if built and int(built[2]) <= int(driver[2]):
+        return []
+    kind, wanted = f"is built for CUDA {built[1]}" if built else "is a build without CUDA", driver[1]
     return [f"torch: this one {kind}, the driver takes {wanted}: install it from PyTorch's index for CUDA {wanted}"]
 
 
