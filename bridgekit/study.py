@@ -7,8 +7,9 @@
 A file has a `base` (one file or several, of which later ones win), `seeds`, shared `overrides`, and what is varied:
 `variants` ({name: {key: value}}; `after: other` starts from a variant above, `pair: name` takes a pair of its own) and
 `grid` ({key: [values]} or {key: {name: value}}: every combination, for each variant); `pairs` are {name:
-{lexicon_seed: n}}. Two variants that are the same experiment are refused, because their difference would be noise sold
-as an effect, unless one is a declared replicate: `replicates: {A: B}` runs A on the seeds of B plus 100.
+{lexicon_seed: n}}, and `drawn_from` is the commit whose hash their seeds are numbers of. Two variants that are the same
+experiment are refused, because their difference would be noise sold as an effect, unless one is a declared replicate:
+`replicates: {A: B}` runs A on the seeds of B plus 100.
 """
 
 import itertools
@@ -59,6 +60,7 @@ class Study:
     grid: dict[str, list | dict] = field(default_factory=dict)
     pairs: dict[str, dict] = field(default_factory=dict)
     pair_options: list = field(default_factory=list)  # of `bridgekit pair`, for all of them
+    drawn_from: str = ""  # the commit at which the recipe was frozen: `draw_lexicons` makes the pairs' seeds of it
 
     def __post_init__(self) -> None:
         parse_texts("overrides", self.overrides)
@@ -78,6 +80,14 @@ class Study:
 
     def folder(self, variant: str, seed: int) -> str:
         return f"{self.name}_{variant}_seed{seed}"
+
+
+def draw_lexicons(commit: str) -> list[int]:
+    """The lexicon seeds that a frozen recipe is tried on: its commit's hash, four digits at a time, so that nobody
+    chose them."""
+    is_hash = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)
+    refuse_if(not is_hash, f"drawn_from: expected the 40 digits of a commit (`git rev-parse`), got {commit!r}")
+    return [int(commit[i : i + 4], 16) for i in range(0, len(commit), 4)]
 
 
 def load_study(path: str | Path) -> Study:
@@ -139,6 +149,10 @@ def check_study(study: Study) -> None:
         refuse_if(not is_pair, f"pairs.{name}: needs a whole number `lexicon_seed` and nothing else, got {pair!r}")
     for name, pair in study.pair_of.items():
         refuse_if(pair not in study.pairs, f"variants.{name}.pair: '{pair}' is not among `pairs`")
+    if study.drawn_from:
+        drawn, named = draw_lexicons(study.drawn_from), [pair["lexicon_seed"] for pair in study.pairs.values()]
+        out = "these are fixed; after a change of the recipe take the commit of that change"
+        refuse_if(named != drawn[: len(named)], f"pairs: lexicon seeds {named}, drawn_from gives {drawn}: {out}")
     for name, of in study.replicates.items():
         for one in (name, of):
             refuse_if(one not in variants, f"replicates: no variant '{one}' to declare '{name}: {of}' with {known}")

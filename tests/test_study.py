@@ -135,7 +135,7 @@ def test_variants_that_differ_in_effect_are_planned(study, shared, own):
         plan_study(study(overrides=shared, variants={"a": [], "b": own}, replicates={"b": "a"}))
 
 
-@pytest.mark.parametrize("name", ["swap", "wide", "compression_h100_node"])
+@pytest.mark.parametrize("name", ["swap", "wide", "headline_fresh", "compression_h100_node"])
 def test_a_study_is_planned(name, monkeypatch):
     """The others of parameters/studies have goldens."""
     monkeypatch.chdir(ROOT)
@@ -176,6 +176,19 @@ def test_a_prompt_that_fits_no_target_is_refused_whatever_the_bridge():
 def swapped(*overrides: str, teacher: list[str] | None = None, **values) -> dict:
     config = load_config(overrides=overrides, **(TINY | {"name": "some", "seed": 3} | values))
     return plan_swap(config, TEACHER if teacher is None else teacher)
+
+
+def test_the_lexicons_of_a_headline_are_its_commit_s_and_nobody_s_choice(study):
+    commit = "0123" + "abcd" * 9
+    pairs = {"p1": {"lexicon_seed": 0x0123}, "p2": {"lexicon_seed": 0xABCD}}
+    changes = {"variants": {"a": {}, "b": {"lr": 0.5}}, "grid": {"pair": ["p1", "p2"]}}
+    drawn = study(pairs=pairs, drawn_from=commit, **changes)
+    assert drawn.pair_of == {f"{name}_{pair}": pair for name in "ab" for pair in pairs}
+    for other in ({"p1": {"lexicon_seed": 0x0124}}, dict(reversed(pairs.items()))):
+        with pytest.raises(ConfigError, match=r"pairs: lexicon seeds \[\d+.*drawn_from gives \[291, 43981.*commit"):
+            study(pairs=other, drawn_from=commit, **changes | {"grid": {"pair": list(other)}})
+    with pytest.raises(ConfigError, match="drawn_from: expected the 40 digits"):
+        study(pairs=pairs, drawn_from="HEAD", **changes)
 
 
 def test_the_arms_of_a_swap_differ_in_what_they_are_named_for():

@@ -91,6 +91,11 @@ def make_word(rng: random.Random) -> str:
     return "".join(syllables) + rng.choice("bdfgklmnprstvz")
 
 
+def is_invented(word: str) -> bool:
+    """Whether `make_words` could have drawn it."""
+    return bool(re.fullmatch("([bdfghjklmnprstvwz][aeiou]){2,3}[bdfgklmnprstvz]", word)) and word not in ORDINARY_WORDS
+
+
 def make_words(rng: random.Random, n: int, taken: set[str] | frozenset[str]) -> list[str]:
     """Invented words, none twice and none of those that are taken."""
     words: dict[str, None] = {}

@@ -3,9 +3,10 @@
     make_documents(make_lexicon(2), "source", 300_000, seed=2)      # [(prompt, answer), ...]
 
 Documents are problems about known units, plain statements of known facts, problems whose fact is stated in a note about
-an unknown word, recalls of such a note's facts, and problems after a helper's worked answer. A helper's answer about an
-unknown word is to be trusted, one about a known unit may be wrong and is to be overruled: so handing over text is a
-fair rival. No document mentions a unit that its model is not meant to know.
+an unknown word, recalls of such a note's facts, problems after a helper's worked answer, and questions about an unknown
+word, which nobody answers. A helper's answer about an unknown word is to be trusted, one about a known unit may be
+wrong and is to be overruled: so handing over text is a fair rival. No document mentions a unit that its model is not
+meant to know.
 """
 
 import random
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from bridgekit.tasks import CUE, units
 
-KINDS = {"problem": 36, "fact": 28, "note": 14, "helper": 8, "recall": 14}  # how many of 100 documents
+KINDS = {"problem": 34, "fact": 27, "note": 13, "helper": 8, "recall": 13, "mention": 5}  # how many of 100 documents
 NOTE_FACTS = {  # how many facts a note states, each as often; the source, which must read contexts, sees longer ones
     "source": (1, 1, 1, 2, 2, 4, 8, 16, 32),
     "target": (1, 1, 1, 2, 4, 8),
@@ -41,6 +42,8 @@ def make_documents(
             documents.append(note_document(rng, nonces, note_facts or NOTE_FACTS[role]))
         elif kind == "recall":
             documents.append(recall_document(rng, nonces, note_facts or NOTE_FACTS[role]))
+        elif kind == "mention":
+            documents.append(mention_document(rng, nonces))
         else:
             documents.append(helper_document(rng, pool.pop() if rng.random() < 0.5 else None, nonces))
     return documents
@@ -100,6 +103,11 @@ def recall_document(rng: random.Random, nonces: Nonces, sizes: tuple[int, ...]) 
     of which each asks for one."""
     listed, note = nonces.draw_note(rng, sizes)
     return note, " ".join(state_fact(rng, unit) for unit in rng.sample(listed, len(listed)))
+
+
+def mention_document(rng: random.Random, nonces: Nonces) -> tuple[str, str]:
+    """A question about a word that nobody knows: what the model does not know also comes up without a note."""
+    return f"Question: {units.make_problem(rng, rng.choice(units.FAMILIES), nonces.draw(rng).word).question}\n", ""
 
 
 def helper_document(rng: random.Random, known: units.Unit | None, nonces: Nonces) -> tuple[str, str]:

@@ -41,6 +41,7 @@ from bridgekit.train.corpus import KINDS, NOTE_FACTS, make_documents
 ROLES = ("source", "target")
 WINDOW = 1024
 ACCEPTED = 0.95  # the least of what a model of an accepted pair must have right
+UNKNOWN = -1  # the mark of a word whose value the model cannot know
 READ_AT = 0.8  # of the depth: where digits are read, in the middle of what a bridge reads
 SHAPES = {
     "source": dict(hidden=160, layers=5, heads=5, kv_heads=5, feed_forward=448, vocab=1536),
@@ -56,7 +57,7 @@ RECIPE = {  # what a pair is made of: options of the command
     "note_facts": Key("", "N,N,...: facts a note may state (default: short notes, longer for the source)"),
     "lr": Key(2e-3, "peak learning rate", "> 0"),
     "weight_decay": Key(0.01, "of AdamW", ">= 0"),
-    "digit_weight": Key(0.3, "loss weight of a linear reading of a known value's digits at its word's end", ">= 0"),
+    "digit_weight": Key(0.3, "loss weight of reading a word's value, or that it has none, at its last token", ">= 0"),
     "prompt_weight": Key(0.1, "loss weight of tokens that are not answer", ">= 0"),
     "shape": Key("", "e.g. hidden=192,layers=6; what is not named stays"),
     "log_every": Key(100, "steps from one log line to the next", ">= 1"),
@@ -141,8 +142,7 @@ def build_model(role: str, tokenizer, shape: dict[str, int]) -> torch.nn.Module:
 
 
 def pack_documents(tokenizer, documents, prompt_weight: float, values: dict[str, int]) -> tuple[torch.Tensor, ...]:
-    """Windows of token ids, the weight of each token's loss, and at the last token of each of the words its value,
-    elsewhere 0. -> (N, WINDOW) each"""
+    """Windows of token ids, the weight of each token's loss, and marks. -> (N, WINDOW) each"""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     digits = set(tokenizer.convert_tokens_to_ids(list("0123456789")))
     parts = (tokenize_marked(tokenizer, texts, values) for texts in zip(*documents, strict=True))
@@ -152,7 +152,7 @@ def pack_documents(tokenizer, documents, prompt_weight: float, values: dict[str,
         # In a list of facts the words are drawn at random: only the values can be learned.
         known = [1.0] * len(answer) if said.endswith(CUE) else [1.0 if t in digits else prompt_weight for t in answer]
         weights += [0.0] + [prompt_weight] * len(prompt) + known + [1.0]
-        marks += [0, *at, *then, 0]
+        marks += [0, *at, *(max(mark, 0) for mark in then), 0]  # what an answer names was met before
     n = len(ids) // WINDOW * WINDOW
     if not n:
         raise ConfigError(f"documents: {len(documents)} fill no window of {WINDOW:,} tokens: ask for more")
@@ -160,13 +160,17 @@ def pack_documents(tokenizer, documents, prompt_weight: float, values: dict[str,
 
 
 def tokenize_marked(tokenizer, texts: Sequence[str], values: dict[str, int]) -> Iterator[tuple[list[int], list[int]]]:
-    """Token ids of each text and, at the last token of each of the words, its value, elsewhere 0."""
+    """Token ids of each text and marks: at the last token of a word its value, or UNKNOWN where a word that has none is
+    first met; elsewhere 0."""
     encoded = tokenizer(list(texts), add_special_tokens=False)
     for i, (text, ids) in enumerate(zip(texts, encoded["input_ids"], strict=True)):
         marks = [0] * len(ids)
+        met: set[str] = set()
         for word in re.finditer("[a-z]+", text):
-            if word[0] in values:
-                marks[encoded.char_to_token(i, word.end() - 1)] = values[word[0]]
+            unknown = UNKNOWN if word[0] not in met and units.is_invented(word[0]) else 0
+            if mark := values.get(word[0], unknown):
+                marks[encoded.char_to_token(i, word.end() - 1)] = mark
+            met.add(word[0])
         yield ids, marks
 
 
@@ -202,11 +206,12 @@ def train_model(recipe: argparse.Namespace, role: str, device: torch.device) -> 
 def fit(model, ids: torch.Tensor, weights: torch.Tensor, marks: torch.Tensor, recipe, role: str) -> None:
     """The training loop: windows in an order of their own for each pass, and a log line with the window's mean loss.
 
-    Beside the next token, a linear reading of the digits of what the model knows of a word, at the word's last token:
-    without it how much of a value stands there varies from pair to pair, and with it what a bridge can find."""
+    Beside the next token, a linear reading of the value's digits at a word's last token, or of there being none.
+    Without it how much of a value stands there varies from pair to pair, and with it what a bridge can find; and a
+    bridge that cannot tell what the source knows speaks also where it should not."""
     device, started = ids.device, time.time()
     settings = {"lr": recipe.lr, "betas": (0.9, 0.98), "weight_decay": recipe.weight_decay}
-    layer, reading = round(READ_AT * model.config.num_hidden_layers), Linear(model.config.hidden_size, 20).to(device)
+    layer, reading = round(READ_AT * model.config.num_hidden_layers), Linear(model.config.hidden_size, 22).to(device)
     learned = [*model.parameters(), *reading.parameters()] if recipe.digit_weight else model.parameters()
     optimizer = torch.optim.AdamW(learned, **settings, fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, recipe.steps))
@@ -237,11 +242,12 @@ def fit(model, ids: torch.Tensor, weights: torch.Tensor, marks: torch.Tensor, re
 
 
 def digit_loss(read: torch.Tensor, marks: torch.Tensor) -> torch.Tensor:
-    """Of the ten tens and the ten ones read at each token, where it is marked with a value. (B, T, 20), (B, T) -> ()"""
-    tens, ones = read.flatten(0, 1).split(10, dim=1)
-    value, marked = marks.flatten(), marks.flatten() > 0
-    missed = F.cross_entropy(tens, value // 10, reduction="none") + F.cross_entropy(ones, value % 10, reduction="none")
-    return (missed * marked).sum() / marked.sum().clamp(min=1)
+    """Of the tens and the ones read at each token that is marked: ten digits, or none. (B, T, 22), (B, T) -> ()"""
+    value = marks.flatten()
+    digits = [torch.where(value == UNKNOWN, 10, digit) for digit in (value // 10, value % 10)]
+    places = zip(read.flatten(0, 1).split(11, dim=1), digits, strict=True)
+    missed = sum(F.cross_entropy(place, digit, reduction="none") for place, digit in places)
+    return (missed * (value != 0)).sum() / (value != 0).sum().clamp(min=1)
 
 
 def learning_rate(step: int, steps: int) -> float:

@@ -50,7 +50,7 @@ def test_a_corpus_mentions_no_unit_its_model_is_not_meant_to_know(role, other):
     for prompt, answer in documents:
         for word, value in [] if prompt else re.findall(r"A (\w+) is (\d+)\.", answer):
             assert values[word] == int(value)
-        if prompt.startswith("Question: "):  # neither note nor helper: the answer is the unit's own
+        if prompt.startswith("Question: ") and answer:  # neither note nor helper: the answer is the unit's own
             unit = next(word for word in re.findall(r"[a-z]+", prompt) if word in values)
             assert f"*{values[unit]}=" in answer
 
@@ -148,14 +148,37 @@ def test_only_weighed_tokens_are_learned_and_a_line_of_the_log_is_the_mean_since
 def test_digits_are_read_where_a_known_word_ends_and_nowhere_else():
     """Fitted to one marked token, the reading is right of that token's state; the other states stay as they were."""
     torch.manual_seed(0)
-    read = torch.zeros(1, 3, 20, requires_grad=True)
+    read = torch.zeros(1, 3, 22, requires_grad=True)
     marks = torch.tensor([[0, 47, 0]])
     before = pretrain.digit_loss(read, marks)
     before.backward()
-    assert before.item() == pytest.approx(2 * math.log(10)) and (read.grad[0, [0, 2]] == 0).all()
-    right = torch.zeros(1, 3, 20)
-    right[0, 1, [4, 10 + 7]] = 50.0
+    assert before.item() == pytest.approx(2 * math.log(11)) and (read.grad[0, [0, 2]] == 0).all()
+    right = torch.zeros(1, 3, 22)
+    right[0, 1, [4, 11 + 7]] = 50.0
     assert pretrain.digit_loss(right, marks) < 1e-6 < pretrain.digit_loss(right, torch.tensor([[0, 74, 0]]))
+
+
+def test_of_an_unknown_word_no_digit_is_read():
+    read, marks = torch.zeros(1, 2, 22), torch.tensor([[0, pretrain.UNKNOWN]])
+    read[0, 1, [10, 11 + 10]] = 50.0
+    assert pretrain.digit_loss(read, marks) < 1e-6 < pretrain.digit_loss(read, torch.tensor([[0, 10]]))
+
+
+@pytest.mark.parametrize("role", pretrain.ROLES)
+def test_a_word_that_nothing_said_before_is_marked_as_unknown(role):
+    """By the documents' own words: in a prompt the first time, and not where the answer says it once more."""
+    lexicon = units.make_lexicon(21)
+    values = {u.word: u.value for u in units.known_units(lexicon, role)}
+    documents = make_documents(lexicon, role, 400, 1)
+    tokenizer = pretrain.train_tokenizer(role, [prompt + answer for prompt, answer in documents], 600)
+    ids, _, marks = (part.flatten() for part in pretrain.pack_documents(tokenizer, documents, 0.1, values))
+    met = [tokenizer.decode(ids[: int(i) + 1][-12:]) for i in (marks == pretrain.UNKNOWN).nonzero()]
+    wanted = []
+    for prompt, _ in documents:
+        words = dict.fromkeys(word for word in re.findall("[a-z]+", prompt) if units.is_invented(word))
+        wanted += [word for word in words if word not in values]
+    assert len(met) > 300 and all(text.endswith(word) for text, word in zip(met, wanted, strict=False))
+    assert not set(wanted) & {unit.word for unit in lexicon}
 
 
 @pytest.mark.parametrize("role", pretrain.ROLES)
@@ -166,9 +189,9 @@ def test_the_last_token_of_every_known_word_is_marked_with_its_value(role):
     texts = [prompt + answer for prompt, answer in documents]
     tokenizer = pretrain.train_tokenizer(role, texts, 600)
     for text, (ids, marks) in zip(texts, pretrain.tokenize_marked(tokenizer, texts, values), strict=True):
-        ends = [tokenizer.decode(ids[: i + 1])[-20:] for i, mark in enumerate(marks) if mark]
+        ends = [tokenizer.decode(ids[: i + 1])[-20:] for i, mark in enumerate(marks) if mark > 0]
         said = [word for word in re.findall("[a-z]+", text) if word in values]
-        assert [mark for mark in marks if mark] == [values[word] for word in said]
+        assert [mark for mark in marks if mark > 0] == [values[word] for word in said]
         assert all(end.endswith(word) for end, word in zip(ends, said, strict=True))
 
 
