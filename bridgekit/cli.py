@@ -37,7 +37,7 @@ def run_notebook(arguments: argparse.Namespace) -> None:
 
 
 def train_bridge(arguments: argparse.Namespace) -> None:
-    """What notebooks/phase1.ipynb trains, stage by stage."""
+    """What notebooks/phase1.ipynb trains, in one child: nobody looks at the baselines before."""
     from bridgekit import launch
 
     files, run = arguments.files, arguments.resume
@@ -49,8 +49,7 @@ def train_bridge(arguments: argparse.Namespace) -> None:
         files = [Path(run) / "config.yaml", *files]
     run_dir = launch.open_run(configuration.load_config(files, overrides, "phase1"), run, new=True)
     print(f"run folder {run_dir}", flush=True)
-    for stage in launch.STAGES:
-        launch.run_stage(run_dir, stage)
+    launch.run_stage(run_dir, launch.STAGES[-1])
     print_verdict(argparse.Namespace(run_dirs=[run_dir], skip_broken=False))
 
 

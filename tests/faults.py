@@ -1,13 +1,13 @@
 """Kill real runs, go on with them, and compare every byte with a run that nobody killed.
 
-    python tests/faults.py --out preserved_data/faults.json     # 60 kills, then the other faults
-    python tests/faults.py --kills 6 --seed 3                   # a few, for a look
-    python tests/faults.py --pairs 5 --out FILE                 # instead: what checkpoints cost, on an idle machine
+    python tests/faults.py --out preserved_data/faults.json     # 60 kills, the other faults, what checkpoints cost
+    python tests/faults.py --kills 6 --seed 3 --pairs 0         # a few, for a look
 
 A run of each kind (command line, notebook, study) is killed several times: its command, its worker, its kernel, with
 SIGKILL or SIGTERM, at a random moment or in the middle of a checkpoint, an evaluation or a report. After each kill
 nobody may be left alive, nothing may say `finished`, no whole file may be damaged; then the run goes on. At its end all
-files are those of the reference, but for times. The file name has no test_ in front: pytest does not collect it.
+files are those of the reference, but for times. Last, runs with and without checkpoints take turns, on a machine that
+should do nothing else. The file name has no test_ in front: pytest does not collect it.
 """
 
 import argparse
@@ -234,7 +234,7 @@ def harm(kind: str, project: Path, volume: Path | None) -> None:
     elif kind == "worker stopped":
         workers = [process for process in processes_of(project) if is_victim(process, "-m bridgekit.train.worker")]
         workers[-1].suspend()
-    elif kind == "loss not finite":
+    elif kind in OWN_LOSS:
         (project / "broken").touch()
     elif kind == "checkpoint damaged":
         for process in processes_of(project):
@@ -254,7 +254,7 @@ def heal(kind: str, project: Path, volume: Path | None) -> None:
         )
         data = newest.read_bytes()
         newest.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
-    elif kind == "loss not finite":
+    elif kind in OWN_LOSS:
         (project / "broken").unlink()
     elif kind == "disk full":
         (volume / "filler").unlink()
@@ -271,11 +271,13 @@ def meet_fault(kind: str, home: Path, reference: dict) -> dict:
         size = "size=16m" if kind == "disk full" else "size=16m,ro"
         if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(volume)], check=False).returncode:
             return {"fault": kind, "message": "not tried: a file system of its own needs root"}
-    changed = {"worker stopped": "train.num_processes=2", "loss not finite": "loss.extra=own.py:loss"}
+    changed = {"worker stopped": ["train.num_processes=2"]}
+    changed |= dict.fromkeys(OWN_LOSS, ["loss.extra=own.py:loss", "loss.extra_weight=1"])
     if kind in changed:
-        settings = [*SETTINGS, changed[kind], *(["loss.extra_weight=1"] if kind == "loss not finite" else [])]
-        own = f"from pathlib import Path\n\ndef loss(logits):\n    bad = Path('{project}/broken').exists()\n"
-        (project / "own.py").write_text(f"{own}    return logits.mean() * (float('nan') if bad else 0)\n")
+        settings = [*SETTINGS, *changed[kind]]
+        own = "import torch\nfrom pathlib import Path\n\ndef fail():\n    raise torch.OutOfMemoryError('no room')\n\n"
+        own += f"def loss(logits):\n    bad = Path('{project}/broken').exists()\n"
+        (project / "own.py").write_text(f"{own}    return logits.mean() * ({OWN_LOSS.get(kind)} if bad else 0)\n")
         (project / "small.yaml").write_text(yaml.safe_dump({"notebook": "phase1", "overrides": settings}))
     child = start("train", project)
     while child.poll() is None and not any(
@@ -302,17 +304,19 @@ def meet_fault(kind: str, home: Path, reference: dict) -> dict:
     return row
 
 
-FAULTS = ("folder deleted", "worker stopped", "disk full", "folder read-only", "checkpoint damaged", "loss not finite")
+OWN_LOSS = {"loss not finite": "float('nan')", "out of memory": "fail()"}  # a loss of the run's own that goes wrong
+FAULTS = ("folder deleted", "worker stopped", "disk full", "folder read-only", "checkpoint damaged", *OWN_LOSS)
 
 
 def time_pairs(n: int, home: Path) -> dict:
     """Runs with a checkpoint every six seconds and without any, in turns: seconds of each, and of writing inside."""
-    table = {"steps": 120, "with": [], "without": [], "blocking_share": []}
+    table = {"steps": 60, "with": [], "without": [], "blocking_share": []}
     for i in range(2 * n):
         kind, folder = ("with", "without")[(i + i // 2) % 2], home / f"pair_{i}"
         minutes = {"with": 0.1, "without": 1e6}[kind]
-        changes = [f"run.runs_dir={folder}", f"train.checkpoint_minutes={minutes}", "train.steps=120"]
-        changes += ["task.n_test=64", "train.controls=[]"]
+        changes = [f"run.runs_dir={folder}", f"train.checkpoint_minutes={minutes}", "train.steps=60"]
+        changes += ["task.n_train=2000", "task.n_test=64", "train.val_samples=64", "train.controls=[]"]
+        changes += ["eval.conditions=[source,target,bridged]"]
         options = [part for change in changes for part in ("-o", change)]
         since = time.time()
         command = [sys.executable, "-m", "bridgekit", "train", "-f", "parameters/phase1.yaml", *options]
@@ -331,17 +335,11 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--per-run", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=0)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--at-once", type=int, default=2)
     parser.add_argument("--out", type=Path, help="a JSON file that the table is added to")
     args = parser.parse_args()
     home, began = Path(tempfile.mkdtemp(prefix="faults_")).resolve(), time.time()
-    if args.pairs:
-        table = time_pairs(args.pairs, home)
-        print(json.dumps(table))
-        if args.out:
-            args.out.write_text(json.dumps(table, indent=1) + "\n")
-        return 0
     pool, reference, spent = concurrent.futures.ThreadPoolExecutor(args.at_once), {}, {}
 
     def run_whole(kind: str) -> None:
@@ -365,7 +363,7 @@ def main() -> int:
 
     list(pool.map(work, range(args.at_once)))
     table = {
-        "faults": [meet_fault(kind, home, reference) for kind in FAULTS],
+        "faults": list(pool.map(lambda kind: meet_fault(kind, home, reference), FAULTS)),
         "kills": len(fates),
         "by_signal": collections.Counter(f["signal"] for f in fates),
         "by_victim": collections.Counter(f"{f['kind']}: {f['victim']}" for f in fates),
@@ -377,6 +375,7 @@ def main() -> int:
         "folders_lost": sum(f["folders"] != 0 for f in fates),
         "runs_that_differ": sum(bool(f["differs"]) for f in fates),
         "longest_end_seconds": max((f["seconds"] for f in fates), default=0),
+        "checkpoint_pairs": time_pairs(args.pairs, home) if args.pairs else None,
         "minutes": round((time.time() - began) / 60, 1),
     }
     print(json.dumps(table, indent=1))
