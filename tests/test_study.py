@@ -3,6 +3,7 @@
 python -m pytest tests/test_study.py
 """
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from conftest import TINY
 
 from bridgekit.config import ConfigError, load_config, to_flat
-from bridgekit.runs import create_run, write_status
+from bridgekit.runs import create_run, load_run_config, open_study, same_run, write_status
 from bridgekit.study import Study, load_study, measure_headroom, plan_study, plan_swap
 from bridgekit.tasks import check_positions, measure_prompts
 
@@ -189,6 +190,20 @@ def test_the_lexicons_of_a_headline_are_its_commit_s_and_nobody_s_choice(study):
             study(pairs=other, drawn_from=commit, **changes | {"grid": {"pair": list(other)}})
     with pytest.raises(ConfigError, match="drawn_from: expected the 40 digits"):
         study(pairs=pairs, drawn_from="HEAD", **changes)
+
+
+def test_the_kept_headline_is_what_its_file_says():
+    """Every run that was planned is kept, on the lexicon drawn for it, and every pair's record is that of its runs."""
+    planned = plan_study(load_study(ROOT / "parameters/studies/headline_fresh.yaml"))
+    kept = {folder.name: folder for folder in open_study("headline_fresh", ROOT / "preserved_data/studies").iterdir()}
+    pairs = json.loads((ROOT / "preserved_data/studies/headline_fresh_pairs.json").read_text())
+    study = load_study(ROOT / "parameters/studies/headline_fresh.yaml")
+    assert set(kept) == set(planned) and pairs["drawn_from"] == study.drawn_from
+    for name, folder in kept.items():
+        assert same_run(load_run_config(folder), planned[name])
+        pair = study.pair_of[name.removeprefix("headline_fresh_").rsplit("_", 1)[0]]
+        seed = json.loads((folder / "provenance.json").read_text())["lexicon_seed"]
+        assert seed == study.pairs[pair]["lexicon_seed"] == pairs["pairs"][pair]["lexicon_seed"]
 
 
 def test_the_arms_of_a_swap_differ_in_what_they_are_named_for():

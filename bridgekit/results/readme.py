@@ -125,16 +125,20 @@ class Numbers:
         found = {arm: Number(table.share(rows[rows["variant"] == arm])) for arm in arms}
         return found | {"change": Number(table.difference(rows, "after", "before", on="variant"), signed=True)}
 
-    def figure_data(self, name: str, column: str, **where) -> Number:
-        """A value of the data of a figure, for what needs a model; refused where an input of the figure has changed."""
+    def figure_data(self, name: str, column: str, signed: bool = False, **where) -> Number:
+        """A value of the data of a figure, for what takes a model or minutes."""
+        rows = self.figure_rows(name)
+        rows = rows[(rows[[*where]] == [*where.values()]).all(axis=1)]
+        return Number(rows.drop(columns=["point"] * (column != "point"), errors="ignore").rename(columns={column: "point"}), signed)
+
+    def figure_rows(self, name: str) -> pd.DataFrame:
+        """The data of a figure; refused where an input of the figure has changed."""
         base = self.root.parent / "figures" / name
         facts = json.loads(base.with_suffix(".json").read_text())
         for part in (facts["data"], *facts["inputs"]):
             if runs.hash_file(base.parent / part["name"]) != part["sha256"]:
                 raise ValueError(f"figures/{name}: {part['name']} is not what it was drawn from; draw it again")
-        rows = pd.read_csv(base.with_suffix(".csv"))
-        rows = rows[(rows[[*where]] == [*where.values()]).all(axis=1)]
-        return Number(rows.rename(columns={column: "point"}))
+        return pd.read_csv(base.with_suffix(".csv"))
 
     def status(self, name: str) -> dict:
         """What a run recorded of its end: `elapsed` seconds, trained `parameters`."""
@@ -154,6 +158,10 @@ class Numbers:
     def faults(self) -> list[dict]:
         """What became of killed runs (`python tests/faults.py`)."""
         return json.loads((self.root / "faults.json").read_text())
+
+    def fresh_pairs(self) -> dict:
+        """How the pairs of the headline were made, and of each pair its record."""
+        return runs.load_json(self.root / "studies" / "headline_fresh_pairs.json")
 
     def simulation(self) -> dict:
         """How often the claim rule errs in simulated experiments without an effect (`tests/results/simulate.py`)."""

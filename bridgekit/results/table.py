@@ -4,6 +4,7 @@
     share(select(answers, "source_only_held_unit"), by=["variant", "condition"])
     difference(bridged, "dit", "resampler", on="variant")           # two variants, paired by seed and problem
     ratio(select(answers, "source_only"), "bridged", "target_told", by=["variant", "seed"])
+    over_pairs(cells, by="producer")                                # of any of these, where several pairs were made
 
 Every verb gives a row per cell of `by` with `point low high n n_units n_seeds`. A cell that holds one seed is uncertain
 for other problems; one that holds several pools them, and is uncertain for other seeds too (`statistics.pooled_mean`).
@@ -196,6 +197,24 @@ def ratio(frame: pd.DataFrame, a: str, b: str, by: By = (), on: str = "condition
         return vars(stats.paired_ratio(_side_by_side(one, other, units, a, b), a, b))
 
     return _by_cell(frame, by, measure, {"condition", "variant"} - {on})
+
+
+def over_pairs(cells: pd.DataFrame, by: By) -> pd.DataFrame:
+    """What holds on average for pairs of models, of cells (`share`, `difference`, `ratio`) with a column `pair`.
+
+    A pair counts once, with the mean of its seeds, and Student's interval is over the pairs: each has models, units and
+    values of its own, so what moves its mean by chance, its problems included, is in what the pairs differ by.
+    """
+    means = cells.groupby([*([by] if isinstance(by, str) else by), "pair"], sort=False)["point"].mean()
+    rows = []
+    for key, found in means.groupby(level=list(range(means.index.nlevels - 1)), sort=False):
+        if len(found) < 2:
+            raise ValueError(f"over_pairs: {key} has one pair: what holds for others needs at least two")
+        mean = stats.clustered_mean(found.to_numpy())
+        ends = {"lowest": found.min(), "highest": found.max(), "spread": found.std(ddof=1), "n_pairs": len(found)}
+        names = [by] if isinstance(by, str) else by
+        rows.append(dict(zip(names, key if isinstance(key, tuple) else (key,), strict=True)) | vars(mean) | ends)
+    return pd.DataFrame(rows).drop(columns=["n", "n_clusters"])
 
 
 def pair_seeds(frame: pd.DataFrame, a: str, b: str, on: str = "condition") -> tuple:

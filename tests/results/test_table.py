@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from bridgekit.results import statistics as stats
-from bridgekit.results.table import difference, load_answers, ratio, said_value, select, share
+from bridgekit.results.table import difference, load_answers, over_pairs, ratio, said_value, select, share
 from bridgekit.runs import write_jsonl
 from bridgekit.tasks.units import FAMILIES, WIDE, draw_numbers, solve
 
@@ -133,6 +133,37 @@ def test_several_seeds_are_pooled_and_more_uncertain(answers):
     # a kept run without questions is paired by the rest
     assert bridged.loc[bridged["variant"] == "b", "question"].isna().all()
     assert len(difference(bridged, "a", "b", by="seed", on="variant")) == 3
+
+
+def test_a_pair_counts_once_and_the_interval_is_over_pairs():
+    """By hand: three pairs with means 0.9, 0.8 and 0.7; the middle one has two seeds and a twin that repeats them."""
+    cells = [
+        ("a", "p1", 0.9),
+        ("a", "p2", 0.85),
+        ("a", "p2", 0.75),
+        ("a", "p2", 0.85),
+        ("a", "p2", 0.75),
+        ("a", "p3", 0.7),
+    ]
+    cells = pd.DataFrame([*cells, ("b", "p1", 0.5), ("b", "p2", 0.5)], columns=["producer", "pair", "point"])
+    found = over_pairs(cells, "producer").set_index("producer")
+    half = 4.302652729911275 * 0.1 / np.sqrt(3)  # Student's quantile with two degrees of freedom
+    one = found.loc["a"]
+    assert (one["point"], one["lowest"], one["highest"]) == pytest.approx((0.8, 0.7, 0.9))
+    assert (one["low"], one["high"]) == pytest.approx((0.8 - half, 0.8 + half))
+    assert (one["spread"], one["n_pairs"]) == pytest.approx((0.1, 3)) and found.at["b", "low"] == 0.5
+    assert list(over_pairs(cells.assign(measure="x"), ["measure", "producer"])["producer"]) == ["a", "b"]
+    with pytest.raises(ValueError, match="has one pair: what holds for others needs at least two"):
+        over_pairs(cells[cells["pair"] == "p1"], "producer")
+
+
+def test_the_interval_over_pairs_covers_what_pairs_have_in_common():
+    """2,000 sweeps of eight pairs that differ, each with noise of its own: the truth is in 0.95 of the intervals."""
+    rng, n = np.random.default_rng(3), 2000
+    pairs = 0.9 + rng.normal(0, 0.03, (n, 8)) + rng.normal(0, 0.02, (n, 8))
+    cells = pd.DataFrame({"sweep": np.repeat(range(n), 8), "pair": np.tile(range(8), n), "point": pairs.ravel()})
+    found = over_pairs(cells, "sweep")
+    assert 0.94 < ((found["low"] <= 0.9) & (found["high"] >= 0.9)).mean() < 0.96
 
 
 def test_a_number_that_is_no_yes_or_no_has_a_mean(answers):
