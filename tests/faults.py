@@ -35,8 +35,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = """
-run.cache_dir=runs/.cache task.n_train=128 task.n_val=16 task.n_test=24 train.val_samples=16 train.eval_every=8
-train.warmup_steps=2 train.steps=24 train.batch_size=4 train.controls=[constant] train.checkpoint_minutes=0
+run.cache_dir=runs/.cache task.n_train=96 task.n_val=16 task.n_test=16 train.val_samples=8 train.eval_every=8
+train.warmup_steps=2 train.steps=16 train.batch_size=4 train.controls=[constant] train.checkpoint_minutes=0
 eval.max_new_tokens=24 eval.eval_batch_size=4 eval.conditions=[source,target,bridged,shuffled,router]
 bridge.bridge_dim=16 bridge.heads=2 bridge.depth=1 bridge.n_soft_tokens=4 bridge.dropout=0.2
 loss.decode_weight=0.1 loss.decode_every=5 loss.decode_batch=2 loss.decode_tokens=8""".split()
@@ -157,7 +157,10 @@ def kill_once(kind: str, project: Path, rng: random.Random, seconds: float) -> d
     moment = rng.choice([*MOMENTS, "any", "any", "any"])
     fate = {"kind": kind, "victim": victim.split()[-1], "signal": sent.name, "moment": moment, "killed": False}
     before = {folder: (folder / "status.json").read_bytes() for folder in finished(project)}
-    child, deadline = start(kind, project), time.time() + (rng.uniform(1, seconds) if moment == "any" else 4 * seconds)
+    child, deadline = (
+        start(kind, project),
+        time.time() + (rng.uniform(1, 0.6 * seconds) if moment == "any" else 4 * seconds),
+    )
     while child.poll() is None:
         here = [
             f for f in run_folders(project) if f not in before and moment in MOMENTS and any(f.glob(MOMENTS[moment]))

@@ -129,7 +129,8 @@ class Numbers:
         """A value of the data of a figure, for what takes a model or minutes."""
         rows = self.figure_rows(name)
         rows = rows[(rows[[*where]] == [*where.values()]).all(axis=1)]
-        return Number(rows.drop(columns=["point"] * (column != "point"), errors="ignore").rename(columns={column: "point"}), signed)
+        others = ["point"] * (column != "point")
+        return Number(rows.drop(columns=others, errors="ignore").rename(columns={column: "point"}), signed)
 
     def figure_rows(self, name: str) -> pd.DataFrame:
         """The data of a figure; refused where an input of the figure has changed."""
