@@ -83,8 +83,7 @@ class Study:
 
 
 def draw_lexicons(commit: str) -> list[int]:
-    """The lexicon seeds that a frozen recipe is tried on: its commit's hash, four digits at a time, so that nobody
-    chose them."""
+    """The lexicon seeds that a frozen recipe is tried on: its commit's hash, four digits each, chosen by nobody."""
     is_hash = isinstance(commit, str) and re.fullmatch("[0-9a-f]{40}", commit)
     refuse_if(not is_hash, f"drawn_from: expected the 40 digits of a commit (`git rev-parse`), got {commit!r}")
     return [int(commit[i : i + 4], 16) for i in range(0, len(commit), 4)]

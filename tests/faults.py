@@ -157,10 +157,8 @@ def kill_once(kind: str, project: Path, rng: random.Random, seconds: float) -> d
     moment = rng.choice([*MOMENTS, "any", "any", "any"])
     fate = {"kind": kind, "victim": victim.split()[-1], "signal": sent.name, "moment": moment, "killed": False}
     before = {folder: (folder / "status.json").read_bytes() for folder in finished(project)}
-    child, deadline = (
-        start(kind, project),
-        time.time() + (rng.uniform(1, 0.6 * seconds) if moment == "any" else 4 * seconds),
-    )
+    patience = rng.uniform(1, 0.6 * seconds) if moment == "any" else 4 * seconds
+    child, deadline = start(kind, project), time.time() + patience
     while child.poll() is None:
         here = [
             f for f in run_folders(project) if f not in before and moment in MOMENTS and any(f.glob(MOMENTS[moment]))
