@@ -191,9 +191,13 @@ def test_the_reason_of_an_end_is_read_from_the_log(tmp_path, log, reason):
 
 
 def test_signals_wait_while_children_are_ended():
-    with alive.unless_in_thread(signal.SIGINT):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.05)
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job has it ignored
+    try:
+        with alive.unless_in_thread(signal.SIGINT):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
+    finally:
+        signal.signal(signal.SIGINT, before)
