@@ -183,7 +183,7 @@ def answer_entropy(experiment: Experiment, examples: list[Example], names: tuple
     """
     target, data, seeds = experiment.pair.target, experiment.training_set(examples), experiment.seeds(examples)
     facts, places = [{"id": e.id, "unit": e.unit, "group": e.group or "all"} for e in examples], []
-    for e, offsets in zip(examples, target.offsets([e.solution for e in examples]), strict=True):
+    for e, offsets in zip(examples, target.locate([e.solution for e in examples])[1], strict=True):
         places.append(next(i for i, (start, end) in enumerate(offsets) if start <= e.value_at < end))
     facts, places, parts = pd.DataFrame(facts), torch.tensor(places, device=target.device), []
     for chunk in chunks(len(examples)):

@@ -6,9 +6,11 @@ Shapes: B batch, S source tokens, T target tokens, L captured layers, D hidden s
 """
 
 import re
+from bisect import bisect_left, bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 
 import torch
 import transformers
@@ -97,29 +99,34 @@ class LanguageModel:
     def tokenize(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
 
-    def offsets(self, texts: list[str]) -> list[list[tuple[int, int]]]:
-        """Of each text's tokens, without BOS: the first character and the one after the last."""
-        options = dict(add_special_tokens=False, return_offsets_mapping=True)
-        return self.tokenizer(texts, **options)["offset_mapping"] if texts else []
+    def locate(self, texts: list[str]) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """Ids of each text's tokens, without BOS, and where each stands: its first character and the one after it."""
+        if not texts:
+            return [], []
+        options = dict(add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+        read = self.tokenizer(texts, **options)
+        return read["input_ids"], read["offset_mapping"]
 
-    def tokenize_after(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[list[tuple]]]:
+    def tokenize_after(
+        self, prompts: list[str], answers: list[str], known: list[list[int]] | None = None
+    ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
         """Ids and character offsets of answers as they stand after their prompts.
 
         Tokenized alone an answer would begin otherwise with tokenizers that put a mark before every text. Where the
         prompt's end and the answer's beginning would be one token, the answer is tokenized alone: the model never
-        sees that token after this prompt."""
-        options, ids, offsets = dict(add_special_tokens=False, return_offsets_mapping=True), [], []
-        texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-        whole = self.tokenizer(texts, **options) if texts else {"input_ids": [], "offset_mapping": []}
-        rows = zip(self.tokenize(prompts), whole["input_ids"], whole["offset_mapping"], strict=True)
+        sees that token after this prompt. The prompts' own ids may be `known`: long ones take long."""
+        ids, offsets = [], []
+        whole = self.locate([prompt + answer for prompt, answer in zip(prompts, answers, strict=True)])
+        rows = zip(self.tokenize(prompts) if known is None else known, *whole, strict=True)
         for prompt, answer, (before, both, places) in zip(prompts, answers, rows, strict=True):
             if both[: len(before)] == before:
                 start, places = len(prompt), places[len(before) :]
                 ids.append(both[len(before) :])
                 offsets.append([(max(first - start, 0), last - start) for first, last in places])
             else:
-                ids += self.tokenize([answer])
-                offsets += self.offsets([answer])
+                (alone,), (places,) = self.locate([answer])
+                ids.append(alone)
+                offsets.append(places)
         return ids, offsets
 
     def fill_template(self, answer: str | None = None) -> list[str]:
@@ -188,18 +195,18 @@ def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
     a boundary goes to the earlier piece.
     """
     prompts = format_prompts(lm, prompts)
-    texts, pieces = [p.text for p in prompts], []
-    for prompt, ids, offsets in zip(prompts, lm.tokenize(texts), lm.offsets(texts), strict=True):
-        first = sum(start < len(prompt.prefix) for start, _ in offsets)
-        second = sum(start < len(prompt.prefix + prompt.question) for start, _ in offsets)
-        shared = sum(end <= prompt.n_shared for _, end in offsets) if prompt.n_shared else 0
+    pieces = []
+    for prompt, ids, offsets in zip(prompts, *lm.locate([p.text for p in prompts]), strict=True):
+        first = bisect_left(offsets, len(prompt.prefix), key=itemgetter(0))  # tokens that start before
+        second = bisect_left(offsets, len(prompt.prefix + prompt.question), key=itemgetter(0))
+        shared = bisect_right(offsets, prompt.n_shared, key=itemgetter(1)) if prompt.n_shared else 0
         pieces.append(Pieces(ids[:first], ids[first:second], ids[second:], shared))
     return pieces
 
 
 def word_tokens(lm: LanguageModel, text: str, word: str) -> list[range]:
     """For each time the whole word stands in the text: its tokens, counted without BOS, found by their offsets."""
-    (offsets,), found = lm.offsets([text]), []
+    (_, (offsets,)), found = lm.locate([text]), []
     for match in re.finditer(rf"\b{re.escape(word)}\b", text):
         tokens = [i for i, (start, end) in enumerate(offsets) if start < match.end() and end > match.start()]
         found.append(range(tokens[0], tokens[-1] + 1))

@@ -39,8 +39,9 @@ def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Ex
     rows, first = [], len(source.bos)
     read = format_prompts(source, [source_prompt(e) for e in examples])
     asked = format_prompts(target, [literal_prompt(e) for e in examples])
-    offsets = zip(source.offsets([p.text for p in read]), target.offsets([p.text for p in asked]), strict=True)
-    for of_source, of_target, (theirs, ours) in zip(read, asked, offsets, strict=True):
+    _, of_read = source.locate([p.text for p in read])
+    _, of_asked = target.locate([p.text for p in asked])
+    for of_source, of_target, (theirs, ours) in zip(read, asked, zip(of_read, of_asked, strict=True), strict=True):
         starts, ends = np.array(theirs).T
         own_starts, own_ends = np.array(ours).T + len(of_source.prefix) - len(of_target.prefix)
         start = first + np.searchsorted(ends, own_starts, "right")  # the first token that ends after our first letter

@@ -63,7 +63,9 @@ class TrainingTexts:
         prompts = [literal_prompt(e) for e in examples]
         pieces = split_prompts(target, prompts)
         self.shared, before, after = split_target(config, target, pieces, mode)
-        answers, markers = tokenize_answers(target, prompts, [e.solution for e in examples], marker)
+        answers, markers = tokenize_answers(
+            target, prompts, [e.solution for e in examples], marker, [p.all for p in pieces]
+        )
         nowhere = len if marker else lambda answer: 0  # an answer without marker is nothing but final
         finals = [a[m.index(1) if 1 in m else nowhere(a) :] for a, m in zip(answers, markers, strict=True)]
         first = config.loss.answer_tokens or None
@@ -152,10 +154,12 @@ def split_target(config: Config, lm: LanguageModel, pieces: list[Pieces], mode: 
 
 
 def tokenize_answers(
-    lm: LanguageModel, prompts: list[Prompt], solutions: list[str], marker: str = "####"
+    lm: LanguageModel, prompts: list[Prompt], solutions: list[str], marker: str = "####", known=None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Answer ids ending in the end token, and for each token whether it belongs to the last `marker`."""
-    encoded = lm.tokenize_after([p.text for p in format_prompts(lm, prompts)], solutions)
+    """Answer ids ending in the end token, and for each token whether it belongs to the last `marker`.
+
+    `known`: the prompts' own ids."""
+    encoded = lm.tokenize_after([p.text for p in format_prompts(lm, prompts)], solutions, known)
     answers, markers = [], []
     for text, ids, offsets in zip(solutions, *encoded, strict=True):
         start = text.rfind(marker) if marker else -1

@@ -114,7 +114,7 @@ def test_a_words_tokens_are_those_that_share_its_characters(pair, val, role):
 @pytest.mark.parametrize("role", ROLES)
 def test_an_answer_after_its_prompt_has_the_embedded_pairs_own_tokens(pair, val, role):
     lm, prompts, answers = getattr(pair, role), [literal_prompt(e).text for e in val], [e.solution for e in val]
-    assert lm.tokenize_after(prompts, answers) == (lm.tokenize(answers), lm.offsets(answers))
+    assert lm.tokenize_after(prompts, answers) == lm.locate(answers)
     # " 3" after "Question:" is one token with its space, and it belongs to the answer.
     (ids,), (offsets,) = lm.tokenize_after(["Question:"], [" 3 pins"])
     assert lm.tokenize(["Question:"])[0] + ids == lm.tokenize(["Question: 3 pins"])[0]

@@ -56,7 +56,7 @@ def test_every_target_token_is_covered_by_the_source_tokens_it_stands_for(tiny, 
     for example, span, row in zip(examples, align_tokens(source, target, examples), rows, strict=True):
         pairs = list(zip(span[::2], span[1::2], strict=True))
         prompt, read = literal_prompt(example).text, source_prompt(example).text
-        (ours,), (theirs,) = target.offsets([prompt]), source.offsets([read])
+        (ours,), (theirs,) = target.locate([prompt])[1], source.locate([read])[1]
         assert pairs[0] == (0, 1) and len(pairs) == 1 + len(ours)
         shift = len(read) - len(prompt)
         for (start, end), (a, b) in zip(pairs[1:], ours, strict=True):
