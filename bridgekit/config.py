@@ -245,6 +245,7 @@ def check_rules(c: Config) -> None:
     has_flow = holds(keys.DIT, flat) or bridge.producer == "constant"
     is_device = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?").fullmatch
     device, multiple = "must be auto, cpu, mps, cuda or cuda:<number>", f"must be a multiple of num_processes ({n})"
+    is_spread = re.fullmatch(r"shard:([2-9]|[1-9]\d+)", c.pair.target_device)
     no_groups = f"task {task.task} has no knowledge groups: {{}} must stay {{}}".format
     pairs = "injector kv pairs the tokens of both prompts: set {}".format
     missing = [name for name in ("source", "target", "bridged") if name not in c.eval.conditions]
@@ -254,7 +255,9 @@ def check_rules(c: Config) -> None:
         ("run.runs_dir", not is_inside(c.run.runs_dir), INSIDE),
         ("run.cache_dir", not is_inside(c.run.cache_dir), INSIDE),
         ("pair.source_device", not is_device(c.pair.source_device), device),
-        ("pair.target_device", not is_device(c.pair.target_device), device),
+        ("pair.target_device", not is_device(c.pair.target_device) and not is_spread, f"{device}, or shard:<GPUs>"),
+        ("pair.target_device", is_spread and n > 1, "one process drives all its GPUs: set num_processes=1"),
+        ("pair.target_device", is_spread and bridge.injector != "prefix", "only injector prefix reaches such a target"),
         ("bridge.heads", bridge.bridge_dim % bridge.heads, f"must divide bridge_dim ({bridge.bridge_dim})"),
         ("eval.eval_samples", c.eval.eval_samples > task.n_test, f"must be at most n_test ({task.n_test}), or -1"),
         ("train.val_samples", c.train.val_samples > task.n_val, f"must be at most n_val ({task.n_val})"),

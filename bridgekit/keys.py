@@ -189,7 +189,7 @@ KEYS = {
     ),
     "pair.direction": Key("forward", "`swapped` exchanges the two models", ("forward", "swapped")),
     "pair.source_device": Key("auto", "of the source: auto, cpu, mps, cuda or cuda:<number>"),
-    "pair.target_device": Key("auto", "of the target: auto, cpu, mps, cuda or cuda:<number>"),
+    "pair.target_device": Key("auto", "of the target; shard:<number> spreads its layers over so many GPUs"),
     "pair.dtype": Key("auto", "of both models; auto: float32 on CPU, bfloat16 on GPU", ("auto", "float32", "bfloat16")),
     "pair.prompt_format": Key("plain", "a prompt as it is, or a user's turn of the chat template", PROMPT_FORMATS),
     # The questions.

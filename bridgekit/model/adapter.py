@@ -91,7 +91,8 @@ class Decoder:
                 hook = self.layers[index].register_forward_pre_hook(partial(keep, index), with_kwargs=True)
                 hooks.callback(hook.remove)
             found[len(self.layers)] = self.module(**inputs, use_cache=False).last_hidden_state
-        return torch.stack([found[i] for i in layers], dim=2)
+        here = found[len(self.layers)].device  # a model's layers may be on several
+        return torch.stack([found[i].to(here) for i in layers], dim=2)
 
     def projections(self, index: int) -> tuple[Projection, Projection] | None:
         """Of a layer: where its keys and its values come from; None where that is not known."""

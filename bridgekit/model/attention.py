@@ -149,11 +149,11 @@ def step_flash(cache: Cache, layer: int, q, k, v, start, scale: float) -> torch.
 
     The heads that share their keys stand as places one after the other, so that keys are read once for all of them."""
     (b, _, h, d), g, (keys, values) = q.shape, k.shape[2], write(cache, layer, k, v)
-    n, starts = h // g, cache.starts[: b + 1]
+    n, starts, lengths = h // g, cache.starts[: b + 1].to(q.device), cache.lengths[:b].to(q.device)
     q = q.view(b, g, n, d).transpose(1, 2).reshape(b * n, g, d)
     out, lse, *_ = aten._flash_attention_forward(
         q, keys.flatten(0, 1), values.flatten(0, 1), starts * n, starts * cache.places, n, cache.places,
-        0.0, False, False, scale=scale, seqused_k=cache.lengths[:b] + 1,
+        0.0, False, False, scale=scale, seqused_k=lengths + 1,
     )  # fmt: skip
     if start is not None:
         read, read_lse, *_ = flash(q[None], *start, False, scale)
@@ -165,13 +165,13 @@ def write(cache: Cache, layer: int, k: torch.Tensor, v: torch.Tensor) -> list[to
     """Each row's next place; -> all keys and all values of these rows. (B, C, G, D)"""
     rows = torch.arange(len(k), device=k.device)
     for room, fresh in zip(cache.layers[layer], (k, v), strict=True):
-        room.index_put_((rows, cache.lengths[: len(k)].long()), fresh[:, 0])
+        room.index_put_((rows, cache.lengths[: len(k)].to(k.device).long()), fresh[:, 0])
     return [room[: len(k)] for room in cache.layers[layer]]
 
 
 def step_plain(cache: Cache, layer: int, q, k, v, start, scale: float) -> torch.Tensor:
     keys, values = write(cache, layer, k, v)
-    filled = torch.arange(cache.places, device=q.device) <= cache.lengths[: len(q), None]
+    filled = torch.arange(cache.places, device=q.device) <= cache.lengths[: len(q), None].to(q.device)
     return attend_plain(q, keys, values, start, filled[:, None, None], scale)
 
 

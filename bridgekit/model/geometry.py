@@ -7,16 +7,19 @@ long as there; ids beyond that tokenizer's are never read.
 """
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bridgekit.config import EMBEDDED, GEOMETRY, refuse_if
 from bridgekit.keys import GEOMETRIES, SIZES
 
 
 def make_geometry(
-    key: str, model: str, device: torch.device, dtype: torch.dtype
+    key: str, model: str, device: torch.device, dtype: torch.dtype, spread: dict | None = None
 ) -> tuple[torch.nn.Module, object, str]:
-    """A random model on its device, its tokenizer and its fingerprint; the weights depend on name, seed and dtype."""
+    """A random model on its device, its tokenizer and its fingerprint; the weights depend on name, seed and dtype.
+
+    `spread`: options of `from_pretrained` by which its layers are made on several GPUs."""
     name, _, seed = model.removeprefix(GEOMETRY).partition("@")
     is_seed = not seed or seed.isdecimal()
     refuse_if(not is_seed, f"pair.{key}: '{model}': after @ stands a seed such as 2, got '{seed}'")
@@ -25,7 +28,13 @@ def make_geometry(
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED / key.split("_")[0])
     ends = {end: getattr(tokenizer, end) for end in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(**shape, **ends, sliding_window=None)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        made = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        if spread:  # a checkpoint without tensors: every layer is made where it will be
+            transformers.utils.logging.set_verbosity_error()  # or all of them would be named as missing
+            kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            made = kind.from_pretrained(None, config=config, state_dict={}, dtype=dtype, **spread)
+        else:
+            with device:
+                made = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return made, tokenizer, f"geometry-{name}-{seed}-{str(dtype).removeprefix('torch.')}"

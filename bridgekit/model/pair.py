@@ -14,6 +14,7 @@ from operator import itemgetter
 
 import torch
 import transformers
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -68,6 +69,11 @@ class LanguageModel:
     def forget(self) -> None:
         """Free what is kept between batches: the keys of shared starts, and room with its captured graphs."""
         self.starts, self.rooms = {}, []
+
+    @property
+    def is_sharded(self) -> bool:
+        """Are its layers on several GPUs?"""
+        return len({*(getattr(self.model, "hf_device_map", None) or {}).values()}) > 1
 
     @property
     def layers(self) -> torch.nn.ModuleList:
@@ -226,16 +232,16 @@ def pad_ids(rows: list[list[int]], device: torch.device) -> tuple[torch.Tensor, 
 
 
 def load_model(
-    key: str, model: str, device: torch.device, dtype: torch.dtype, prompt_format: str = "plain"
+    key: str, model: str, device: torch.device, dtype: torch.dtype, prompt_format: str = "plain", shards: int = 1
 ) -> LanguageModel:
     """A frozen model in eval mode, tried on a few tokens; one that would fail or mislead later is refused."""
-    folder = resolve_model_folder(key, model)
+    folder, place = resolve_model_folder(key, model), place_layers(device, shards)
     if is_geometry(model):
-        loaded, tokenizer, fingerprint = make_geometry(key, model, device, dtype)
+        loaded, tokenizer, fingerprint = make_geometry(key, model, device, dtype, place if shards > 1 else None)
     else:
         with ThreadPoolExecutor(1) as pool:  # the files are hashed while they are loaded
             hashed = pool.submit(fingerprint_folder, folder) if folder else None
-            loaded, tokenizer = load_weights(key, model, str(folder or model), device, dtype)
+            loaded, tokenizer = load_weights(key, model, str(folder or model), dtype, place)
             commit = f"{model.split('@')[0]}@{getattr(loaded.config, '_commit_hash', None)}"
             fingerprint = hashed.result() if hashed else commit
     why = (
@@ -249,18 +255,27 @@ def load_model(
     refuse_if(
         not fits, f"pair.{key}: '{model}' has a tokenizer with more tokens than its {rows} embeddings: not its own"
     )
+    if lm.is_sharded:  # what leaves the last layer goes on where the bridge is
+        add_hook_to_module(lm.decoder, AlignDevicesHook(lm.device, io_same_device=True), append=True)
     try_decoder(lm.parts, lm.sample, f"pair.{key}: '{model}' ({loaded.config.model_type})")
-    fuse_pieces(loaded)
+    if not lm.is_sharded:
+        fuse_pieces(loaded)
     return lm
 
 
-def load_weights(key: str, model: str, place: str, device: torch.device, dtype: torch.dtype):
+def place_layers(device: torch.device, shards: int) -> dict[str, object]:
+    """Options of `from_pretrained`: all layers straight to their device, or over so many GPUs, as they have room."""
+    if shards > 1:
+        return {"device_map": "balanced", "max_memory": {i: torch.cuda.mem_get_info(i)[0] for i in range(shards)}}
+    return {} if device.type == "cpu" else {"device_map": {"": device}}
+
+
+def load_weights(key: str, model: str, place: str, dtype: torch.dtype, here: dict[str, object]):
     """Model and tokenizer from safetensors, without remote code; one with tensors missing is refused."""
     is_hub = place == model and resolve_model_folder(key, model) is None
     name, _, revision = place.partition("@") if is_hub else (place, "", "")
     options = dict(trust_remote_code=False) | (dict(revision=revision) if revision else {})
     transformers.utils.logging.disable_progress_bar()  # it would stand in every log and notebook
-    here = {} if device.type == "cpu" else dict(device_map={"": device})  # straight to its device
     try:
         options |= ask_hub(name, revision) if is_hub else {}
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -284,10 +299,11 @@ def load_pair(config: Config, device: torch.device | None = None) -> Pair:
     settings, seed = config.pair, units.load_lexicon_seed(config)
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     models = [("source_model", settings.source_model), ("target_model", settings.target_model)]
-    devices = [device if d == "auto" else torch.device(d) for d in (settings.source_device, settings.target_device)]
-    loaded = []
-    for model, place in zip(models if settings.direction == "forward" else models[::-1], devices, strict=True):
+    loaded, devices = [], (settings.source_device, settings.target_device)
+    for model, asked in zip(models if settings.direction == "forward" else models[::-1], devices, strict=True):
+        _, _, shards = asked.partition("shard:")
+        place = device if asked == "auto" else torch.device("cuda:0" if shards else asked)
         auto = "bfloat16" if place.type == "cuda" else "float32"
         dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
-        loaded.append(load_model(*model, place, dtype, settings.prompt_format))
+        loaded.append(load_model(*model, place, dtype, settings.prompt_format, int(shards or 1)))
     return Pair(*loaded, lexicon_seed=seed)

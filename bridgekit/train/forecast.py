@@ -181,6 +181,8 @@ class Work:
         self.bridge_size = 4 * (FITTED["half_bridge"] if half else 1)  # bytes of a number that the bridge keeps
         places = {config.pair.source_device, config.pair.target_device}
         self.beside = "auto" in places or len(places) == 1  # the source is on the target's GPU
+        self.shards = int(config.pair.target_device.partition("shard:")[2] or 1)  # GPUs that hold the target
+        self.beside |= self.shards > 1  # on the first of them
         self.is_soft = c.injector in SOFT_INJECTORS
         self.mode = c.prompt_mode if c.train_prompt_mode == "same" else c.train_prompt_mode
         begins = c.inject_from == "question" or c.inject_from == "auto" and task.n_shots > 0
@@ -206,9 +208,9 @@ class Work:
 
     def resident(self) -> dict[str, float]:
         source, target, lengths = self.source, self.target, self.lengths
-        start = lengths.source_shared * source.cached * self.beside + lengths.shared * target.cached
+        start = lengths.source_shared * source.cached * self.beside + lengths.shared * target.cached / self.shards
         return {
-            "weights of both models": (source.parameters * self.beside + target.parameters) * self.size,
+            "weights of both models": (source.parameters * self.beside + target.parameters / self.shards) * self.size,
             "keys and values of the shared start": start * self.size,
             "CUDA context and graphs": FITTED["context"] + FITTED["graphs"],
         }
@@ -228,10 +230,10 @@ class Work:
             "bridge, gradients, optimizer": 16 * self.bridge,
             "source states kept": self.states * self.beside,
             "target's states kept for KL": self.taught,
-            "activations of the target": rows * places * target.saved(self.shared > 0, fused) * self.size,
+            "activations of the target": rows * places * target.saved(self.shared > 0, fused) * self.size / self.shards,
             "logits and their losses": rows * answers * target.vocab * FITTED["logits"] * (1 + sum(map(bool, weights))),
             "activations of the bridge": rows * kept * self.bridge_size,
-            "rooms of answers": validated * target.cached * self.size + decoding,
+            "rooms of answers": (validated * target.cached * self.size + decoding) / self.shards,
         }
 
     def rooms(self, questions: int, before: int) -> float:
@@ -250,7 +252,7 @@ class Work:
         prompts = min(rows * (k + asked), PREFILL) * (3 * target.ffn + 4 * target.hidden) * self.size
         return {
             "the bridges": 4 * self.bridge * (1 + len(self.config.train.controls)),
-            "rooms of answers, target": self.rooms(n_test, k + asked) * target.cached * self.size,
+            "rooms of answers, target": self.rooms(n_test, k + asked) * target.cached * self.size / self.shards,
             "rooms of answers, source": self.rooms(n_test, widest(lengths.read)) * source.cached * self.size,
             "a pass over the prompts": prompts + rows * target.vocab * 10 * (new > 0),
         }
@@ -310,7 +312,7 @@ def forecast(config: Config, source: Shape, target: Shape, lengths: Lengths, gpu
     seconds = work.seconds()
     disk = work.bridge * (4 * (3 * trainings - 2) + 24 * trainings + 12)  # best weights, two checkpoints each, a third
     parts = work.resident(), work.training(), work.evaluation()
-    return Needs(*parts, seconds, work.n * seconds["whole run"] / 3600, work.bridge, disk)
+    return Needs(*parts, seconds, work.n * work.shards * seconds["whole run"] / 3600, work.bridge, disk)
 
 
 # ---- what would fit -------------------------------------------------------------------------------------------------

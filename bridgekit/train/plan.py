@@ -171,6 +171,9 @@ def check_devices(config: Config) -> None:
         if device.startswith("cuda:") and (gpu := find_gpu()):
             why = f"'{device}' is not here, GPUs are numbered from 0, there are {gpu.count}"
             refuse_if(int(device.partition(":")[2]) >= gpu.count, f"pair.{key}_device: {why}")
+        spread = int(device.partition("shard:")[2] or 1)
+        if spread > 1 and (gpu := find_gpu()):
+            refuse_if(spread > gpu.count, f"pair.{key}_device: '{device}' needs {spread} GPUs, there are {gpu.count}")
 
 
 def refuse_unfit(config: Config) -> None:

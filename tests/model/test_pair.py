@@ -20,6 +20,7 @@ from bridgekit.config import EMBEDDED, ConfigError, is_geometry, load_config
 from bridgekit.model import fingerprint
 from bridgekit.model.fingerprint import fingerprint_folder
 from bridgekit.model.generation import generate_batch
+from bridgekit.model.geometry import make_geometry
 from bridgekit.model.pair import (
     LanguageModel,
     format_prompts,
@@ -332,6 +333,10 @@ def test_random_geometries_are_made_by_name_and_seed_and_say_that_they_are_rando
     weights = [lm.model.state_dict()["model.layers.0.mlp.up_proj.weight"] for lm in (first, again, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert first.tokenize(["So 3"]) == pair.target.tokenize(["So 3"])
+    whole, _, _ = make_geometry("target_model", "geometry:tiny", place, torch.float32, {"device_map": {"": "cpu"}})
+    ids = torch.tensor([[5, 6, 7]])
+    assert [p.shape for p in whole.parameters()] == [p.shape for p in first.model.parameters()]
+    assert (whole(ids).logits.std() / first.model(ids).logits.std()).item() == pytest.approx(1, abs=0.2)
     config = load_config(source_model="geometry:tiny", target_model="geometry:tiny@2")
     check_models(config)
     assert units.load_lexicon_seed(config) == pair.lexicon_seed and load_pair(config).source.hidden_size == 64

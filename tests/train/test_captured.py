@@ -60,3 +60,19 @@ def test_a_captured_decoding_says_what_the_usual_one_says(tiny, monkeypatch, cas
     monkeypatch.setattr(decoding, "attends_in_parts", lambda lm: False)
     plain = experiment.answer("bridged", examples, {"bridged": bridge})
     assert [g.text for g in fast] == [g.text for g in plain]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_target_on_two_gpus_trains_and_answers_as_on_one(tiny):
+    losses, texts = [], []
+    for place in ("cuda:0", "shard:2"):
+        experiment = Experiment(tiny(**ON_GPU | {"target_device": place}, kl_weight=0.5, n_test=8, lr=1e-3, steps=3))
+        assert experiment.pair.target.is_sharded == (place == "shard:2")
+        bridge, data = experiment.build_bridge(), experiment.training_data()
+        optimizer = build_optimizer(experiment.config, bridge)
+        losses.append([train_step(experiment, "bridged", bridge, optimizer, data, i)["loss"].item() for i in range(3)])
+        for condition in ("target", "bridged"):
+            texts.append(
+                [g.text for g in experiment.answer(condition, experiment.examples("test"), {"bridged": bridge})]
+            )
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and texts[:2] == texts[2:]

@@ -27,7 +27,7 @@ def test_every_epoch_is_a_permutation_of_all_examples(seed, batch_size, n):
 def test_the_marker_is_the_last_one():
     """Also where it shares no token with the rest, stands twice or not at all."""
 
-    def tokenize_after(prompts, answers):  # one token a character
+    def tokenize_after(prompts, answers, known):  # one token a character
         return [list(map(ord, t)) for t in answers], [[(i, i + 1) for i in range(len(t))] for t in answers]
 
     lm = SimpleNamespace(tokenize_after=tokenize_after, prompt_format="plain", end_id=3)

@@ -88,6 +88,8 @@ def test_more_takes_more():
     assert needs("A100").gpu_hours > needs("H100").gpu_hours > needs("H200").gpu_hours
     assert needs(num_processes=4).peak < needs().peak < needs(cache_states_gb=100.0).peak
     apart = needs(source_device="cuda:0", target_device="cuda:1").resident["weights of both models"]
+    spread = needs(target_device="shard:4").resident["weights of both models"]
+    assert spread == 2 * LARGE[0].parameters + 2 * LARGE[1].parameters / 4
     assert apart == 2 * LARGE[1].parameters and needs(kl_weight=0.0).peak < needs().peak
 
 
