@@ -124,7 +124,7 @@ class TwoParts:
         size = self.cache.rows
         while size // 2 >= self.n:
             size //= 2
-        may_capture = self.lm.device.type == "cuda" and self.is_ours and not self.lm.is_sharded
+        may_capture = self.lm.captures and self.is_ours
         if not may_capture or size not in self.graphs and not self._capture(size):
             return self._step(self.n)
         graph, logits = self.graphs[size]

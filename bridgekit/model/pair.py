@@ -49,6 +49,7 @@ class LanguageModel:
         self.parts, tokenizer = Decoder(self.model), self.tokenizer
         config, bos, eos = self.parts.config, tokenizer.bos_token_id, tokenizer.eos_token_id
         self.device, self.dtype = self.model.device, self.model.dtype
+        self.captures = self.device.type == "cuda" and not self.is_sharded  # are its steps replayed as captured graphs?
         self.decoder = self.parts.module  # without its head: embeddings or ids to hidden states
         self.hidden_size, self.n_layers = config.hidden_size, config.num_hidden_layers
         self.max_positions = getattr(config, "max_position_embeddings", float("inf"))

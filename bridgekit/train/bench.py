@@ -1,7 +1,9 @@
 """What a training step, an evaluation and loading cost on this machine, with models of real size and random weights.
 
-    bridgekit bench --out preserved_data/benchmarks/h200.json           # all rows, one GPU, about four minutes
+    bridgekit bench --out preserved_data/benchmarks/h200.json           # the usual rows, one GPU, about four minutes
     bridgekit bench --rows resampler_8 prefix_200 --cap-gib 79
+    bridgekit bench --rows growth --out preserved_data/benchmarks/growth.json     # more tokens, rows and questions
+    bridgekit bench --rows resampler_8 --processes 1 2 4 --out preserved_data/benchmarks/scaling.json
 
 The questions are invented ones as long as GSM8K's, behind solved ones; a step has every named loss and dropout on. Each
 row stands beside what the hardware allows, measured in the same process. The first steps, in which graphs are
@@ -11,15 +13,19 @@ captured, are not counted: `first` says what they cost.
 import dataclasses
 import gc
 import json
+import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
+from bridgekit.alive import training_command
 from bridgekit.config import Parser, load_config
 from bridgekit.model.pair import Pair, load_pair
 from bridgekit.runs import write_text_atomic
@@ -50,9 +56,15 @@ STEPS = {  # {row: overrides}
     "dit_2048_2": [*DIT, "bridge.prompt_mode=soft_plus_text"],
 }
 ANSWERS = {"prefix_200": RESAMPLER, "residual_200": RESIDUAL, "kv_200": KV}
+USUAL = [*STEPS, *ANSWERS]
+SOFT = {f"soft_{k}": [*RESAMPLER, f"bridge.n_soft_tokens={k}", "train.batch_size=2"] for k in (16, 64, 256, 1024, 2048)}
+BATCHES = {f"batch_{n}": [*RESAMPLER, f"train.batch_size={n}"] for n in (1, 2, 4, 8, 16, 32, 64)}
+QUESTIONS = {f"questions_{n}": [*RESAMPLER, f"task.n_test={n}"] for n in (50, 200, 800, 1319)}
+STEPS, ANSWERS = STEPS | SOFT | BATCHES, ANSWERS | QUESTIONS
+GROUPS = {"usual": USUAL, "growth": [*SOFT, *BATCHES, *QUESTIONS]}
 
 
-def write_questions(folder: Path, n: int = 1200) -> None:
+def write_questions(folder: Path, n: int = 4200) -> None:
     """A folder in GSM8K's format: three invented problems to a question, so that it is as long as a real one."""
     documents = dict(make_documents(units.make_lexicon(1), "source", 3 * n, 1, {"problem": 1}))
     whole = [(p.split("Question: ")[1].rsplit("\nAnswer")[0], a) for p, a in documents.items()]
@@ -140,13 +152,18 @@ def time_answers(experiment: Experiment, new_tokens: int) -> dict:
 
 
 def run(rows: list[str], pair_names: tuple[str, str], cap_gib: float, new_tokens: int, overrides: list[str]) -> dict:
-    """All wanted rows with one pair, and what the hardware allows."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """All wanted rows with one pair, and what the hardware allows; as one of several processes, together with them.
+
+    A row's batch is then that of all processes."""
+    accelerator = Accelerator(cpu=not torch.cuda.is_available()) if "RANK" in os.environ else None
+    device = accelerator.device if accelerator else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    world = accelerator.num_processes if accelerator else 1
     if device.type == "cuda" and cap_gib:
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap_gib * 2**30 / torch.cuda.mem_get_info()[1]))
     table = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "CPU",
-        "torch": torch.__version__, "cap_gib": cap_gib, "source": pair_names[0], "target": pair_names[1],
+        "torch": torch.__version__, "processes": world, "cap_gib": cap_gib,
+        "source": pair_names[0], "target": pair_names[1],
         "ceilings": measure_ceilings(device, 8192 if device.type == "cuda" else 512), "rows": {},
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -159,26 +176,42 @@ def run(rows: list[str], pair_names: tuple[str, str], cap_gib: float, new_tokens
         ]
         given += [f"eval.max_new_tokens={new_tokens}", "eval.eval_batch_size=200", *overrides]
         since = wait()
-        pair = load_pair(load_config(overrides=given))
+        pair = load_pair(load_config(overrides=given), device)
         table["load_s"] = round(wait() - since, 1)
         for name in rows:
-            experiment = Experiment(load_config(overrides=[*given, *(STEPS | ANSWERS)[name], *overrides]), pair=pair)
+            config = load_config(overrides=[*given, *(STEPS | ANSWERS)[name], *overrides])
+            experiment = Experiment(config.with_(batch_size=world * config.train.batch_size), None, accelerator, pair)
             try:
                 row = time_answers(experiment, new_tokens) if name in ANSWERS else time_steps(experiment)
             except torch.OutOfMemoryError:
                 row = {"seconds": None, "why": f"does not fit into {cap_gib:g} GiB"}
             table["rows"][name] = row
-            print(name, json.dumps(row), flush=True)
+            if experiment.processes.is_first:
+                print(name, json.dumps(row), flush=True)
             del experiment
             pair.target.forget(), pair.source.forget()
             gc.collect()
     return table
 
 
+def scale(argv: list[str], counts: list[int]) -> dict:
+    """The same rows with each number of processes; a step of n processes has n times the questions."""
+    tables = {}
+    for n in counts:
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "table.json"
+            launch = training_command(Path("."), "", n)  # its worker is another module
+            command = [*launch[: launch.index("-m", 3)], "-m", "bridgekit.train.bench", *argv, "--out", str(out)]
+            subprocess.run(command, check=True)
+            tables[str(n)] = json.loads(out.read_text())
+    return tables
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(prog="bridgekit bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", nargs="*", default=[*STEPS, *ANSWERS], choices=[*STEPS, *ANSWERS], metavar="ROW",
-                        help=", ".join([*STEPS, *ANSWERS]))  # fmt: skip
+    names = [*GROUPS, *STEPS, *ANSWERS]
+    parser.add_argument("--rows", nargs="*", default=["usual"], choices=names, metavar="ROW", help=", ".join(names))
+    parser.add_argument("--processes", type=int, nargs="*", help="run the rows with each of these numbers of GPUs")
     parser.add_argument("--source", default="geometry:mistral-7b", help="geometry:<name>, a folder or a hub id")
     parser.add_argument("--target", default="geometry:llama-3.1-8b")
     parser.add_argument("--cap-gib", type=float, default=79.0, help="memory of the card to use; 0: all")
@@ -191,8 +224,14 @@ def main(argv: list[str] | None = None) -> int:
         args.questions.mkdir(parents=True, exist_ok=True)
         write_questions(args.questions, 9600)
         return 0
-    table = run(args.rows, (args.source, args.target), args.cap_gib, args.new_tokens, args.overrides)
-    if args.out:
+    rows = [row for name in args.rows for row in GROUPS.get(name, [name])]
+    options = [f"--source={args.source}", f"--target={args.target}", f"--cap-gib={args.cap_gib}"]
+    options += [f"--new-tokens={args.new_tokens}", *(f"-o={override}" for override in args.overrides)]
+    if args.processes:
+        table = scale(["--rows", *rows, *options], args.processes)
+    else:
+        table = run(rows, (args.source, args.target), args.cap_gib, args.new_tokens, args.overrides)
+    if args.out and not int(os.environ.get("RANK", 0)):
         write_text_atomic(args.out, json.dumps(table, indent=1) + "\n")
     return 0
 

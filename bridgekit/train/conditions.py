@@ -306,11 +306,33 @@ def tune_router(rows: list[dict]) -> float:
 
 
 def count_flips(experiment: Experiment, examples: list[Example], bridge: Bridge, rows: list[dict]) -> dict:
-    """Bridged answers that change when the batch does: what no comparison on this machine can go below."""
+    """Bridged answers that change though nothing but the arithmetic does: no difference below this means anything.
+
+    With another batch size; on a GPU also step by step instead of by captured graphs, and with the whole prompt read in
+    every row instead of a shared start once."""
     size, small = experiment.config.eval.eval_batch_size, max(1, experiment.config.eval.eval_batch_size // 8)
-    said = decode_messages(experiment, bridge, examples, experiment.source_states(examples), batch_size=small)
-    flipped = sum(experiment.task.extract(g.text) != r["bridged_extracted"] for g, r in zip(said, rows, strict=True))
-    return {"batch_sizes": [size, small], "flipped": flipped, "n": len(rows)}
+    states, target = experiment.source_states(examples), experiment.pair.target
+
+    def flip(batch_size: int = 0) -> int:
+        target.forget()
+        said = decode_messages(experiment, bridge, examples, states, batch_size=batch_size)
+        return sum(experiment.task.extract(g.text) != r["bridged_extracted"] for g, r in zip(said, rows, strict=True))
+
+    found, usual = (
+        {"batch_sizes": [size, small], "flipped": flip(small), "n": len(rows)},
+        (target.captures, target.in_parts),
+    )
+    try:
+        if target.captures:
+            target.captures = False
+            found["eager"] = flip()
+            if target.in_parts and not bridge.injector.reads_each_step:  # other injectors begin behind a shared start
+                target.in_parts = False
+                found["unshared"] = flip()
+    finally:
+        target.captures, target.in_parts = usual
+        target.forget()
+    return found
 
 
 # ---- what the bridge attends to, kept small -------------------------------------------------------------------------

@@ -120,8 +120,7 @@ def build_optimizer(config: Config, bridge: Bridge) -> torch.optim.Optimizer:
 def may_capture(experiment: Experiment) -> bool:
     """Whether a step can be replayed: on one GPU, with losses of the package alone."""
     parts = experiment.config.bridge.producer, experiment.config.bridge.injector
-    is_near = experiment.device.type == "cuda" and not experiment.pair.target.is_sharded
-    return is_near and not experiment.extra_loss and not any(map(is_path, parts))
+    return experiment.pair.target.captures and not experiment.extra_loss and not any(map(is_path, parts))
 
 
 def control_config(config: Config, name: str) -> Config:
