@@ -19,6 +19,7 @@ import pandas as pd
 from scipy.special import ndtr, stdtrit
 
 from bridgekit.config import Config, to_flat
+from bridgekit.keys import REAL
 from bridgekit.results import statistics as stats
 from bridgekit.results import style, table, verdict
 from bridgekit.results.statistics import Interval
@@ -34,6 +35,11 @@ AXES = {  # the figures of studies along an axis: {name: (the key that must vary
     "generalisation": ("task.train_units_share", "train_units", "source-only units met in training"),
     "compression": ("bridge.n_soft_tokens", "n_soft_tokens", "soft tokens in a message"),
 }
+
+
+def find_subsets(answers: pd.DataFrame) -> list[str]:
+    """Those that these answers have: of a real task nobody knows which problems one model alone can answer."""
+    return [subset for subset in SUBSETS if len(table.select(answers, subset))]
 
 
 def compare_variants(
@@ -52,7 +58,7 @@ def compare_variants(
     bridged = bridged.assign(seed=bridged["seed"] - bridged["variant"].map(shifts).fillna(0).astype(int))
     seeds = {variant: set(cell["seed"]) for variant, cell in bridged.groupby("variant", sort=False)}
     paired = [v for v in seeds if v != reference and seeds[v] & seeds.get(reference, set())]
-    for variant, subset in product(paired, SUBSETS):
+    for variant, subset in product(paired, find_subsets(bridged)):
         part = table.select(bridged, subset)
         found = table.difference(part, variant, reference, on="variant").to_dict("records")[0]
         one, other, units = table.pair_seeds(part, variant, reference, on="variant")
@@ -78,7 +84,7 @@ def gains_table(answers: pd.DataFrame, compared: pd.DataFrame, costs: pd.DataFra
     gains = bridged.groupby("variant", sort=False)["seed"].nunique().rename("seeds").to_frame()
     if costs is not None:
         gains = gains.join(costs.set_index("variant").map(lambda cost: f"{cost:,.0f}" if cost == cost else ""))
-    for subset in SUBSETS:
+    for subset in find_subsets(bridged):
         name, shares = style.words(subset).replace("\n", " "), table.share(table.select(bridged, subset), "variant")
         cells = compared[compared["subset"] == subset].set_index("variant")
         gains[f"{name} ({style.format_size(shares)})"] = shares.set_index("variant").apply(style.format_row, axis=1)
@@ -114,8 +120,12 @@ def write_table(frame: pd.DataFrame, path_without_suffix: str | Path) -> None:
 
 
 def swept_axis(configs: Iterable[Config]) -> str:
-    """Which figure these configurations make: capacity, generalisation or compression; empty if they lie on no axis."""
+    """Which figure these configurations make: capacity, generalisation or compression; empty if they lie on no axis.
+
+    Nor do those of a real task, where nobody knows what the target would answer if it were told."""
     flats = [to_flat(config) for config in configs]
+    if any(flat["task.task"] in REAL for flat in flats):
+        return ""
     varied = {key for flat in flats for key in flat if flat[key] != flats[0][key] and not key.startswith("run.")}
     keys = {key: name for name, (key, *_) in AXES.items()}
     found = [name for key, name in keys.items() if key in varied]

@@ -82,7 +82,7 @@ def browse_examples(frame: pd.DataFrame, extras: Callable[[str], str] | None = N
     from IPython.display import HTML
 
     frame = frame.assign(outcome=find_outcomes(frame))
-    texts = frame.filter(["unit", "id", "question"]).astype(str).agg(" ".join, axis=1).str.lower()
+    texts = frame.filter(["unit", "id", "question"]).fillna("").astype(str).agg(" ".join, axis=1).str.lower()
     menus = {}
     for name in [name for name in ("group", "novelty", "outcome") if name in frame]:
         menus[name] = [("any", None), *((words(value), value) for value in sorted(frame[name].dropna().unique()))]
