@@ -97,12 +97,15 @@ def measure_ceilings(device: torch.device, size: int = 8192) -> dict[str, float]
 
 
 def peak_gib(reset: bool = False) -> float:
-    if not torch.cuda.is_available():
-        return 0.0
-    if reset:
+    """Of the fullest GPU of this process."""
+    used, devices = 0, range(torch.cuda.device_count())
+    if reset and devices:
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    return round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    for device in devices:
+        if reset:
+            torch.cuda.reset_peak_memory_stats(device)
+        used = max(used, torch.cuda.max_memory_allocated(device))
+    return round(used / 2**30, 1)
 
 
 def time_steps(experiment: Experiment, n: int = 9) -> dict:
