@@ -67,7 +67,7 @@ def check_frame(frame: pd.DataFrame, point: str, keys: list[str], what: str, *mo
         if where.any():
             name = ", ".join(map(str, frame.loc[where, columns].iloc[0])).replace("\n", " ")
             raise ValueError(f"{what}: '{name}': {problem}")
-    names = [":".join(dict.fromkeys(map(str, row))) for row in frame[keys].itertuples(index=False)]
+    names = [":".join(dict.fromkeys(map(str, row))) for row in frame[keys].to_numpy(dtype=object)]  # also of no keys
     return frame.assign(point=frame[point], gid=names).reset_index(drop=True)
 
 
