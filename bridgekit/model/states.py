@@ -4,6 +4,8 @@ Shapes: B batch, S source tokens, L captured layers, D_s source hidden size.
 """
 
 import math
+import os
+import sys
 
 import numpy as np
 import torch
@@ -85,8 +87,16 @@ class FlatStates:
         self.states = torch.empty(int(lengths.sum()), *shape, dtype=dtype, device=device)
 
     @classmethod
-    def fits(cls, lengths: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype, gb: float) -> bool:
-        return int(lengths.sum()) * math.prod(shape) * dtype.itemsize <= gb * 1e9
+    def find_room(
+        cls, lengths: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, gb: float
+    ) -> torch.device | None:
+        """Where they can be kept: on the model's device within `gb`, else in a part of the machine's free memory."""
+        size = int(lengths.sum()) * math.prod(shape) * dtype.itemsize
+        if size <= gb * 1e9:
+            return device
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own
+        return torch.device("cpu") if gb and device.type != "cpu" and size <= free / 4 / beside else None
 
     def _places(self, indices: np.ndarray) -> torch.Tensor:
         """Where the tokens of some rows stand, those of padding at the end. -> (B, S)"""
@@ -95,11 +105,13 @@ class FlatStates:
 
     def put(self, indices: np.ndarray, states: torch.Tensor, mask: torch.Tensor) -> None:
         """(B, S, ...), (B, S)"""
-        self.states[self._places(indices)[mask]] = states[mask]
+        self.states[self._places(indices)[mask.to(self.states.device)]] = states[mask].to(self.states.device)
 
-    def take(self, indices: np.ndarray) -> torch.Tensor:
-        """(B, S, ...); what is padding is any state"""
-        return self.states[self._places(indices)]
+    def take(self, indices: np.ndarray, device: torch.device) -> torch.Tensor:
+        """(B, S, ...) on a device that does not wait for it; what is padding is any state"""
+        states = self.states[self._places(indices)]
+        waits = states.device == device or device.type != "cuda"
+        return states.to(device) if waits else states.pin_memory().to(device, non_blocking=True)
 
 
 def in_parts(lengths: np.ndarray, size: int = 256) -> list[np.ndarray]:
@@ -132,8 +144,8 @@ class SourceStates:
             self.front = lm.hidden_states(ids, torch.ones_like(ids), layers)
         self.spans = None if spans is None else Ragged([[max(0, i - skipped) for i in row] for row in spans], lm.device)
         lengths, shape = self.own.lengths, (len(layers), lm.hidden_size)
-        if FlatStates.fits(lengths, shape, lm.dtype, budget_gb):
-            self.flat = FlatStates(lengths, shape, lm.dtype, lm.device)
+        if room := FlatStates.find_room(lengths, shape, lm.dtype, lm.device, budget_gb):
+            self.flat = FlatStates(lengths, shape, lm.dtype, room)
             for part in in_parts(lengths):
                 self.flat.put(part, *self._compute(part))
 
@@ -150,7 +162,7 @@ class SourceStates:
         if self.flat is None:
             states, mask = self._compute(indices)
         else:
-            states, (_, mask) = self.flat.take(indices), self.own.take(indices)
+            states, (_, mask) = self.flat.take(indices, self.lm.device), self.own.take(indices)
         states = states * mask[..., None, None]
         if self.front is not None:
             states = torch.cat([self.front.expand(len(states), -1, -1, -1), states], 1)

@@ -81,8 +81,9 @@ class TrainingTexts:
     def teach(self, target: LanguageModel, gb: float) -> None:
         """Keep the last states that the target alone has on every answer, where they fit: its logits follow."""
         lengths, shape = self.answers.lengths, (target.hidden_size,)
-        if self.taught is None and FlatStates.fits(lengths, shape, target.dtype, gb):
-            self.taught = FlatStates(lengths, shape, target.dtype, target.device)
+        room = FlatStates.find_room(lengths, shape, target.dtype, target.device, gb)
+        if self.taught is None and room:
+            self.taught = FlatStates(lengths, shape, target.dtype, room)
             for part in in_parts(self.asked.lengths + lengths):
                 asked, (labels, mask) = self.asked.take(part), self.answers.take(part)
                 nothing = (asked[0][:, :0], asked[1][:, :0])
@@ -118,7 +119,7 @@ class TrainingSet:
             self.states.alignment(indices, device), texts.before.take(indices), texts.after.take(indices),
             texts.literal.take(indices), texts.asked.take(indices), labels, labels_mask, marker.bool() & labels_mask,
             texts.finals.take(indices), widths or self.widths(indices), texts.shared, texts.shared_asked,
-            None if texts.taught is None else texts.taught.take(indices),
+            None if texts.taught is None else texts.taught.take(indices, device),
         )  # fmt: skip
 
 

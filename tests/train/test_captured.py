@@ -3,6 +3,7 @@
 python -m pytest tests/train/test_captured.py
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -76,3 +77,20 @@ def test_a_target_on_two_gpus_trains_and_answers_as_on_one(tiny):
                 [g.text for g in experiment.answer(condition, experiment.examples("test"), {"bridged": bridge})]
             )
     assert losses[1] == pytest.approx(losses[0], rel=1e-4) and texts[:2] == texts[2:]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_states_that_do_not_fit_the_gpu_are_kept_in_memory(tiny):
+    losses = []
+    for gb in (1.0, 1e-6, 0.0):  # on the GPU, in memory, read anew
+        experiment = Experiment(tiny(**ON_GPU, kl_weight=0.5, cache_states_gb=gb))
+        data = experiment.training_data()
+        flat = data.states.flat
+        assert (flat and flat.states.device.type) == {1.0: "cuda", 1e-6: "cpu", 0.0: None}[gb]
+        losses.append(experiment.step_losses(experiment.build_bridge(), data.batch(*batch_of(data)))["loss"].item())
+    assert losses[1] == losses[0] == pytest.approx(losses[2], rel=1e-5)
+
+
+def batch_of(data):
+    """The first four examples, with a sampler's seed each."""
+    return np.arange(4), np.arange(4)
