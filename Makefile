@@ -26,7 +26,7 @@ phase1: setup  ## train the bridge on the embedded pair (CPU): run folder, execu
 	$(PY) -m bridgekit run $(NOTEBOOK) -f $(PARAMETERS) $(ARGS)
 
 notebooks: setup  ## execute every notebook with its small parameters (CPU, some minutes each)
-	@for name in phase1 ablation swap diagnostics headline paper preserved; do \
+	@for name in phase1 ablation swap diagnostics headline paper preserved benchmark; do \
 	  file=parameters/$$name.yaml; \
 	  $(PY) -m bridgekit run notebooks/$$name.ipynb $$(test -f $$file && echo -f $$file) || exit 1; \
 	done
@@ -49,6 +49,7 @@ figures: setup  ## draw the figures of the kept runs again, from their data
 	$(PY) -m bridgekit run notebooks/headline.ipynb $(ARGS)
 	$(PY) -m bridgekit run notebooks/paper.ipynb $(ARGS)
 	$(PY) -m bridgekit run notebooks/preserved.ipynb $(ARGS)
+	$(PY) -m bridgekit run notebooks/benchmark.ipynb $(ARGS)
 
 audit: setup  ## recompute every claim from its data
 	$(PY) -m bridgekit audit $(ARGS)

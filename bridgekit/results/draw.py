@@ -145,6 +145,7 @@ def lines(
     bars: bool = False,  # intervals as bars at the points instead of a band
     references: Mapping = NOTHING,  # {name or (panel, name): y or (y, low, high)}: level lines
     log_x: bool = False,
+    sharex: bool = True,
     sharey: bool = True,
     ylim: tuple | Mapping | None = None,
     xlabel: str = "",
@@ -160,7 +161,7 @@ def lines(
     """
     keys = [c for c in (panel, color if color in frame else None) if c]
     frame = check_frame(frame, y, keys, title or "lines", x).sort_values(x, kind="stable")
-    looks, panels = style.choose_looks(frame, color), open_panels(frame, panel, sharey=sharey)
+    looks, panels = style.choose_looks(frame, color), open_panels(frame, panel, sharex=sharex, sharey=sharey)
     for key, (ax, part) in panels.items():
         for value, series in part.groupby(color, sort=False) if color in frame else [(color, part)]:
             named = color in frame and color != panel

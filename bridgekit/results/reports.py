@@ -65,7 +65,8 @@ def describe_run(folder: Path) -> str:
         answers = describe_answers(load_eval(find_eval(folder), skip_broken=True, texts=False))
     except (FileNotFoundError, ValueError) as error:
         answers = f"- note: {_one_line(error)}"
-    steps = [row["step"] for row in load_jsonl(path, []) if "loss" in row] if path.is_file() else []
+    metrics = list(load_jsonl(path, [])) if path.is_file() else []
+    steps = [row["step"] for row in metrics if "loss" in row]
     course = [f"{steps[-1]:,} steps"] if steps else []
     course += _describe_machine(facts, status) + ([f"started {facts['started']}"] if "started" in facts else [])
     lines = [
@@ -73,7 +74,15 @@ def describe_run(folder: Path) -> str:
         + ", ".join(f"step {step}{' (untrained)' * (not step)} by {selection}" for selection, step in selected.items())
         for control, selected in load_control_steps(folder).items()
     ]
+    lines += [describe_flips(row["noise_floor"]) for row in metrics if "noise_floor" in row]
     return render("metrics.md.j2", answers=answers, course=course, lines=lines)
+
+
+def describe_flips(found: dict) -> str:
+    """How many answers change by arithmetic alone: what a small difference is to be held against."""
+    ways = {"flipped": "batches of {1} instead of {0}", "eager": "no captured graphs", "unshared": "no shared start"}
+    counts = [f"{found[key]} with {way.format(*found['batch_sizes'])}" for key, way in ways.items() if key in found]
+    return f"noise floor, of {found['n']:,} bridged answers change by arithmetic alone: {', '.join(counts)}"
 
 
 def _describe_machine(facts: dict, status: dict) -> list[str]:

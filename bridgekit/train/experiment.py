@@ -185,6 +185,10 @@ class Experiment:
             self._texts[share].teach(self.pair.target, config.train.cache_states_gb)
         return TrainingSet(self._texts[share], self.source_states(examples, name, config.train.cache_states_gb))
 
+    def forget_data(self) -> None:
+        """Free what was kept for trainings: the test needs the room."""
+        self._texts.clear()
+
     def training_set(self, examples: list[Example]) -> TrainingSet:
         """Any examples as training would see them, in the prompt mode and at the length of evaluation."""
         whole = self.config.with_(train_prompt_mode="same", answer_tokens=0)

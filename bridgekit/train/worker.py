@@ -111,6 +111,8 @@ def record_provenance(folder: Path, record: dict) -> None:
 def run_baselines(experiment: Experiment) -> None:
     """Source and target alone on all validation problems: the headroom, before anything is trained."""
     rows = experiment.evaluate(experiment.examples("val"), {}, None, ("source", "target"), stage="baseline")
+    for lm in (experiment.pair.source, experiment.pair.target):
+        lm.forget()  # a training has other prompts, and needs the room
     if rows:
         write_jsonl(experiment.folder / "headroom.jsonl", [row | {"eval_step": "headroom"} for row in rows])
 
@@ -124,6 +126,7 @@ def run_training(experiment: Experiment) -> None:
     experiment.router_threshold = tune_router(list(load_jsonl(folder / "headroom.jsonl")))
     for name in ("bridged", *config.train.controls):
         experiment.bridges |= train_bridge(experiment, name)
+    experiment.forget_data()
     test = choose_test(experiment)
     if not (folder / FINAL).exists():
         since = time.time()

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from bridgekit.config import CONDITIONS, Config
 from bridgekit.model.generation import Generated
 from bridgekit.model.pair import Pair, Prompt, split_prompts
+from bridgekit.results.reports import describe_flips
 from bridgekit.runs import find_eval, load_eval, load_jsonl
 from bridgekit.tasks import get_task, literal_prompt, load_examples
 from bridgekit.tasks.answers import INVALID, extract_answer
@@ -264,6 +265,8 @@ def test_no_answer_flips_between_batch_sizes_on_cpu(tiny, val, make_experiment, 
     with forwards(pair.source) as count:  # what the source wrote is no part of the comparison: it is not made again
         found = count_flips(experiment, val, bridge, rows)
     assert found == {"batch_sizes": [16, 2], "flipped": 1, "n": len(val)} and count[0] == 0
+    said = describe_flips(found | {"eager": 0})
+    assert said.endswith("change by arithmetic alone: 1 with batches of 2 instead of 16, 0 with no captured graphs")
 
 
 def test_the_task_says_where_an_answer_is_complete(tiny, val, make_experiment, build_bridges):
