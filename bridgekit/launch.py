@@ -38,7 +38,7 @@ from bridgekit.config import (
 from bridgekit.results.live import FOLLOWED, LiveView, following
 from bridgekit.runs import load_status, project_root, write_status
 from bridgekit.tasks import check_inputs, check_texts
-from bridgekit.train.parts import check_parts
+from bridgekit.tasks.extend import check_parts, copy_code
 from bridgekit.train.plan import check_devices, refuse_unfit
 
 STAGES = ("baselines", "train")
@@ -60,8 +60,6 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
     `folder` is where to make a run of a study, which has been checked as a whole; `new` asks for one that nothing has
     been written to. A `run_dir` that was made for other settings is refused, but for the keys of SAFE.
     """
-    from bridgekit.tasks.extend import copy_code
-
     with contextlib.chdir(project_root()):
         if run_dir:
             return resume_run(config, Path(run_dir))

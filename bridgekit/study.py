@@ -37,7 +37,7 @@ from bridgekit.config import (
 from bridgekit.runner import SLOTS_PER_GPU, is_done, prepare_folder, run_planned
 from bridgekit.runs import project_root
 from bridgekit.tasks import check_inputs, check_positions, measure_prompts
-from bridgekit.train.parts import check_parts
+from bridgekit.tasks.extend import check_parts
 
 REPLICATE_SHIFT = 100
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

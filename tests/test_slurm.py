@@ -200,7 +200,8 @@ def shell_free(command: str) -> str:
 
 @slow
 def test_of_an_array_one_fails_and_a_second_call_sends_that_one(project, shell):
-    Path("own.py").write_text("def fail(message):\n    raise ValueError('on purpose')\n")
+    fail = "import os\n\ndef fail(message):\n    if 'SLURM_JOB_ID' in os.environ:\n"  # it is tried before it is sent
+    Path("own.py").write_text(f"{fail}        raise ValueError('on purpose')\n    return message.tokens.mean()\n")
     study = yaml.safe_load(Path("many.yaml").read_text())
     study["variants"]["two"] = {"loss.extra": "own.py:fail", "loss.extra_weight": 0.1}
     Path("many.yaml").write_text(yaml.safe_dump(study))

@@ -4,14 +4,22 @@
 
 Shape, vocabulary size and dtype are the real ones. Tokenizers and lexicon are the embedded pair's, so prompts are as
 long as there; ids beyond that tokenizer's are never read.
+
+    model, tokenizer = make_stand_in(folder)     # what a user's own parts are tried on, before the real model is loaded
 """
+
+import functools
+from pathlib import Path
 
 import torch
 import transformers
+from accelerate import init_empty_weights
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bridgekit.config import EMBEDDED, GEOMETRY, refuse_if
 from bridgekit.keys import GEOMETRIES, SIZES
+
+NARROW = 64  # width of a stand-in's feed-forwards
 
 
 def make_geometry(
@@ -38,3 +46,16 @@ def make_geometry(
             with device:
                 made = AutoModelForCausalLM.from_config(config, dtype=dtype)
     return made, tokenizer, f"geometry-{name}-{seed}-{str(dtype).removeprefix('torch.')}"
+
+
+def make_stand_in(folder: Path) -> tuple[torch.nn.Module, object]:
+    """A random model of a folder's kind and sizes, and its tokenizer; only the feed-forwards are narrow.
+
+    All weights of one shape are the same tensor, so that those of a large model take little room."""
+    draw = functools.cache(lambda shape: torch.empty(shape).normal_(std=0.02))
+    config = AutoConfig.from_pretrained(folder)
+    config.get_text_config(decoder=True).intermediate_size = NARROW
+    with init_empty_weights():
+        made = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    made.load_state_dict({name: draw(weight.shape) for name, weight in made.state_dict().items()}, assign=True)
+    return made.requires_grad_(False).eval(), AutoTokenizer.from_pretrained(folder)

@@ -8,17 +8,19 @@ its hash; `code_dir` names that folder, and without it files are taken from the 
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
 import json
 import shutil
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from bridgekit.config import Config, ConfigError, check_type, nearest, parse_yaml, refuse_if, to_flat
+from bridgekit.config import Config, ConfigError, check_type, format_override, nearest, parse_yaml, refuse_if, to_flat
 from bridgekit.keys import FILE_OBJECT, OPTIONS, is_path
 
 # What an object must be: {key: (is it a class, the arguments that it is given, the methods that it must have)}
@@ -118,6 +120,22 @@ def blame(key: str, made: object) -> Iterator[str]:
 def own_objects(config: Config) -> dict[str, str]:
     """{key: `path/to/file.py:Object`} of the keys that name an object of the user's."""
     return {key: text for key, text in to_flat(config).items() if key in OPTIONS and is_path(text)}
+
+
+def check_parts(config: Config) -> None:
+    """Refuse a producer, an injector or a loss of the user's that fails, or gives what cannot be trained with."""
+    if own_objects(config).keys() - {"task.task"}:
+        given = {key: value for key, value in to_flat(config).items() if not key.startswith("run.")}  # seeds are alike
+        try_apart(tuple(format_override(*item) for item in given.items()))
+
+
+@functools.cache
+def try_apart(overrides: tuple[str, ...]) -> None:
+    """Try the parts of this configuration once, in a process of its own: that takes torch."""
+    command = [sys.executable, "-m", "bridgekit.train.parts", *overrides]
+    tried = subprocess.run(command, capture_output=True, text=True, check=False)
+    if tried.returncode == 2:
+        raise ConfigError(tried.stderr.strip().splitlines()[-1])
 
 
 def copy_code(config: Config, folder: str | Path) -> None:

@@ -104,6 +104,8 @@ def wrap_extra_loss(loss: Callable, options: dict) -> Callable[..., losses.Total
         result = loss(**{k: v for k, v in given.items() if takes_all or k in names}, **options)
         if isinstance(result, tuple):
             return result
+        if result is None:
+            raise TypeError("it returned None, wanted a scalar or (sum, count)")
         n = torch.tensor(len(given["labels"]), device=given["labels"].device)
         return result * n, n
 
