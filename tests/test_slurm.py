@@ -23,7 +23,7 @@ import yaml
 from bridgekit import cli, slurm
 from bridgekit.alive import list_slurm_jobs
 from bridgekit.config import ConfigError
-from bridgekit.runs import load_status
+from bridgekit.runs import FINAL, load_status
 
 ROOT = Path(__file__).parent.parent
 SITES = sorted((ROOT / "parameters/sites").glob("*.yaml"))
@@ -215,15 +215,33 @@ def test_of_an_array_one_fails_and_a_second_call_sends_that_one(project, shell):
 
 
 @slow
-def test_a_run_over_its_time_limit_stops_before_it_and_goes_on(project, shell):
-    Path("site.yaml").write_text("time: 0:03:00\noptions: ['--signal=B:TERM@100']\n")
-    sent = shell("bridgekit submit notebooks/phase1.ipynb -f small.yaml -o train.steps=9999 --site site.yaml")
-    job, (run,) = re.match(r"job (\d+): 1 run;", sent)[1], faults.run_folders(project)
+def test_a_run_over_its_time_limit_goes_on_in_its_job_until_it_is_finished(project, shell):
+    """75 steps of a second each, in jobs that are asked to stop after 50 to 70 seconds."""
+    own = "import time\n\ndef slow(message):\n    time.sleep(1)\n    return message.tokens.pow(2).mean()\n"
+    Path("own.py").write_text(own)
+    Path("site.yaml").write_text("time: 0:02:00\noptions: ['--signal=B:TERM@50']\n")
+    options = "-o loss.extra=own.py:slow -o loss.extra_weight=0.1 -o train.steps=75 -o train.eval_every=25"
+    submit = f"bridgekit submit notebooks/phase1.ipynb -f small.yaml {options} --site site.yaml"
+    job, (run,) = re.match(r"job (\d+): 1 run;", shell(submit))[1], faults.run_folders(project)
     wait_for("the first stop", lambda: load_status(run)["state"] == "stopped")
     before = rows(run)
-    assert "preempted" in shell("bridgekit status")
+    assert f"preempted  job {job} goes on with it" in shell("bridgekit status") and not (run / FINAL).exists()
     wait_for("more steps", lambda: rows(run) > before)
-    shell(f"scontrol show job {job} | grep -o 'JobState=[A-Z]*\\|Restarts=[0-9]*\\|TimeLimit=[0-9:]*'")
+    wait_for("an empty queue", lambda: not shell_free("squeue --noheader"))
+    shown = shell(f"scontrol show job {job} | grep -o 'JobState=[A-Z]*\\|Restarts=[0-9]*\\|TimeLimit=[0-9:]*'")
+    assert "COMPLETED" in shown and "Restarts=0" not in shown
+    assert "finished" in shell("bridgekit status") and (run / "phase1.ipynb").is_file()
+    steps = [row["step"] for row in map(json.loads, (run / "metrics.jsonl").open()) if "loss" in row]
+    asked = [row["id"] for row in map(json.loads, (run / FINAL).open())]
+    assert len(steps) == len(set(steps)) and len(asked) == len(set(asked)), "a step or a test problem twice"
+    assert "1 of 1 runs are finished" in shell(submit), "the test is read once"
+
+
+@slow
+def test_a_job_that_is_cancelled_stays_out_of_the_queue(project, shell):
+    sent = shell("bridgekit submit notebooks/phase1.ipynb -f small.yaml -o train.steps=9999 --time 0:20:00")
+    job, (run,) = re.match(r"job (\d+): 1 run;", sent)[1], faults.run_folders(project)
+    wait_for("training", lambda: rows(run) > 3)
     shell(f"scancel {job}")
     wait_for("an empty queue", lambda: not shell_free("squeue --noheader"))
     assert "stopped" in shell("bridgekit status"), "who cancels a job does not want it back"
