@@ -258,6 +258,7 @@ KEYS = {
     # The training loop.
     "train.steps": Key(500, "training steps", ">= 0"),
     "train.batch_size": Key(32, "over all processes", "> 0"),
+    "train.sort_steps": Key(1, "steps among which questions are dealt by length, for less padding; 1: none", "> 0"),
     "train.lr": Key(1.0e-3, "highest learning rate", "> 0"),
     "train.warmup_steps": Key(40, "of linear warm-up, before a cosine to zero", ">= 0"),
     "train.weight_decay": Key(0.01, "of AdamW", ">= 0"),

@@ -26,6 +26,17 @@ def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
     return np.array([orders[p // n][p % n] for p in places])
 
 
+def deal(seed: int, step: int, batch_size: int, lengths: np.ndarray, window: int) -> np.ndarray:
+    """The examples of a step; of `window` steps together those of like length go into one step, whose place is drawn.
+
+    Every example is read as often as without."""
+    drawn = indices_at(seed, step // window, batch_size * window, len(lengths))
+    if window == 1:
+        return drawn
+    batches = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(window, batch_size)
+    return batches[np.random.default_rng([seed, step // window, 78]).permutation(window)[step % window]]
+
+
 def noise_seeds(seed: int, step: int, batch_size: int) -> np.ndarray:
     """Sampler seeds of a step's slots."""
     return np.random.default_rng([seed, step, 77]).integers(0, 2**31, batch_size)
@@ -100,6 +111,11 @@ class TrainingSet:
     def __len__(self) -> int:
         return len(self.texts.answers.lengths)
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Of each question and its answer."""
+        return self.texts.asked.lengths + self.texts.answers.lengths
+
     def widths(self, indices: np.ndarray) -> tuple[int, int]:
         """The longest rows of some examples: of their questions, however they are cut, and of their answers."""
         texts, shared = self.texts, len(self.texts.shared_asked or ())
@@ -126,7 +142,7 @@ class TrainingSet:
 def step_batch(config: Config, data: TrainingSet, step: int, rank: int = 0, world: int = 1) -> Batch:
     """The slots rank, rank + world, ... of the step's global batch: the first n slots are spread over all processes."""
     size, seed = config.train.batch_size, config.run.seed
-    slots, indices = np.arange(size)[rank::world], indices_at(seed, step, size, len(data))
+    slots, indices = np.arange(size)[rank::world], deal(seed, step, size, data.lengths, config.train.sort_steps)
     return data.batch(indices[slots], noise_seeds(seed, step, size)[slots], slots, data.widths(indices))
 
 

@@ -264,7 +264,8 @@ class Work:
 
     def step_seconds(self, rows: int) -> float:
         c, loss, target = self.config.bridge, self.config.loss, self.target
-        k, tokens, asked, a, read = self.widths(rows)
+        alike = self.config.train.sort_steps > 1  # then a batch is as wide as its usual row
+        k, tokens, asked, a, read = self.widths(1 if alike else rows)
         t = k + asked + a
         frozen = 2 * target.flops(rows * t, rows * a, self.shared + t / 2)  # no weight has a gradient
         if loss.kl_weight:

@@ -85,6 +85,7 @@ def test_more_takes_more():
         peaks = [needs(**{key: value, "n_test": 512}).peak for value in values]
         assert peaks == sorted(peaks) and peaks[0] < peaks[-1], key
     assert needs(batch_size=32).seconds["training step"] > needs(batch_size=16).seconds["training step"]
+    assert needs(sort_steps=16).seconds["training step"] <= needs().seconds["training step"]
     assert needs("A100").gpu_hours > needs("H100").gpu_hours > needs("H200").gpu_hours
     assert needs(num_processes=4).peak < needs().peak < needs(cache_states_gb=100.0).peak
     apart = needs(source_device="cuda:0", target_device="cuda:1").resident["weights of both models"]
