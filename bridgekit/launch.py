@@ -327,7 +327,7 @@ def execute_notebook(
     print(f"{notebook} runs in {folder}", flush=True)
     executed, evidence = (folder / f"{notebook.stem}.{state}.ipynb" for state in ("running", "failed"))
     logging.getLogger("papermill").setLevel(logging.CRITICAL)  # a failure is said once, by us
-    options = {"kernel_name": "python3", "cwd": project_root(), "extra_arguments": ["--log-level=ERROR"]}
+    options = {"kernel_name": "python3", "cwd": project_root(), "extra_arguments": ["--log-level=CRITICAL"]}
     try:
         with following(folder):
             papermill.execute_notebook(notebook, executed, values, progress_bar=False, autosave_cell_every=5, **options)

@@ -258,7 +258,7 @@ class Runner:
         parts = {name: {key: status.get(key) for key in ("stage", "step", "steps")} for name, status in first.items()}
         running = [f"{name}: {describe_progress(part)}" for name, part in parts.items()]
         running += [f"{len(self.active) - 2} more"] if len(self.active) > 2 else []
-        stage = f"{self.n_runs - n_left} of {self.n_runs} runs finished"
+        stage = f"{self.n_runs - n_left} of {self.n_runs} runs have ended"
         self.view.show({"stage": stage, "running": ", ".join(running), "elapsed": elapsed})
 
 
