@@ -111,9 +111,11 @@ def true_status(folder: str | Path) -> dict:
     if state == "queued" and not is_awaited(status, jobs):
         gone = f"job {job} has ended without it: its output is in runs/slurm" if job else "its batch is gone"
         return status | {"state": "stale", "error": gone}
-    if state != "running" or find_writer(folder):
+    is_here = status.get("host") == platform.node()
+    between = is_here and "pid" in status and is_awaited(status, jobs)  # two stages, in a notebook
+    if state != "running" or find_writer(folder) or between:
         return status
-    if status.get("host") != platform.node() and silence(folder, min) < SILENT_SECONDS:
+    if not is_here and silence(folder, min) < SILENT_SECONDS:
         return status
     return status | {"state": "stale", "error": "the process that ran it is gone", "seconds_left": None}
 

@@ -142,7 +142,7 @@ def run_stage(run_dir: str | Path, stage: str) -> None:
             raise
         failed = settle(child, stage)
         if not failed and load_status(run_dir)["state"] == "running":  # the last stage itself says that it is finished
-            write_status(run_dir, **load_status(run_dir) | {"stage": f"{stage} done"})
+            write_status(run_dir, **load_status(run_dir) | {"stage": f"{stage} done", "pid": os.getpid()})
     status = load_status(run_dir)
     view.close(status)
     if failed and status.get("state") == "stopped":

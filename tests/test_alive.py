@@ -79,6 +79,9 @@ def test_a_run_that_says_running_is_believed_only_while_somebody_runs_it(tmp_pat
         assert true_status(tmp_path)["state"] == "running"
     stale = true_status(tmp_path)
     assert (stale["state"], stale["step"]) == ("stale", 7) and "gone" in stale["error"]
+    for pid, state in ((os.getpid(), "running"), (2**22 + 1, "stale")):  # of a notebook, between two stages
+        runs.write_status(tmp_path, state="running", stage="baselines done", pid=pid)
+        assert true_status(tmp_path)["state"] == state
     elsewhere = '{"state": "running", "host": "another node"}'  # whose lock is not seen here: its signs of life count
     (tmp_path / "status.json").write_text(elsewhere)
     write_beats(tmp_path, {0: 5, 1: 500})
