@@ -2,6 +2,8 @@
 
     python tests/results/simulate.py [--n 2000] [--processes 2]     # writes preserved_data/verdict_simulation.json
 
+Rows that the file has are not made again.
+
 Each row has `n` experiments of three seeds that the real `judge` decides. In the null rows the bridge equals one
 control and is 0.1 above the others: on every problem, or on source-only problems alone. Answers correlate within units;
 the seeds' answers are independent given the unit, half of them shared, or the same.
@@ -25,6 +27,7 @@ AGREE = {"wholly": 1.0, "half": 0.5, "not at all": 0.0}  # share of a trained br
 WHERE = ("all, no groups", "all", "source-only alone")  # where the bridge equals the control
 COMMON, UNIT = 0.5, 0.2  # of an answer's latent variance: shared by all conditions, and by a unit's problems
 LEVEL, N_BOOT = 0.7, 500
+KEYS = ("equal to", "where", "seeds agree", "gain", "problems", "n")  # of a row: what is simulated
 OUT = Path(__file__).parents[2] / "preserved_data" / "verdict_simulation.json"
 
 
@@ -77,9 +80,12 @@ def main() -> None:
     args = parser.parse_args()
     rows = [(equal, where, agree, 0.1, 400, args.n) for agree, where, equal in product(AGREE, WHERE, RULE)]
     rows += [("", where, agree, 0.05, 3000, max(20, args.n // 10)) for where, agree in product(WHERE[:1], AGREE)]
-    rows, found = rows[-len(AGREE) :] + rows[: -len(AGREE)], []
+    rows = [(*row, seed) for seed, row in enumerate(rows[-len(AGREE) :] + rows[: -len(AGREE)])]
+    kept = json.loads(args.out.read_text()) if args.out.exists() else {"null": [], "with_effect": []}
+    found = [row for row in kept["with_effect"] + kept["null"] if tuple(map(row.get, KEYS)) in {r[:-1] for r in rows}]
+    known = {tuple(map(row.get, KEYS)) for row in found}
     with multiprocessing.Pool(args.processes) as pool:
-        for row in pool.imap(simulate, [(*row, seed) for seed, row in enumerate(rows)]):
+        for row in pool.imap(simulate, [row for row in rows if row[:-1] not in known]):
             found.append(row)
             print(json.dumps(row), flush=True)
             write(args.out, found, len(rows))
