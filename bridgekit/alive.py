@@ -180,7 +180,12 @@ def unless_in_thread(*signals: int) -> Iterator[None]:
 
 
 def training_command(run_dir: Path, stage: str, num_processes: int, threads: int = 0) -> list[str]:
-    """The `accelerate launch` command; on CPU too several processes need --multi_gpu, or one starts."""
+    worker = ["bridgekit.train.worker", str(run_dir), "--stage", stage]
+    return launch_command(worker, num_processes, threads)
+
+
+def launch_command(module: list[str], num_processes: int, threads: int = 0) -> list[str]:
+    """A module with its arguments by `accelerate launch`; on CPU too several processes need --multi_gpu."""
     machines = int(os.environ.get("BRIDGEKIT_MACHINES", 1))  # nodes of a Slurm job that `bridgekit submit` has sent
     options = {
         "num_processes": num_processes,
@@ -193,7 +198,7 @@ def training_command(run_dir: Path, stage: str, num_processes: int, threads: int
     }
     flags = [part for name, value in options.items() for part in (f"--{name}", str(value))]
     flags += ["--multi_gpu"] if num_processes > 1 else []
-    worker = ["-m", "bridgekit.train.worker", str(run_dir), "--stage", stage]
+    worker = ["-m", *module]
     if machines == 1:
         return [sys.executable, "-m", "accelerate.commands.launch", *flags, *worker]
     flags += ["--main_process_ip", os.environ["SLURMD_NODENAME"]]  # a launcher on each node; they meet on this one

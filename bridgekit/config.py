@@ -165,7 +165,8 @@ def build_config(*layers: dict[str, object]) -> Config:
     flat = DEFAULTS | {name: check_value(name, value) for name, value in given.items()}
     if flat["bridge.prompt_mode"] == "auto":  # resolved once, so that a run folder says which it was
         # Tokens taught to be the prompt stand in its place, all others stand beside it.
-        taught = flat["loss.prompt_weight"] or flat["loss.flow_weight"] or flat["bridge.dit_tokens"] == "teacher"
+        weights = (flat[f"loss.{name}_weight"] for name in ("prompt", "token", "flow"))
+        taught = any(weights) or flat["bridge.dit_tokens"] == "teacher"
         alone = taught and flat["bridge.teacher"] == "prompt" and flat["bridge.injector"] in SOFT_INJECTORS
         flat["bridge.prompt_mode"] = "soft_only" if alone else "soft_plus_text"
     sections = {s: {leaf: flat[f"{s}.{leaf}"] for leaf, _ in leaves} for s, leaves in SECTIONS.items()}
@@ -236,6 +237,18 @@ def check_value(name: str, value: object) -> object:
     return value
 
 
+def count_shards(device: str) -> int:
+    """Over how many GPUs `shard:<number>` spreads a model; 1 for any other device."""
+    spread = re.fullmatch(r"shard:(\d+)", device)
+    return int(spread[1]) if spread else 1
+
+
+def knows_places(bridge) -> bool:
+    """Whether `placed` queries are asked for and have an effect: a pooled source has no places."""
+    pooled = bridge.producer == "dit" and bridge.dit_condition != "cross"
+    return bridge.queries == "placed" and bridge.n_soft_tokens != -1 and not pooled
+
+
 def check_rules(c: Config) -> None:
     """Refuse settings that exclude each other; the message names the key and the way out."""
     task, bridge, loss, flat, n = c.task, c.bridge, c.loss, to_flat(c), c.train.num_processes
@@ -245,7 +258,7 @@ def check_rules(c: Config) -> None:
     has_flow = holds(keys.DIT, flat) or bridge.producer == "constant"
     is_device = re.compile(r"auto|cpu|mps|(cuda|xpu)(:\d+)?").fullmatch
     device, multiple = "must be auto, cpu, mps, cuda or cuda:<number>", f"must be a multiple of num_processes ({n})"
-    is_spread = re.fullmatch(r"shard:([2-9]|[1-9]\d+)", c.pair.target_device)
+    is_spread = count_shards(c.pair.target_device) > 1
     no_groups = f"task {task.task} has no knowledge groups: {{}} must stay {{}}".format
     pairs = "injector kv pairs the tokens of both prompts: set {}".format
     missing = [name for name in ("source", "target", "bridged") if name not in c.eval.conditions]
@@ -286,6 +299,8 @@ def check_rules(c: Config) -> None:
          "a message before the shots acts on them: set soft_position=question"),
         ("bridge.source_view", bridge.source_view == "facts" and task.variant != "context",
          "`facts` needs task.variant: context"),
+        ("bridge.teacher", bridge.teacher == "facts" and not holds(keys.FACTS, flat),
+         "`facts` needs task.task: units and task.variant: context"),
         ("bridge.source_view", kv and bridge.source_view == "facts", pairs("source_view=prompt")),
         ("bridge.n_soft_tokens", kv and bridge.n_soft_tokens != -1, pairs("n_soft_tokens=-1")),
         ("bridge.prompt_mode", kv and bridge.prompt_mode != "soft_plus_text", pairs("prompt_mode=soft_plus_text")),
@@ -294,7 +309,7 @@ def check_rules(c: Config) -> None:
         ("loss.nll_weight", not holds(keys.LOSS, flat), "a training step would have no loss: give one a weight above 0"
          + (", or set loss.decode_every=1" if decodes else "")),
         ("train.controls", idle, f"{', '.join(idle)} would have no loss, because a constant is trained without flow, "
-         "InfoNCE and prompt alignment: give another loss a weight, or leave it out"),
+         "InfoNCE and what a teacher says: give another loss a weight, or leave it out"),
     ]  # fmt: skip
     alone = "{} '{}' takes no options, only an object of your own does".format
     rules += [(own, flat[own] and not is_path(flat[key]), alone(key, flat[key])) for key, own in OPTIONS.items()]

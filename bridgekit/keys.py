@@ -52,17 +52,20 @@ OPTIONS["task.task"] = "task.options"
 # Conditions of several keys; `=` also holds for an object of the user's, which may use every key.
 FACTS, WEIGHTS = "task.variant = context and task.task = units", "task.variant = weights"
 PARAGRAPHS = "task.task = hotpotqa"
+PLACES = "initial; local: + mean of the source's j-th K-th; placed: source and queries know their places"
 DIT, READS = "bridge.producer = dit", "bridge.producer != constant"
 WIDE = f"{READS} or bridge.injector != prefix"
 SOFT = "bridge.injector != residual and bridge.injector != kv"
 # With one query per source token each starts from its own state; a pooled source has no states.
 FIXED = "bridge.n_soft_tokens != -1"
 QUERIES = f"bridge.producer = resampler and {FIXED} or {DIT} and {FIXED} and bridge.dit_condition = cross"
-IMITATES = f"loss.prompt_weight > 0 or {DIT} and loss.flow_weight > 0 or {DIT} and bridge.dit_tokens = teacher"
+IMITATES = "loss.prompt_weight > 0 or loss.token_weight > 0"
+IMITATES += f" or {DIT} and loss.flow_weight > 0 or {DIT} and bridge.dit_tokens = teacher"
 # Every training step has a loss; a constant control does without flow, InfoNCE and prompt alignment.
 LOSS_OF_ALL = " or ".join(f"loss.{name}_weight > 0" for name in ("nll", "kl", "format", "extra"))
 LOSS_OF_ALL += " or loss.decode_weight > 0 and loss.decode_every = 1 or train.steps = 0"
-LOSS = f"{LOSS_OF_ALL} or loss.prompt_weight > 0 or loss.info_nce_weight > 0 or {DIT} and loss.flow_weight > 0"
+LOSS = f"{LOSS_OF_ALL} or loss.info_nce_weight > 0 or loss.prompt_weight > 0 or loss.token_weight > 0"
+LOSS += f" or {DIT} and loss.flow_weight > 0"
 DECODES, EXTRA = "loss.decode_weight > 0", "loss.extra_weight > 0"
 NEVER = "never"  # bookkeeping: changes no result
 # What may differ when an interrupted run goes on, beside bookkeeping: how long it is, and on what machine.
@@ -219,7 +222,7 @@ KEYS = {
     "bridge.train_prompt_mode": Key("same", "what it reads in training", ("same", "soft_plus_text", "soft_only")),
     "bridge.source_view": Key("prompt", "prompt, its part after the shots, with solution, or facts", VIEWS, READS),
     "bridge.source_layers": Key("auto", "hidden states, e.g. 2,4,6; auto: at 0.6, 0.8 and all of the depth", "", READS),
-    "bridge.queries": Key("learned", "initial; local: + mean of the source's j-th K-th", ("learned", "local"), QUERIES),
+    "bridge.queries": Key("learned", PLACES, ("learned", "local", "placed"), QUERIES),
     "bridge.source_projection": Key(False, "a learnable projection of source states, first the identity", "", READS),
     "bridge.rms_match": Key(True, "bring soft tokens to the size of the target's embeddings"),
     "bridge.inject_from": Key("auto", "the first place acted on; auto: after shots", STARTS, "task.n_shots > 0"),
@@ -235,13 +238,14 @@ KEYS = {
     "bridge.dit_condition": Key("cross", "attend to source states, or pool them", ("cross", "mean", "attention"), DIT),
     "bridge.dit_prediction": Key("tokens", "what is predicted at each step", ("tokens", "velocity"), DIT),
     "bridge.dit_tokens": Key("sampled", "in training; teacher: noised gold embeddings", ("sampled", "teacher"), DIT),
-    "bridge.teacher": Key("answer", "what flow and prompt alignment imitate", ("answer", "prompt"), IMITATES),
+    "bridge.teacher": Key("answer", "what flow and prompt alignment imitate", ("answer", "prompt", "facts"), IMITATES),
     # The losses; a weight of 0 switches one off.
     "loss.nll_weight": Key(1.0, "likelihood of the gold answer", ">= 0"),
     "loss.answer_tokens": Key(0, "first answer tokens that are supervised; 0: all", ">= 0"),
     "loss.kl_weight": Key(0.0, "KL to the target alone on the answer's tokens", ">= 0"),
     "loss.kl_tokens": Key(0, "first answer tokens compared; 0: all", ">= 0", "loss.kl_weight > 0"),
     "loss.prompt_weight": Key(0.0, "distance of soft tokens from the teacher's embeddings", ">= 0"),
+    "loss.token_weight": Key(0.0, "likelihood of the teacher's tokens, read off the soft ones", ">= 0"),
     "loss.info_nce_weight": Key(0.0, "tell one's own question from the others of the batch", ">= 0"),
     "loss.info_nce_temperature": Key(0.07, "of InfoNCE", "> 0", "loss.info_nce_weight > 0"),
     "loss.format_weight": Key(0.0, "likelihood of the answer's `####` marker", ">= 0"),

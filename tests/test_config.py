@@ -88,6 +88,7 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
         ({"lr": float("nan")}, ["train.lr", "finite"]),
         ({"heads": 5}, ["bridge.heads", "bridge_dim"]),
         ({"source_view": "facts"}, ["bridge.source_view", "context"]),
+        ({"teacher": "facts", "token_weight": 1.0}, ["bridge.teacher", "context"]),
         ({"injector": "kv"}, ["bridge.n_soft_tokens", "set n_soft_tokens=-1"]),
         ({"flow_weight": 0.1}, ["loss.flow_weight", "dit"]),
         ({"extra_weight": 0.1}, ["loss.extra_weight", f"loss.extra={FILE_OBJECT}"]),

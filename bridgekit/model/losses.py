@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 Total = tuple[torch.Tensor, torch.Tensor]
+SHARP = 5.0  # nats for a squared distance of an embedding's own size
 
 
 def answer_nll(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> Total:
@@ -43,6 +44,14 @@ def prompt_alignment(tokens, mask, embeds, embeds_mask, reduce: Callable[[Total]
     size = total / count.clamp(min=1)
     distance = (tokens[:, :n].float() - embeds).pow(2).mean(-1) / size.clamp(min=1e-8)
     return (distance * both).sum(), both.sum()
+
+
+def token_nll(tokens, mask, ids, ids_mask, table) -> Total:
+    """Negative log-likelihood of the teacher's tokens at the same place: the nearer a word's embedding is to the soft
+    token, the likelier the word. (B, K, D), (B, K), (B, P), (B, P), all embeddings (V, D)"""
+    n, sizes = min(tokens.shape[1], ids.shape[1]), torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32).square()
+    distances = sizes - 2 * (tokens[:, :n].to(table.dtype) @ table.T).float()  # but for the soft token's own size
+    return answer_nll(-SHARP * distances / sizes.mean(), ids[:, :n], mask[:, :n] & ids_mask[:, :n])
 
 
 def pool(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

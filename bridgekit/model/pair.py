@@ -18,7 +18,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bridgekit.config import Config, ConfigError, is_geometry, refuse_if, resolve_model_folder
+from bridgekit.config import Config, ConfigError, count_shards, is_geometry, refuse_if, resolve_model_folder
 from bridgekit.model.adapter import Decoder
 from bridgekit.model.attention import fuse_pieces
 from bridgekit.model.fingerprint import fingerprint_folder
@@ -211,11 +211,16 @@ def split_prompts(lm: LanguageModel, prompts: list[Prompt]) -> list[Pieces]:
     return pieces
 
 
+def tokens_at(offsets: list[tuple[int, int]], first: int, last: int) -> list[int]:
+    """The tokens that stand on any character from `first` to before `last`."""
+    return [i for i, (start, end) in enumerate(offsets) if start < last and end > first]
+
+
 def word_tokens(lm: LanguageModel, text: str, word: str) -> list[range]:
     """For each time the whole word stands in the text: its tokens, counted without BOS, found by their offsets."""
     (_, (offsets,)), found = lm.locate([text]), []
     for match in re.finditer(rf"\b{re.escape(word)}\b", text):
-        tokens = [i for i, (start, end) in enumerate(offsets) if start < match.end() and end > match.start()]
+        tokens = tokens_at(offsets, *match.span())
         found.append(range(tokens[0], tokens[-1] + 1))
     return found
 
@@ -302,9 +307,9 @@ def load_pair(config: Config, device: torch.device | None = None) -> Pair:
     models = [("source_model", settings.source_model), ("target_model", settings.target_model)]
     loaded, devices = [], (settings.source_device, settings.target_device)
     for model, asked in zip(models if settings.direction == "forward" else models[::-1], devices, strict=True):
-        _, _, shards = asked.partition("shard:")
-        place = device if asked == "auto" else torch.device("cuda:0" if shards else asked)
+        shards = count_shards(asked)
+        place = device if asked == "auto" else torch.device("cuda:0" if shards > 1 else asked)
         auto = "bfloat16" if place.type == "cuda" else "float32"
         dtype = getattr(torch, auto if settings.dtype == "auto" else settings.dtype)
-        loaded.append(load_model(*model, place, dtype, settings.prompt_format, int(shards or 1)))
+        loaded.append(load_model(*model, place, dtype, settings.prompt_format, shards))
     return Pair(*loaded, lexicon_seed=seed)

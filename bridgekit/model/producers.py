@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from bridgekit.config import knows_places
 from bridgekit.model.message import Dropout, Message, hashed_normal, hashed_uniform
 from bridgekit.tasks import MAX_SOFT_TOKENS
 
@@ -56,17 +57,26 @@ class FeedForward(nn.Sequential):
 
 
 class SourceReader(nn.Module):
-    """Captured states to the bridge's width; each layer is normalised, because their sizes differ a hundredfold."""
+    """Captured states to the bridge's width; each layer is normalised, because their sizes differ a hundredfold.
 
-    def __init__(self, n_layers: int, source_dim: int, dim: int, dropout: float):
+    With `placed` queries the source's tokens then get their places and look at each other: which of several facts a
+    token belongs to is counted here, as attention alone could not."""
+
+    def __init__(self, config, n_layers: int, source_dim: int):
         super().__init__()
-        self.n_layers, self.dropout = n_layers, Dropout(dropout)
+        dim, self.n_layers, self.dropout = config.bridge_dim, n_layers, Dropout(config.state_dropout)
         self.norm = nn.LayerNorm(source_dim, elementwise_affine=False)
         self.project = nn.Linear(n_layers * source_dim, dim)
+        self.blocks = nn.ModuleList(Block(config, ("self",)) for _ in range(2 * knows_places(config)))
 
-    def forward(self, states, seeds):
-        """(B, S, L * D_s), (B,) -> (B, S, dim)"""
-        return self.project(self.dropout(self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2), seeds))
+    def forward(self, states, mask, seeds):
+        """(B, S, L * D_s), (B, S), (B,) -> (B, S, dim)"""
+        source = self.norm(states.unflatten(-1, (self.n_layers, -1))).flatten(2)
+        source = self.project(self.dropout(source, seeds))
+        if len(self.blocks):
+            source = source + sinusoids(torch.arange(source.shape[1], device=source.device), source.shape[-1])
+            source, _ = run_blocks(self.blocks, source, source, mask, mask, seeds, False)
+        return source
 
 
 def mask_soft_tokens(n_soft_tokens: int, mask: torch.Tensor) -> torch.Tensor:
@@ -93,12 +103,13 @@ def average_spans(x: torch.Tensor, mask: torch.Tensor, start: torch.Tensor, end:
 
 class Queries(nn.Module):
     """K learned starting points; `local` ones also start from the mean of the j-th of K equal stretches of the source,
-    so that several facts need not be told apart by attention alone. Where K follows the prompt, each has its own place
-    and state."""
+    so that several facts need not be told apart by attention alone, `placed` ones from their number. Where K follows
+    the prompt, each has its own place and state."""
 
     def __init__(self, config, dim: int):
         super().__init__()
-        self.n_soft_tokens, self.local = config.n_soft_tokens, config.queries == "local"
+        self.n_soft_tokens = config.n_soft_tokens
+        self.local, self.placed = config.queries == "local", knows_places(config)
         self.points = nn.Parameter(torch.randn(max(self.n_soft_tokens, 1), dim) * 0.5)
 
     def forward(self, k: int, source: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -109,7 +120,8 @@ class Queries(nn.Module):
         if self.local:  # a stretch of a source that is shorter than K is one place
             real = mask.sum(1, keepdim=True)
             return self.points + average_spans(source, mask, j * real // k, ((j + 1) * real + k - 1) // k)
-        return self.points[None].expand(len(source), -1, -1)
+        points = self.points + sinusoids(j, self.points.shape[1]) if self.placed else self.points
+        return points[None].expand(len(source), -1, -1)
 
 
 class Block(nn.Module):
@@ -160,14 +172,14 @@ class Resampler(nn.Module):
     def __init__(self, config, n_layers: int, source_dim: int, target_dim: int):
         super().__init__()
         dim, self.n_soft_tokens = config.bridge_dim, config.n_soft_tokens
-        self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
+        self.read = SourceReader(config, n_layers, source_dim)
         self.queries = Queries(config, dim)
         self.blocks = nn.ModuleList(Block(config, ("cross", "self")) for _ in range(config.depth))
         self.out = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, target_dim))
 
     def forward(self, states, mask, seeds, want_attention=False) -> Message:
         """states (B, S, L * D_s), mask (B, S) -> tokens (B, K, D_t)"""
-        source, query_mask = self.read(states, seeds), mask_soft_tokens(self.n_soft_tokens, mask)
+        source, query_mask = self.read(states, mask, seeds), mask_soft_tokens(self.n_soft_tokens, mask)
         x = self.queries(query_mask.shape[1], source, mask)
         x, attention = run_blocks(self.blocks, x, source, mask, query_mask, seeds, want_attention)
         return Message(self.out(x), query_mask, attention=attention)
@@ -180,7 +192,7 @@ class DiT(nn.Module):
         super().__init__()
         dim, condition = config.bridge_dim, config.dit_condition
         self.config, self.target_dim = config, target_dim
-        self.read = SourceReader(n_layers, source_dim, dim, config.state_dropout)
+        self.read = SourceReader(config, n_layers, source_dim)
         self.queries = Queries(config, dim)
         self.enter = nn.Linear(target_dim, dim)
         self.time = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
@@ -192,7 +204,7 @@ class DiT(nn.Module):
 
     def condition(self, states, mask, seeds, want_weights=False):
         """The source for cross-attention (B, S, dim), its pooled vector (B, dim) or None, pooling weights."""
-        source = self.read(states, seeds)
+        source = self.read(states, mask, seeds)
         if self.config.dit_condition == "mean":
             weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
             return source, (source * weights[..., None]).sum(1), weights[:, None] if want_weights else None

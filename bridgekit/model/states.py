@@ -5,9 +5,9 @@ Shapes: B batch, S source tokens, L captured layers, D_s source hidden size.
 
 import math
 import os
-import sys
 
 import numpy as np
+import psutil
 import torch
 
 from bridgekit.model.attention import Pass, attending, share_rows
@@ -43,7 +43,7 @@ def align_tokens(source: LanguageModel, target: LanguageModel, examples: list[Ex
     asked = format_prompts(target, [literal_prompt(e) for e in examples])
     _, of_read = source.locate([p.text for p in read])
     _, of_asked = target.locate([p.text for p in asked])
-    for of_source, of_target, (theirs, ours) in zip(read, asked, zip(of_read, of_asked, strict=True), strict=True):
+    for of_source, of_target, theirs, ours in zip(read, asked, of_read, of_asked, strict=True):
         starts, ends = np.array(theirs).T
         own_starts, own_ends = np.array(ours).T + len(of_source.prefix) - len(of_target.prefix)
         start = first + np.searchsorted(ends, own_starts, "right")  # the first token that ends after our first letter
@@ -90,13 +90,14 @@ class FlatStates:
     def find_room(
         cls, lengths: np.ndarray, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, gb: float
     ) -> torch.device | None:
-        """Where they can be kept: on the model's device within `gb`, else in a part of the machine's free memory."""
+        """Where they can be kept: on the model's device within `gb`, else in a part of the memory that is available."""
         size = int(lengths.sum()) * math.prod(shape) * dtype.itemsize
         if size <= gb * 1e9:
             return device
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if sys.platform == "linux" else 0
+        if not gb or device.type == "cpu":
+            return None
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # each process keeps its own
-        return torch.device("cpu") if gb and device.type != "cpu" and size <= free / 4 / beside else None
+        return torch.device("cpu") if size <= psutil.virtual_memory().available / 4 / beside else None
 
     def _places(self, indices: np.ndarray) -> torch.Tensor:
         """Where the tokens of some rows stand, those of padding at the end. -> (B, S)"""

@@ -214,9 +214,13 @@ def make_problem(rng: random.Random, family: Family, word: str) -> Problem:
     return Problem(numbers, things, question)
 
 
+def state_fact(word: str, value: int) -> str:
+    return f"A {word} is {value}."
+
+
 def state_facts(pairs: Sequence[tuple[str, int]]) -> str:
     """Facts in words, as both models read them: one line, ends in a newline; nothing where there are none."""
-    return "Note: " + " ".join(f"A {word} is {value}." for word, value in pairs) + "\n" if pairs else ""
+    return "Note: " + " ".join(state_fact(*pair) for pair in pairs) + "\n" if pairs else ""
 
 
 def make_example(rng: random.Random, unit: Unit, split: str, i: int, name: str, pairs: tuple = ()) -> Example:

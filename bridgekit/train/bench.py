@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from bridgekit.alive import training_command
+from bridgekit.alive import launch_command
 from bridgekit.config import Parser, load_config
 from bridgekit.model.pair import Pair, load_pair
 from bridgekit.runs import write_text_atomic
@@ -203,9 +203,7 @@ def scale(argv: list[str], counts: list[int]) -> dict:
     for n in counts:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "table.json"
-            launch = training_command(Path("."), "", n)  # its worker is another module
-            command = [*launch[: launch.index("-m", 3)], "-m", "bridgekit.train.bench", *argv, "--out", str(out)]
-            subprocess.run(command, check=True)
+            subprocess.run(launch_command(["bridgekit.train.bench", *argv, "--out", str(out)], n), check=True)
             tables[str(n)] = json.loads(out.read_text())
     return tables
 

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
 
 WIDTH = 16
-QUESTIONS = ("states", "mask", "alignment", "before", "after", "literal", "asked")  # as long as a prompt, or its rest
+# As long as a prompt, or what is left of it; then as long as an answer.
+QUESTIONS = ("states", "mask", "alignment", "before", "after", "literal", "asked", "noted")
 ANSWERS = ("labels", "labels_mask", "marker", "final", "taught")
 WHOLE = ("literal", "alignment")  # with the shared start
 

@@ -318,10 +318,8 @@ def count_flips(experiment: Experiment, examples: list[Example], bridge: Bridge,
         said = decode_messages(experiment, bridge, examples, states, batch_size=batch_size)
         return sum(experiment.task.extract(g.text) != r["bridged_extracted"] for g, r in zip(said, rows, strict=True))
 
-    found, usual = (
-        {"batch_sizes": [size, small], "flipped": flip(small), "n": len(rows)},
-        (target.captures, target.in_parts),
-    )
+    found = {"batch_sizes": [size, small], "flipped": flip(small), "n": len(rows)}
+    usual = target.captures, target.in_parts
     try:
         if target.captures:
             target.captures = False

@@ -74,7 +74,7 @@ def state_fact(rng: random.Random, unit: units.Unit) -> str:
     """
     word, value = unit.word, unit.value
     tens, ones = divmod(value, 10)
-    plain = f"A {word} is {value}."
+    plain = units.state_fact(word, value)
     others = (
         f"{word}: {value}.", f"Each {word} holds {value}.", f"1 {word} = {value}.", f"{word} ({ones}, {tens}).",
         f"A {word} ends in {ones} and starts with {tens}.", f"{word}{value}.", f"{word}{value}.",

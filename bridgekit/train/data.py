@@ -14,9 +14,10 @@ import torch
 from bridgekit.config import Config, refuse_if
 from bridgekit.model.attention import LEAST, Shared, share_rows
 from bridgekit.model.generation import answer_states
-from bridgekit.model.pair import LanguageModel, Pieces, format_prompts, split_prompts
+from bridgekit.model.pair import LanguageModel, Pieces, format_prompts, split_prompts, tokens_at
 from bridgekit.model.states import FlatStates, Ragged, SourceStates, count_shared, in_parts
 from bridgekit.tasks import Example, Prompt, literal_prompt
+from bridgekit.tasks.units import state_fact
 
 
 def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -62,6 +63,7 @@ class Batch:
     widths: tuple[int, int]  # of the longest question-like and answer-like rows of the step's global batch
     shared: Shared | None = None  # what stands in front of every `before`
     shared_asked: Shared | None = None  # and of every `asked`
+    noted: tuple[torch.Tensor, torch.Tensor] | None = None  # of the facts in the source's context, for their teacher
     taught: torch.Tensor | None = None  # (B, A, D), the target's own last states on the labels, where they are kept
 
 
@@ -84,7 +86,9 @@ class TrainingTexts:
         literal = [target.bos + p.all for p in pieces]
         self.shared_asked, asked = share_rows(target, literal, count_shared(target, pieces))
         rows = [before, after, literal, asked, answers, markers, finals]
-        self.device, self.taught = target.device, None
+        self.device, self.taught, self.noted = target.device, None, None
+        if config.bridge.teacher == "facts":
+            self.noted = Ragged(note_facts(target, examples, config.bridge.n_soft_tokens), target.device)
         ragged = (Ragged(r, target.device) for r in rows)
         self.before, self.after, self.literal, self.asked, self.answers, self.markers, self.finals = ragged
 
@@ -119,7 +123,7 @@ class TrainingSet:
     def widths(self, indices: np.ndarray) -> tuple[int, int]:
         """The longest rows of some examples: of their questions, however they are cut, and of their answers."""
         texts, shared = self.texts, len(self.texts.shared_asked or ())
-        parts = (self.states, texts.before, texts.after, texts.asked)
+        parts = [self.states, texts.before, texts.after, texts.asked, *([texts.noted] if texts.noted else [])]
         question = max(texts.literal.lengths[indices].max() - shared, *(p.lengths[indices].max() for p in parts))
         return int(question), int(texts.answers.lengths[indices].max())
 
@@ -135,6 +139,7 @@ class TrainingSet:
             self.states.alignment(indices, device), texts.before.take(indices), texts.after.take(indices),
             texts.literal.take(indices), texts.asked.take(indices), labels, labels_mask, marker.bool() & labels_mask,
             texts.finals.take(indices), widths or self.widths(indices), texts.shared, texts.shared_asked,
+            texts.noted and texts.noted.take(indices),
             None if texts.taught is None else texts.taught.take(indices, device),
         )  # fmt: skip
 
@@ -168,6 +173,21 @@ def split_target(config: Config, lm: LanguageModel, pieces: list[Pieces], mode: 
     refused = n >= LEAST and begins and bridge.injector != "prefix" and mode != "soft_only" and shared is None
     refuse_if(refused, f"bridge.inject_from: {lm.origin} cannot share its shots: set inject_from=prompt")
     return shared, own, after
+
+
+def note_facts(lm: LanguageModel, examples: list[Example], k: int) -> list[list[int]]:
+    """Each example's facts in as many tokens as there are soft ones, each fact in its share of them: the first token
+    of its word, then its value, the rest of the word, the rest of the sentence, as long as there is room."""
+    facts = [(" " + state_fact(*pair), *map(str, pair)) for e in examples for pair in e.fact_pairs]
+    found, rows = zip(facts, *lm.locate([text for text, *_ in facts]), strict=True), []
+    for e in examples:
+        row, room = [], None if k == -1 else max(1, k // max(1, len(e.fact_pairs)))
+        for _, ((text, word, value), ids, offsets) in zip(e.fact_pairs, found, strict=False):
+            named, said = (tokens_at(offsets, text.rindex(x), text.rindex(x) + len(x)) for x in (word, value))
+            order = dict.fromkeys([named[0], *said, *named, *range(len(ids))])  # each once
+            row += [ids[i] for i in sorted([*order][:room])]
+        rows.append(row[: None if k == -1 else k])
+    return rows
 
 
 def tokenize_answers(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean
 
-from bridgekit.config import SOFT_INJECTORS, Config, format_override
+from bridgekit.config import SOFT_INJECTORS, Config, count_shards, format_override, knows_places
 
 GiB = 1 << 30
 # Fitted to medians of captured steps at Mistral-7B -> Llama-3.1-8B size on one H200, bfloat16, prefix of 1,364 tokens.
@@ -149,6 +149,7 @@ def count_bridge(config: Config, source: Shape, target: Shape) -> tuple[int, int
     inside, pooled = layers * source.hidden, c.dit_condition != "cross"
     feed, heads = 8 * d * d + 5 * d, 4 * d * d
     reader, work = inside * d + d, max(k, 1) * d + d * t + t + 2 * d
+    reader += 2 * knows_places(c) * (heads + feed + 6 * d)
     if c.producer == "constant":
         reader, work = 0, (2048 if k == -1 else k) * t
     elif c.producer == "dit":
@@ -181,7 +182,7 @@ class Work:
         self.bridge_size = 4 * (FITTED["half_bridge"] if half else 1)  # bytes of a number that the bridge keeps
         places = {config.pair.source_device, config.pair.target_device}
         self.beside = "auto" in places or len(places) == 1  # the source is on the target's GPU
-        self.shards = int(config.pair.target_device.partition("shard:")[2] or 1)  # GPUs that hold the target
+        self.shards = count_shards(config.pair.target_device)  # GPUs that hold the target
         self.beside |= self.shards > 1  # on the first of them
         self.is_soft = c.injector in SOFT_INJECTORS
         self.mode = c.prompt_mode if c.train_prompt_mode == "same" else c.train_prompt_mode
@@ -194,6 +195,7 @@ class Work:
         room, n_train, has_kl = config.train.cache_states_gb * 1e9, task.n_train, config.loss.kl_weight > 0
         known = n_train * mean(lengths.read) * self.inside, n_train * mean(lengths.answers) * target.hidden * has_kl
         self.states, self.taught = (x * self.size if x * self.size <= room else 0 for x in known)
+        self.keeps = room > 0  # what the GPU has no room for is kept in the machine's memory
 
     def widths(self, rows: float = math.inf) -> tuple[int, int, int, int, int]:
         """K, message tokens (also those that take no place), question, A and what the bridge reads, of `rows` rows."""
@@ -220,6 +222,7 @@ class Work:
         answers = max(a, loss.decode_tokens + WIDTH if self.decoded else 0)
         rows, places = max(self.config.train.batch_size // self.n, self.decoded), k + asked + answers
         weights = loss.nll_weight, loss.kl_weight, loss.kl_weight, loss.format_weight, loss.extra_weight
+        compared = answers * (1 + sum(map(bool, weights))) + 2 * tokens * (loss.token_weight > 0)  # with all words
         fused = self.size == 2 and target.hidden >= FUSED
         validated = self.rooms(self.config.train.val_samples, k + asked)
         decoding = self.decoded * (k + asked + loss.decode_tokens) * target.cached * self.size
@@ -231,7 +234,7 @@ class Work:
             "source states kept": self.states * self.beside,
             "target's states kept for KL": self.taught,
             "activations of the target": rows * places * target.saved(self.shared > 0, fused) * self.size / self.shards,
-            "logits and their losses": rows * answers * target.vocab * FITTED["logits"] * (1 + sum(map(bool, weights))),
+            "logits and their losses": rows * compared * target.vocab * FITTED["logits"],
             "activations of the bridge": rows * kept * self.bridge_size,
             "rooms of answers": (validated * target.cached * self.size + decoding) / self.shards,
         }
@@ -269,9 +272,9 @@ class Work:
         t = k + asked + a
         frozen = 2 * target.flops(rows * t, rows * a, self.shared + t / 2)  # no weight has a gradient
         if loss.kl_weight:
-            own = 0 if self.taught else rows * (widest(self.lengths.asked, rows) + a)
+            own = 0 if self.keeps else rows * (widest(self.lengths.asked, rows) + a)
             frozen += target.flops(own, rows * a, self.lengths.shared)
-        frozen += 0 if self.states or c.producer == "constant" else self.read_source(rows, read)
+        frozen += 0 if self.keeps or c.producer == "constant" else self.read_source(rows, read)
         bridge = 6 * rows * (self.reader * read + self.work * tokens * self.passes + self.injector * t)
         bridge += 14 * rows * tokens * (tokens + read) * c.bridge_dim * c.depth * self.passes  # its attention
         found = frozen / self.frozen_rate + bridge / self.bridge_rate + FITTED["step"]

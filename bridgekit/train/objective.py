@@ -55,6 +55,9 @@ def step_losses(
         everywhere = {} if processes.world == 1 else {"reduce": lambda pair: tuple(map(processes.sum, pair))}
         teacher = embed_teacher(config, target, batch)
         result["prompt"] = losses.prompt_alignment(message.tokens, message.mask, *teacher, **everywhere)
+    if weights.token_weight:
+        table = target.embed(torch.arange(target.model.get_input_embeddings().weight.shape[0], device=target.device))
+        result["token"] = losses.token_nll(message.tokens, message.mask, *teacher_tokens(config, batch), table)
     if weights.info_nce_weight:
         own = losses.pool(target.embed(batch.literal[0]), batch.literal[1])
         anchors = losses.pool(message.tokens, message.mask)
@@ -72,9 +75,15 @@ def is_decoded(config: Config, step: int | None) -> bool:
     return step is not None and config.loss.decode_weight > 0 and (step + 1) % config.loss.decode_every == 0
 
 
+def teacher_tokens(config: Config, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """What soft tokens are to imitate. (B, P), (B, P)"""
+    texts = {"answer": (batch.labels, batch.labels_mask), "prompt": batch.literal, "facts": batch.noted}
+    return texts[config.bridge.teacher]
+
+
 def embed_teacher(config: Config, target: LanguageModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings of what flow and prompt alignment imitate, and their mask. (B, P, D), (B, P)"""
-    ids, mask = (batch.labels, batch.labels_mask) if config.bridge.teacher == "answer" else batch.literal
+    """Its embeddings, and their mask. (B, P, D), (B, P)"""
+    ids, mask = teacher_tokens(config, batch)
     return target.embed(ids), mask
 
 

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from bridgekit.config import EMBEDDED, Config, ConfigError, Parser, is_geometry, load_config, refuse_if
+from bridgekit.config import EMBEDDED, Config, ConfigError, Parser, count_shards, is_geometry, load_config, refuse_if
 from bridgekit.config import resolve_model_folder as resolve_folder
 from bridgekit.keys import GEOMETRIES, GEOMETRY, REAL, SIZES
 from bridgekit.runs import count_threads, project_root
@@ -171,7 +171,7 @@ def check_devices(config: Config) -> None:
         if device.startswith("cuda:") and (gpu := find_gpu()):
             why = f"'{device}' is not here, GPUs are numbered from 0, there are {gpu.count}"
             refuse_if(int(device.partition(":")[2]) >= gpu.count, f"pair.{key}_device: {why}")
-        spread = int(device.partition("shard:")[2] or 1)
+        spread = count_shards(device)
         if spread > 1 and (gpu := find_gpu()):
             refuse_if(spread > gpu.count, f"pair.{key}_device: '{device}' needs {spread} GPUs, there are {gpu.count}")
 

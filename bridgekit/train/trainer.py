@@ -127,7 +127,7 @@ def control_config(config: Config, name: str) -> Config:
     """The configuration of a control: the bridge's own, but for what makes it a control."""
     if name not in ("constant", "constant_natural"):
         return config
-    idle = dict.fromkeys(("flow_weight", "info_nce_weight", "prompt_weight"), 0.0)
+    idle = dict.fromkeys(("flow_weight", "info_nce_weight", "prompt_weight", "token_weight"), 0.0)
     natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
     return config.with_(producer="constant", producer_options=(), dit_tokens="sampled", **idle, **natural)
 

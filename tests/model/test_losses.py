@@ -50,6 +50,16 @@ def test_prompt_alignment_by_hand():
     assert values(losses.prompt_alignment(TOKENS, SOFT, EMBEDS, PROMPT)) == (wanted, len(places))
 
 
+def test_the_teachers_token_is_the_likelier_the_nearer_its_embedding():
+    table, ids = draw(V, D, seed=3), torch.randint(0, V, (B, P), generator=torch.Generator().manual_seed(4))
+    places = [(i, j) for i in range(B) for j in range(K) if SOFT[i, j] and PROMPT[i, j]]
+    size, wanted = table.square().sum(1).mean(), 0.0
+    for place in places:
+        shares = (-losses.SHARP * (TOKENS[place] - table).square().sum(1) / size).softmax(0)
+        wanted -= shares[ids[place]].log().item()
+    assert values(losses.token_nll(TOKENS, SOFT, ids, PROMPT, table)) == (wanted, len(places))
+
+
 @pytest.mark.parametrize("offset", [0, 1, B])
 def test_info_nce_by_hand(offset):
     centred, wanted = POSITIVES - POSITIVES.mean(0), 0.0

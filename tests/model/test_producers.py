@@ -15,7 +15,9 @@ SEEDS = torch.tensor([5, 6, 2**31 - 1])
 READERS = [
     ("resampler", {}),
     ("resampler", {"queries": "local"}),
+    ("resampler", {"queries": "placed"}),
     ("dit", {"queries": "local"}),
+    ("dit", {"queries": "placed"}),
     *(("dit", {"dit_condition": condition}) for condition in ("cross", "mean", "attention")),
 ]
 
@@ -61,6 +63,15 @@ def test_a_reader_reads_every_state(build, source, producer, changes):
         changed[:, place, layer] = changed[:, place, layer].flip(-1)
         assert not same(bridge.encode(changed, mask, SEEDS), before)
         assert same(deaf.encode(changed, mask, SEEDS), always, atol=0)
+
+
+@pytest.mark.parametrize("producer", ["resampler", "dit"])
+def test_placed_queries_know_in_which_order_the_source_stands(build, source, producer):
+    states, mask = source()
+    turned = states[:, [1, 0, 2, *range(3, S)]]  # all examples have three tokens
+    for queries, knows in (("placed", True), ("learned", False)):
+        bridge = build(producer=producer, queries=queries)
+        assert same(bridge.encode(turned, mask, SEEDS), bridge.encode(states, mask, SEEDS)) != knows
 
 
 @pytest.mark.parametrize("producer, changes", READERS)

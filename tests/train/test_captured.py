@@ -10,25 +10,31 @@ import torch
 from bridgekit.model import decoding
 from bridgekit.train.captured import WIDTH, Captured, pad_batch
 from bridgekit.train.experiment import Experiment
+from bridgekit.train.objective import teacher_tokens
 from bridgekit.train.trainer import build_optimizer, train_step
 
 ON_GPU = dict(source_device="cuda", target_device="cuda", dtype="float32")
+FACTS = dict(variant="context", n_facts=2, source_view="facts", teacher="facts", token_weight=1.0, queries="placed")
 CASES = {
     "resampler": {},
     "kv": {"injector": "kv", "n_soft_tokens": -1},
     "residual": {"injector": "residual"},
     "dit": {"producer": "dit", "flow_weight": 0.1, "n_soft_tokens": 4},
     "decoded": {"decode_weight": 0.1, "decode_every": 2, "decode_batch": 2, "decode_tokens": 8},
+    "facts": FACTS | {"prompt_weight": 0.1, "n_soft_tokens": 8},
 }
 
 
-def test_padding_to_a_multiple_changes_no_loss(tiny, make_experiment):
-    experiment = make_experiment(tiny(kl_weight=0.5, prompt_weight=0.1, format_weight=0.1, dropout=0.2))
+@pytest.mark.parametrize("more", [{}, FACTS], ids=["answer", "facts"])
+def test_padding_to_a_multiple_changes_no_loss(tiny, make_experiment, more):
+    experiment = make_experiment(tiny(kl_weight=0.5, prompt_weight=0.1, format_weight=0.1, dropout=0.2, **more))
     bridge, batch = experiment.build_bridge(), experiment.batch(0)
     padded = pad_batch(batch)
     assert padded.labels.shape[1] % WIDTH == 0 and padded.after[0].shape[1] % WIDTH == 0
     wanted, found = (experiment.step_losses(bridge.train(), b) for b in (batch, padded))
     assert {k: v.item() for k, v in found.items()} == pytest.approx({k: v.item() for k, v in wanted.items()}, rel=1e-5)
+    assert ("token" in wanted) == ("token_weight" in more)
+    assert teacher_tokens(experiment.config, batch)[0] is (batch.noted[0] if more else batch.labels)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

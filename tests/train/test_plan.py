@@ -48,12 +48,14 @@ def test_parameters_are_those_of_the_real_model(given):
 
 @pytest.mark.parametrize("producer", ["resampler", "dit", "constant"])
 @pytest.mark.parametrize("injector", ["prefix", "residual", "kv"])
-def test_parameters_of_a_bridge_are_exact(pair, producer, injector):
+@pytest.mark.parametrize("queries", ["learned", "placed"])
+def test_parameters_of_a_bridge_are_exact(pair, producer, injector, queries):
     from bridgekit.model.bridge import build_bridge
     from bridgekit.tasks.models import pick_layers
 
     more = dict(n_soft_tokens=-1) if injector == "kv" else dict(source_projection=True, dit_condition="attention")
-    config = load_config(**TINY | dict(producer=producer, injector=injector) | more)
+    more |= dict(dit_condition="cross") if queries == "placed" and injector == "prefix" else {}
+    config = load_config(**TINY | dict(producer=producer, injector=injector, queries=queries) | more)
     shapes = [Shape.of(lm.model.config.to_dict()) for lm in (pair.source, pair.target)]
     real = build_bridge(config, len(pick_layers(pair.source, "auto")), shapes[0].hidden, pair.target)
     assert sum(count_bridge(config, *shapes)) == real.n_parameters
