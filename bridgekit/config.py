@@ -308,6 +308,9 @@ def check_rules(c: Config) -> None:
         ("eval.conditions", missing, f"needs {', '.join(missing)}: every verdict compares source, target and bridged"),
         ("loss.nll_weight", not holds(keys.LOSS, flat), "a training step would have no loss: give one a weight above 0"
          + (", or set loss.decode_every=1" if decodes else "")),
+        ("train.teacher_steps", c.train.teacher_steps and not (holds(keys.TAUGHT, flat) and holds(keys.UNTAUGHT, flat)),
+         "needs a loss of the teacher's (prompt, token) and, for the steps after these, another one"),
+        ("train.teacher_steps", c.train.teacher_steps >= c.train.steps > 0, f"must be below steps ({c.train.steps})"),
         ("train.controls", idle, f"{', '.join(idle)} would have no loss, because a constant is trained without flow, "
          "InfoNCE and what a teacher says: give another loss a weight, or leave it out"),
     ]  # fmt: skip

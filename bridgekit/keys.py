@@ -59,13 +59,13 @@ SOFT = "bridge.injector != residual and bridge.injector != kv"
 # With one query per source token each starts from its own state; a pooled source has no states.
 FIXED = "bridge.n_soft_tokens != -1"
 QUERIES = f"bridge.producer = resampler and {FIXED} or {DIT} and {FIXED} and bridge.dit_condition = cross"
-IMITATES = "loss.prompt_weight > 0 or loss.token_weight > 0"
-IMITATES += f" or {DIT} and loss.flow_weight > 0 or {DIT} and bridge.dit_tokens = teacher"
+TAUGHT = f"loss.prompt_weight > 0 or loss.token_weight > 0 or {DIT} and loss.flow_weight > 0"
+IMITATES = f"{TAUGHT} or {DIT} and bridge.dit_tokens = teacher"
 # Every training step has a loss; a constant control does without flow, InfoNCE and prompt alignment.
 LOSS_OF_ALL = " or ".join(f"loss.{name}_weight > 0" for name in ("nll", "kl", "format", "extra"))
 LOSS_OF_ALL += " or loss.decode_weight > 0 and loss.decode_every = 1 or train.steps = 0"
-LOSS = f"{LOSS_OF_ALL} or loss.info_nce_weight > 0 or loss.prompt_weight > 0 or loss.token_weight > 0"
-LOSS += f" or {DIT} and loss.flow_weight > 0"
+UNTAUGHT = f"{LOSS_OF_ALL} or loss.info_nce_weight > 0"
+LOSS = f"{UNTAUGHT} or {TAUGHT}"
 DECODES, EXTRA = "loss.decode_weight > 0", "loss.extra_weight > 0"
 NEVER = "never"  # bookkeeping: changes no result
 # What may differ when an interrupted run goes on, beside bookkeeping: how long it is, and on what machine.
@@ -261,6 +261,7 @@ KEYS = {
     "loss.extra_options": Key((), "name=value of a loss of your own", (), EXTRA),
     # The training loop.
     "train.steps": Key(500, "training steps", ">= 0"),
+    "train.teacher_steps": Key(0, "first steps, learned from the teacher alone; the rest without it", ">= 0", TAUGHT),
     "train.batch_size": Key(32, "over all processes", "> 0"),
     "train.sort_steps": Key(1, "steps among which questions are dealt by length, for less padding; 1: none", "> 0"),
     "train.lr": Key(1.0e-3, "highest learning rate", "> 0"),

@@ -99,6 +99,9 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
         ({"conditions": ["bridged", "relay_full"]}, ["eval.conditions", "source, target"]),
         ({"controls": ["target"]}, ["train.controls", "'target'"]),
         ({"name": "a/b"}, ["run.name"]),
+        ({"teacher_steps": 5}, ["train.teacher_steps", "prompt"]),
+        (PROMPT | {"teacher_steps": 5, "controls": []}, ["train.teacher_steps", "another"]),
+        ({"prompt_weight": 0.1, "teacher_steps": 500}, ["train.teacher_steps", "below steps (500)"]),
         (NOTHING, ["loss.nll_weight"]),
         (NOTHING | {"flow_weight": 1.0, "producer": "constant"}, ["loss.nll_weight"]),  # it has no flow
         (NOTHING | {"decode_weight": 1.0}, ["decode_every=1"]),  # nine steps of ten would have no loss

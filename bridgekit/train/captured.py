@@ -2,9 +2,10 @@
 
     means = captured.run(batch, step)      # as experiment.step_losses(...) and its backward pass
 
-A graph is made for each size of a batch. Widths are rounded up to multiples of WIDTH, so that there are few sizes; what
-is padded is masked. All graphs share their memory. All randomness comes from the batch's seeds, and so do the numbers
-of a replay. Free decoding is no part of a graph: its loss has a backward pass of its own.
+A graph is made for each size of a batch, and again where other losses begin. Widths are rounded up to multiples of
+WIDTH, so that there are few sizes; what is padded is masked. All graphs share their memory. All randomness comes from
+the batch's seeds, and so do the numbers of a replay. Free decoding is no part of a graph: its loss has a backward pass
+of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from bridgekit.model.bridge import Bridge
 from bridgekit.train.data import Batch
+from bridgekit.train.objective import is_taught
 
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
@@ -33,32 +35,36 @@ class Captured:
 
     def __init__(self, experiment: Experiment, name: str, bridge: Bridge):
         self.experiment, self.name, self.bridge = experiment, name, bridge
-        self.warm, self.is_impossible = False, False
+        self.warm: set[bool] = set()  # whether the teacher's steps, and the others, have begun
+        self.is_impossible = False
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, dict[str, torch.Tensor]]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def run(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """The mean of each loss but that of decoding; the gradients are added to the bridge's."""
         batch = pad_batch(batch)
-        key = tuple(tuple(x.shape) for x in tensors(batch))
-        if not self.warm:  # libraries set themselves up in the first step
-            self.warm = True
-            return self._step(batch)
-        if key not in self.graphs and not self._capture(key, batch):
-            return self._step(batch)
+        taught = is_taught(self.experiment.config_of(self.name), step)
+        key = (taught, *(tuple(x.shape) for x in tensors(batch)))
+        if taught not in self.warm:  # libraries set themselves up in the first step
+            self.warm.add(taught)
+            return self._step(batch, step)
+        if key not in self.graphs and not self._capture(key, batch, step):
+            return self._step(batch, step)
         graph, static, means = self.graphs[key]
         for room, fresh in zip(tensors(static), tensors(batch), strict=True):
             room.copy_(fresh)
         graph.replay()
         return {name: mean.clone() for name, mean in means.items()}
 
-    def _step(self, batch: Batch) -> dict[str, torch.Tensor]:
-        means = self.experiment.step_losses(self.bridge, batch, None, self.name)
+    def _step(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
+        means = self.experiment.step_losses(self.bridge, batch, step, self.name, decodes=False)
         means["loss"].backward()
         return {name: mean.detach() for name, mean in means.items()}
 
-    def _capture(self, key: tuple, batch: Batch) -> bool:
-        """A graph for batches of this size; False where the models do what no graph can hold, such as a choice."""
+    def _capture(self, key: tuple, batch: Batch, step: int) -> bool:
+        """A graph for batches of this size and the losses of this step.
+
+        False where the models do what no graph can hold, such as a choice."""
         if self.is_impossible:
             return False
         static = map_batch(batch, torch.clone)
@@ -66,7 +72,7 @@ class Captured:
         torch.cuda.empty_cache()  # what the usual steps took is not needed beside the graph's own memory
         try:
             with torch.cuda.graph(graph, pool=self.pool):
-                means = self._step(static)
+                means = self._step(static, step)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

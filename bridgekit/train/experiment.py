@@ -205,10 +205,10 @@ class Experiment:
         return step_batch(self.config, self._data, step, self.processes.rank, self.processes.world)
 
     def step_losses(
-        self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged"
+        self, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged", decodes: bool = True
     ) -> dict[str, torch.Tensor]:
-        """The mean of each loss that has a weight, and their weighted sum as `loss`, which has the gradient."""
-        totals = objective.step_losses(self, bridge, batch, step, name)
+        """The mean of each loss that is due, and their weighted sum as `loss`, which has the gradient."""
+        totals = objective.step_losses(self, bridge, batch, step, name, decodes)
         means = objective.mean_losses(totals, self.processes)
         return means | {"loss": objective.weigh(self.config_of(name), means)}
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from bridgekit.config import Config
+from bridgekit.config import Config, Loss
 from bridgekit.model import losses
 from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, unpad
@@ -26,15 +27,18 @@ from bridgekit.train.processes import Processes
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
 
+TEACHERS = ("prompt_weight", "token_weight", "flow_weight")  # of the losses that say what soft tokens are to be
+
 
 def step_losses(
-    experiment: Experiment, bridge: Bridge, batch: Batch, step: int | None = 0, name: str = "bridged"
+    experiment: Experiment, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged", decodes: bool = True
 ) -> dict[str, losses.Total]:
     """Every loss that has a weight and is due, as (sum, count) over this process's part of the batch.
 
-    Without a step that of free decoding is left out."""
+    That of free decoding is left out where nothing `decodes`."""
     config, target, processes = experiment.config_of(name), experiment.pair.target, experiment.processes
-    weights, extra = config.loss, experiment.extra_loss
+    weights = due_weights(config, step)
+    extra = None if is_taught(config, step) else experiment.extra_loss
     message = encode_batch(experiment, bridge, batch, name)
     result = {}
     if weights.nll_weight or weights.kl_weight or weights.format_weight or extra:
@@ -65,14 +69,26 @@ def step_losses(
         result["info_nce"] = losses.info_nce(anchors, processes.gather(own), offset, weights.info_nce_temperature)
     if weights.flow_weight and message.flow_error is not None:
         result["flow"] = losses.flow(message.flow_error)
-    if is_decoded(config, step):
+    if decodes and is_decoded(config, step):
         result["decode"] = decode_loss(experiment, bridge, batch, message)
     return result
 
 
-def is_decoded(config: Config, step: int | None) -> bool:
+def is_taught(config: Config, step: int) -> bool:
+    """Is this one of the first steps, which learn from the teacher alone?"""
+    return step < config.train.teacher_steps
+
+
+def due_weights(config: Config, step: int) -> Loss:
+    """The losses' weights at a step: with `teacher_steps` the first ones learn from the teacher alone, the rest not."""
+    taught = is_taught(config, step)
+    names = [name for name in vars(config.loss) if name.endswith("_weight")] if config.train.teacher_steps else []
+    return replace(config.loss, **{name: 0.0 for name in names if (name in TEACHERS) != taught})
+
+
+def is_decoded(config: Config, step: int) -> bool:
     """Is the loss on free decoding due at this step?"""
-    return step is not None and config.loss.decode_weight > 0 and (step + 1) % config.loss.decode_every == 0
+    return due_weights(config, step).decode_weight > 0 and (step + 1) % config.loss.decode_every == 0
 
 
 def teacher_tokens(config: Config, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

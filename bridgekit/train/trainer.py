@@ -96,7 +96,7 @@ def train_step(
         means = experiment.step_losses(bridge, batch, step, name)
         means["loss"].backward()
     else:
-        means = captured.run(batch)
+        means = captured.run(batch, step)
         if is_decoded(config, step):
             n = int((batch.slots < config.loss.decode_batch).sum())  # the first rows; the rest need no message
             few = map_batch(batch, lambda x: x[: max(n, 1)])
@@ -129,7 +129,8 @@ def control_config(config: Config, name: str) -> Config:
         return config
     idle = dict.fromkeys(("flow_weight", "info_nce_weight", "prompt_weight", "token_weight"), 0.0)
     natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
-    return config.with_(producer="constant", producer_options=(), dit_tokens="sampled", **idle, **natural)
+    alone = dict(producer="constant", producer_options=(), dit_tokens="sampled", teacher_steps=0)
+    return config.with_(**alone, **idle, **natural)
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -21,7 +21,7 @@ CASES = {
     "residual": {"injector": "residual"},
     "dit": {"producer": "dit", "flow_weight": 0.1, "n_soft_tokens": 4},
     "decoded": {"decode_weight": 0.1, "decode_every": 2, "decode_batch": 2, "decode_tokens": 8},
-    "facts": FACTS | {"prompt_weight": 0.1, "n_soft_tokens": 8},
+    "facts": FACTS | {"prompt_weight": 0.1, "n_soft_tokens": 8, "teacher_steps": 4},
 }
 
 

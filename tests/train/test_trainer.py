@@ -39,6 +39,15 @@ def one_step(tiny, make_experiment, training_set, val):
 # test_processes.py.
 
 
+def test_the_first_steps_learn_from_the_teacher_alone_and_the_others_without_it(one_step):
+    staged = dict(prompt_weight=1.0, info_nce_weight=0.1, decode_weight=1.0, decode_every=1, decode_tokens=4)
+    experiment, bridge, batch, first = one_step(**staged, teacher_steps=2, steps=4)
+    assert set(first) == {"prompt"} and set(step_losses(experiment, bridge, batch, 1)) == {"prompt"}
+    assert set(step_losses(experiment, bridge, batch, 2)) == {"nll", "info_nce", "decode"}
+    weights = vars(objective.due_weights(trainer.control_config(experiment.config, "constant"), 0))
+    assert [name for name in weights if name.endswith("_weight") and weights[name]] == ["nll_weight", "decode_weight"]
+
+
 def test_a_loss_of_one_s_own_is_given_what_it_names(one_step):
     def spread(message, labels, scale):
         return scale * message.tokens.var(dim=1).mean()
