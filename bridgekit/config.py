@@ -165,8 +165,7 @@ def build_config(*layers: dict[str, object]) -> Config:
     flat = DEFAULTS | {name: check_value(name, value) for name, value in given.items()}
     if flat["bridge.prompt_mode"] == "auto":  # resolved once, so that a run folder says which it was
         # Tokens taught to be the prompt stand in its place, all others stand beside it.
-        weights = (flat[f"loss.{name}_weight"] for name in ("prompt", "token", "flow"))
-        taught = any(weights) or flat["bridge.dit_tokens"] == "teacher"
+        taught = any(flat[f"loss.{name}"] for name in keys.TEACHERS) or flat["bridge.dit_tokens"] == "teacher"
         alone = taught and flat["bridge.teacher"] == "prompt" and flat["bridge.injector"] in SOFT_INJECTORS
         flat["bridge.prompt_mode"] = "soft_only" if alone else "soft_plus_text"
     sections = {s: {leaf: flat[f"{s}.{leaf}"] for leaf, _ in leaves} for s, leaves in SECTIONS.items()}
@@ -309,7 +308,7 @@ def check_rules(c: Config) -> None:
         ("loss.nll_weight", not holds(keys.LOSS, flat), "a training step would have no loss: give one a weight above 0"
          + (", or set loss.decode_every=1" if decodes else "")),
         ("train.teacher_steps", c.train.teacher_steps and not (holds(keys.TAUGHT, flat) and holds(keys.UNTAUGHT, flat)),
-         "needs a loss of the teacher's (prompt, token) and, for the steps after these, another one"),
+         "needs prompt_weight or token_weight, and for each later step another loss (decode with decode_every=1)"),
         ("train.teacher_steps", c.train.teacher_steps >= c.train.steps > 0, f"must be below steps ({c.train.steps})"),
         ("train.controls", idle, f"{', '.join(idle)} would have no loss, because a constant is trained without flow, "
          "InfoNCE and what a teacher says: give another loss a weight, or leave it out"),

@@ -59,13 +59,15 @@ SOFT = "bridge.injector != residual and bridge.injector != kv"
 # With one query per source token each starts from its own state; a pooled source has no states.
 FIXED = "bridge.n_soft_tokens != -1"
 QUERIES = f"bridge.producer = resampler and {FIXED} or {DIT} and {FIXED} and bridge.dit_condition = cross"
-TAUGHT = f"loss.prompt_weight > 0 or loss.token_weight > 0 or {DIT} and loss.flow_weight > 0"
-IMITATES = f"{TAUGHT} or {DIT} and bridge.dit_tokens = teacher"
-# Every training step has a loss; a constant control does without flow, InfoNCE and prompt alignment.
+TEACHERS = ("prompt_weight", "token_weight", "flow_weight")  # of the losses that say what soft tokens are to be
+TAUGHT = "loss.prompt_weight > 0 or loss.token_weight > 0"
+FLOWS = f"{DIT} and loss.flow_weight > 0"
+IMITATES = f"{TAUGHT} or {FLOWS} or {DIT} and bridge.dit_tokens = teacher"
+# Every training step has a loss; a constant control does without InfoNCE and what a teacher says.
 LOSS_OF_ALL = " or ".join(f"loss.{name}_weight > 0" for name in ("nll", "kl", "format", "extra"))
 LOSS_OF_ALL += " or loss.decode_weight > 0 and loss.decode_every = 1 or train.steps = 0"
 UNTAUGHT = f"{LOSS_OF_ALL} or loss.info_nce_weight > 0"
-LOSS = f"{UNTAUGHT} or {TAUGHT}"
+LOSS = f"{UNTAUGHT} or {TAUGHT} or {FLOWS}"
 DECODES, EXTRA = "loss.decode_weight > 0", "loss.extra_weight > 0"
 NEVER = "never"  # bookkeeping: changes no result
 # What may differ when an interrupted run goes on, beside bookkeeping: how long it is, and on what machine.
@@ -238,7 +240,9 @@ KEYS = {
     "bridge.dit_condition": Key("cross", "attend to source states, or pool them", ("cross", "mean", "attention"), DIT),
     "bridge.dit_prediction": Key("tokens", "what is predicted at each step", ("tokens", "velocity"), DIT),
     "bridge.dit_tokens": Key("sampled", "in training; teacher: noised gold embeddings", ("sampled", "teacher"), DIT),
-    "bridge.teacher": Key("answer", "what flow and prompt alignment imitate", ("answer", "prompt", "facts"), IMITATES),
+    "bridge.teacher": Key(
+        "answer", "what its losses (prompt, token, flow) imitate", ("answer", "prompt", "facts"), IMITATES
+    ),
     # The losses; a weight of 0 switches one off.
     "loss.nll_weight": Key(1.0, "likelihood of the gold answer", ">= 0"),
     "loss.answer_tokens": Key(0, "first answer tokens that are supervised; 0: all", ">= 0"),
@@ -261,7 +265,9 @@ KEYS = {
     "loss.extra_options": Key((), "name=value of a loss of your own", (), EXTRA),
     # The training loop.
     "train.steps": Key(500, "training steps", ">= 0"),
-    "train.teacher_steps": Key(0, "first steps, learned from the teacher alone; the rest without it", ">= 0", TAUGHT),
+    "train.teacher_steps": Key(
+        0, "first steps, in which the teacher's losses count alone; later only the others", ">= 0", TAUGHT
+    ),
     "train.batch_size": Key(32, "over all processes", "> 0"),
     "train.sort_steps": Key(1, "steps among which questions are dealt by length, for less padding; 1: none", "> 0"),
     "train.lr": Key(1.0e-3, "highest learning rate", "> 0"),

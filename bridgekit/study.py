@@ -231,8 +231,8 @@ def plan_swap(config: Config, prompt_teacher: Sequence[str]) -> dict[str, Config
     chosen = load_config(**to_flat(config) | {"bridge.prompt_mode": "auto", "train.controls": []} | taught)
     if chosen.bridge.prompt_mode != "soft_only":
         raise ConfigError(
-            "prompt_teacher: these overrides teach nothing by the prompt: name teacher=prompt and a prompt_weight or "
-            "flow_weight above 0, with an injector that has soft tokens"
+            "prompt_teacher: these overrides teach nothing by the prompt: name teacher=prompt and a prompt_weight, "
+            "token_weight or flow_weight above 0, with an injector that has soft tokens"
         )
     arms = {
         "forward": {"pair.direction": "forward"},

@@ -46,9 +46,22 @@ def prompt_alignment(tokens, mask, embeds, embeds_mask, reduce: Callable[[Total]
     return (distance * both).sum(), both.sum()
 
 
-def token_nll(tokens, mask, ids, ids_mask, table) -> Total:
-    """Negative log-likelihood of the teacher's tokens at the same place: the nearer a word's embedding is to the soft
-    token, the likelier the word. (B, K, D), (B, K), (B, P), (B, P), all embeddings (V, D)"""
+def gather_places(embeds: torch.Tensor, mask: torch.Tensor, places: torch.Tensor | None = None):
+    """Sum of the embeddings at each place, and which have any; without places each has its own. (B, P, D), (B, P)"""
+    if places is None:
+        return embeds, mask
+    held = (places[:, None] == torch.arange(places.shape[1], device=places.device)[:, None]) & mask[:, None]
+    return held.to(embeds.dtype) @ embeds, held.any(-1)
+
+
+def token_nll(tokens, mask, table, ids, ids_mask, places=None) -> Total:
+    """Negative log-likelihood of the teacher's tokens: the nearer a word's embedding is to the soft token at its place,
+    less the other embeddings there, the likelier the word. (B, K, D), (B, K), all embeddings (V, D), (B, P) each"""
+    if places is not None:
+        own, at = table[ids], places.clamp(max=tokens.shape[1] - 1)
+        beside = gather_places(own, ids_mask, places)[0].gather(1, places[..., None].expand_as(own)) - own
+        tokens = tokens.gather(1, at[..., None].expand(-1, -1, tokens.shape[2])) - beside
+        mask = mask.gather(1, at) & (places == at)
     n, sizes = min(tokens.shape[1], ids.shape[1]), torch.linalg.vector_norm(table, dim=-1, dtype=torch.float32).square()
     distances = sizes - 2 * (tokens[:, :n].to(table.dtype) @ table.T).float()  # but for the soft token's own size
     return answer_nll(-SHARP * distances / sizes.mean(), ids[:, :n], mask[:, :n] & ids_mask[:, :n])

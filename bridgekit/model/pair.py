@@ -90,6 +90,12 @@ class LanguageModel:
         looked_up, scaled = (x.float().pow(2).mean().sqrt() for x in (table[ids], self.embed(ids)))
         return (table.float().pow(2).mean().sqrt() * (scaled / looked_up)).item()
 
+    @cached_property
+    def embeddings(self) -> torch.Tensor:
+        """Those of all tokens, as the decoder is given them; the table itself where it is not scaled. (V, D)"""
+        table, ids = self.model.get_input_embeddings().weight, torch.tensor(self.sample, device=self.device)
+        return table if torch.equal(table[ids], self.embed(ids)) else self.embed(torch.arange(len(table)).to(ids))
+
     @property
     def sample(self) -> list[int]:
         """A few tokens of plain text."""

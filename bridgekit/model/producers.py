@@ -132,7 +132,7 @@ class Block(nn.Module):
     def __init__(self, config, order: tuple[str, ...], timed: bool = False):
         super().__init__()
         dim, self.order = config.bridge_dim, order
-        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=not timed) for _ in range(3))
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, elementwise_affine=not timed) for _ in range(len(order) + 1))
         for name in order:
             self.add_module(name, Attention(dim, config.heads, config.dropout))
         self.feed = FeedForward(dim, config.dropout)
@@ -153,7 +153,7 @@ class Block(nn.Module):
                 y = y * (1 + scale_1) + shift_1
                 update = (1 + gate_1) * self.self(y, y, query_mask, seeds)[0]
             x = x + update
-        y = self.norms[2](x) * (1 + scale_2) + shift_2
+        y = self.norms[-1](x) * (1 + scale_2) + shift_2
         return x + (1 + gate_2) * self.feed(y, seeds), weights
 
 

@@ -214,13 +214,16 @@ def make_problem(rng: random.Random, family: Family, word: str) -> Problem:
     return Problem(numbers, things, question)
 
 
+NOTE = "Note:"  # what facts in words begin with
+
+
 def state_fact(word: str, value: int) -> str:
     return f"A {word} is {value}."
 
 
 def state_facts(pairs: Sequence[tuple[str, int]]) -> str:
     """Facts in words, as both models read them: one line, ends in a newline; nothing where there are none."""
-    return "Note: " + " ".join(state_fact(*pair) for pair in pairs) + "\n" if pairs else ""
+    return " ".join([NOTE, *(state_fact(*pair) for pair in pairs)]) + "\n" if pairs else ""
 
 
 def make_example(rng: random.Random, unit: Unit, split: str, i: int, name: str, pairs: tuple = ()) -> Example:

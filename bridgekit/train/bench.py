@@ -26,7 +26,7 @@ import torch
 from accelerate import Accelerator
 
 from bridgekit.alive import launch_command
-from bridgekit.config import Parser, load_config
+from bridgekit.config import Parser, load_config, refuse_if
 from bridgekit.model.pair import Pair, load_pair
 from bridgekit.runs import write_text_atomic
 from bridgekit.tasks import units
@@ -203,7 +203,9 @@ def scale(argv: list[str], counts: list[int]) -> dict:
     for n in counts:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "table.json"
-            subprocess.run(launch_command(["bridgekit.train.bench", *argv, "--out", str(out)], n), check=True)
+            done = subprocess.run(launch_command(["bridgekit.train.bench", *argv, "--out", str(out)], n), check=False)
+            if done.returncode:  # it has said why
+                sys.exit(done.returncode)
             tables[str(n)] = json.loads(out.read_text())
     return tables
 
@@ -221,6 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="a JSON file for the table")
     parser.add_argument("--questions", type=Path, metavar="FOLDER", help="only write invented questions there")
     args = parser.parse_args(argv)
+    refuse_if(min(args.processes or [1]) < 1, f"--processes: numbers of 1 or more, got {args.processes}")
     if args.questions:
         args.questions.mkdir(parents=True, exist_ok=True)
         write_questions(args.questions, 9600)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from bridgekit.model.bridge import Bridge
 from bridgekit.train.data import Batch
-from bridgekit.train.objective import is_taught
+from bridgekit.train.objective import is_teachers_step
 
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
@@ -43,10 +43,11 @@ class Captured:
     def run(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
         """The mean of each loss but that of decoding; the gradients are added to the bridge's."""
         batch = pad_batch(batch)
-        taught = is_taught(self.experiment.config_of(self.name), step)
+        taught = is_teachers_step(self.experiment.config_of(self.name), step)
         key = (taught, *(tuple(x.shape) for x in tensors(batch)))
         if taught not in self.warm:  # libraries set themselves up in the first step
             self.warm.add(taught)
+            self.graphs.clear()  # those of the teacher's steps are not needed any more
             return self._step(batch, step)
         if key not in self.graphs and not self._capture(key, batch, step):
             return self._step(batch, step)

@@ -14,10 +14,10 @@ import torch
 from bridgekit.config import Config, refuse_if
 from bridgekit.model.attention import LEAST, Shared, share_rows
 from bridgekit.model.generation import answer_states
-from bridgekit.model.pair import LanguageModel, Pieces, format_prompts, split_prompts, tokens_at
+from bridgekit.model.pair import LanguageModel, Pieces, format_prompts, split_prompts
 from bridgekit.model.states import FlatStates, Ragged, SourceStates, count_shared, in_parts
 from bridgekit.tasks import Example, Prompt, literal_prompt
-from bridgekit.tasks.units import state_fact
+from bridgekit.train.notes import note_facts
 
 
 def indices_at(seed: int, step: int, batch_size: int, n: int) -> np.ndarray:
@@ -63,7 +63,7 @@ class Batch:
     widths: tuple[int, int]  # of the longest question-like and answer-like rows of the step's global batch
     shared: Shared | None = None  # what stands in front of every `before`
     shared_asked: Shared | None = None  # and of every `asked`
-    noted: tuple[torch.Tensor, torch.Tensor] | None = None  # of the facts in the source's context, for their teacher
+    noted: tuple[torch.Tensor, ...] | None = None  # the teacher's note of the facts: ids, mask, and soft tokens (B, P)
     taught: torch.Tensor | None = None  # (B, A, D), the target's own last states on the labels, where they are kept
 
 
@@ -88,7 +88,8 @@ class TrainingTexts:
         rows = [before, after, literal, asked, answers, markers, finals]
         self.device, self.taught, self.noted = target.device, None, None
         if config.bridge.teacher == "facts":
-            self.noted = Ragged(note_facts(target, examples, config.bridge.n_soft_tokens), target.device)
+            noted = note_facts(target, examples, config.bridge.n_soft_tokens)
+            self.noted = [Ragged([[pair[i] for pair in row] for row in noted], target.device) for i in (0, 1)]
         ragged = (Ragged(r, target.device) for r in rows)
         self.before, self.after, self.literal, self.asked, self.answers, self.markers, self.finals = ragged
 
@@ -123,7 +124,7 @@ class TrainingSet:
     def widths(self, indices: np.ndarray) -> tuple[int, int]:
         """The longest rows of some examples: of their questions, however they are cut, and of their answers."""
         texts, shared = self.texts, len(self.texts.shared_asked or ())
-        parts = [self.states, texts.before, texts.after, texts.asked, *([texts.noted] if texts.noted else [])]
+        parts = [self.states, texts.before, texts.after, texts.asked, *(texts.noted or [])]
         question = max(texts.literal.lengths[indices].max() - shared, *(p.lengths[indices].max() for p in parts))
         return int(question), int(texts.answers.lengths[indices].max())
 
@@ -139,7 +140,7 @@ class TrainingSet:
             self.states.alignment(indices, device), texts.before.take(indices), texts.after.take(indices),
             texts.literal.take(indices), texts.asked.take(indices), labels, labels_mask, marker.bool() & labels_mask,
             texts.finals.take(indices), widths or self.widths(indices), texts.shared, texts.shared_asked,
-            texts.noted and texts.noted.take(indices),
+            texts.noted and (*texts.noted[0].take(indices), texts.noted[1].take(indices)[0]),
             None if texts.taught is None else texts.taught.take(indices, device),
         )  # fmt: skip
 
@@ -173,21 +174,6 @@ def split_target(config: Config, lm: LanguageModel, pieces: list[Pieces], mode: 
     refused = n >= LEAST and begins and bridge.injector != "prefix" and mode != "soft_only" and shared is None
     refuse_if(refused, f"bridge.inject_from: {lm.origin} cannot share its shots: set inject_from=prompt")
     return shared, own, after
-
-
-def note_facts(lm: LanguageModel, examples: list[Example], k: int) -> list[list[int]]:
-    """Each example's facts in as many tokens as there are soft ones, each fact in its share of them: the first token
-    of its word, then its value, the rest of the word, the rest of the sentence, as long as there is room."""
-    facts = [(" " + state_fact(*pair), *map(str, pair)) for e in examples for pair in e.fact_pairs]
-    found, rows = zip(facts, *lm.locate([text for text, *_ in facts]), strict=True), []
-    for e in examples:
-        row, room = [], None if k == -1 else max(1, k // max(1, len(e.fact_pairs)))
-        for _, ((text, word, value), ids, offsets) in zip(e.fact_pairs, found, strict=False):
-            named, said = (tokens_at(offsets, text.rindex(x), text.rindex(x) + len(x)) for x in (word, value))
-            order = dict.fromkeys([named[0], *said, *named, *range(len(ids))])  # each once
-            row += [ids[i] for i in sorted([*order][:room])]
-        rows.append(row[: None if k == -1 else k])
-    return rows
 
 
 def tokenize_answers(

@@ -149,7 +149,7 @@ def count_bridge(config: Config, source: Shape, target: Shape) -> tuple[int, int
     inside, pooled = layers * source.hidden, c.dit_condition != "cross"
     feed, heads = 8 * d * d + 5 * d, 4 * d * d
     reader, work = inside * d + d, max(k, 1) * d + d * t + t + 2 * d
-    reader += 2 * knows_places(c) * (heads + feed + 6 * d)
+    reader += 2 * knows_places(c) * (heads + feed + 4 * d)
     if c.producer == "constant":
         reader, work = 0, (2048 if k == -1 else k) * t
     elif c.producer == "dit":
@@ -227,6 +227,7 @@ class Work:
         validated = self.rooms(self.config.train.val_samples, k + asked)
         decoding = self.decoded * (k + asked + loss.decode_tokens) * target.cached * self.size
         kept = c.depth * self.passes * (k * FITTED["block"] + read * FITTED["reads"]) * c.bridge_dim  # by the bridge
+        kept += 2 * knows_places(c) * read * FITTED["block"] * c.bridge_dim
         kept += (2 + self.passes) * FITTED["message"] / 3 * tokens * target.hidden
         kept += 3 * read * self.inside + self.injector * places // max(1, 3 * c.bridge_dim)
         return {
@@ -277,6 +278,7 @@ class Work:
         frozen += 0 if self.keeps or c.producer == "constant" else self.read_source(rows, read)
         bridge = 6 * rows * (self.reader * read + self.work * tokens * self.passes + self.injector * t)
         bridge += 14 * rows * tokens * (tokens + read) * c.bridge_dim * c.depth * self.passes  # its attention
+        bridge += 14 * rows * read * 2 * read * c.bridge_dim * 2 * knows_places(c)
         found = frozen / self.frozen_rate + bridge / self.bridge_rate + FITTED["step"]
         uncaptured = FITTED["eager_layer"] * (target.layers + c.depth * self.passes) * (loss.extra_weight > 0)
         return max(found, uncaptured)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridgekit.config import Config, Loss
+from bridgekit.keys import TEACHERS
 from bridgekit.model import losses
 from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import Generated, answer_logits, bridged_logits, decode_bridged, unpad
@@ -27,8 +28,6 @@ from bridgekit.train.processes import Processes
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
 
-TEACHERS = ("prompt_weight", "token_weight", "flow_weight")  # of the losses that say what soft tokens are to be
-
 
 def step_losses(
     experiment: Experiment, bridge: Bridge, batch: Batch, step: int = 0, name: str = "bridged", decodes: bool = True
@@ -38,8 +37,8 @@ def step_losses(
     That of free decoding is left out where nothing `decodes`."""
     config, target, processes = experiment.config_of(name), experiment.pair.target, experiment.processes
     weights = due_weights(config, step)
-    extra = None if is_taught(config, step) else experiment.extra_loss
-    message = encode_batch(experiment, bridge, batch, name)
+    extra = None if is_teachers_step(config, step) else experiment.extra_loss
+    message = encode_batch(experiment, bridge, batch, name, step)
     result = {}
     if weights.nll_weight or weights.kl_weight or weights.format_weight or extra:
         texts = (batch.before, batch.after, batch.labels, batch.labels_mask)
@@ -60,8 +59,8 @@ def step_losses(
         teacher = embed_teacher(config, target, batch)
         result["prompt"] = losses.prompt_alignment(message.tokens, message.mask, *teacher, **everywhere)
     if weights.token_weight:
-        table = target.embed(torch.arange(target.model.get_input_embeddings().weight.shape[0], device=target.device))
-        result["token"] = losses.token_nll(message.tokens, message.mask, *teacher_tokens(config, batch), table)
+        tokens = teacher_tokens(config, batch)
+        result["token"] = losses.token_nll(message.tokens, message.mask, target.embeddings, *tokens)
     if weights.info_nce_weight:
         own = losses.pool(target.embed(batch.literal[0]), batch.literal[1])
         anchors = losses.pool(message.tokens, message.mask)
@@ -74,14 +73,14 @@ def step_losses(
     return result
 
 
-def is_taught(config: Config, step: int) -> bool:
+def is_teachers_step(config: Config, step: int) -> bool:
     """Is this one of the first steps, which learn from the teacher alone?"""
     return step < config.train.teacher_steps
 
 
 def due_weights(config: Config, step: int) -> Loss:
     """The losses' weights at a step: with `teacher_steps` the first ones learn from the teacher alone, the rest not."""
-    taught = is_taught(config, step)
+    taught = is_teachers_step(config, step)
     names = [name for name in vars(config.loss) if name.endswith("_weight")] if config.train.teacher_steps else []
     return replace(config.loss, **{name: 0.0 for name in names if (name in TEACHERS) != taught})
 
@@ -91,22 +90,22 @@ def is_decoded(config: Config, step: int) -> bool:
     return due_weights(config, step).decode_weight > 0 and (step + 1) % config.loss.decode_every == 0
 
 
-def teacher_tokens(config: Config, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """What soft tokens are to imitate. (B, P), (B, P)"""
+def teacher_tokens(config: Config, batch: Batch) -> tuple[torch.Tensor, ...]:
+    """What soft tokens are to imitate, and, where that is not the one at its own place, which holds it. (B, P) each"""
     texts = {"answer": (batch.labels, batch.labels_mask), "prompt": batch.literal, "facts": batch.noted}
     return texts[config.bridge.teacher]
 
 
 def embed_teacher(config: Config, target: LanguageModel, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Its embeddings, and their mask. (B, P, D), (B, P)"""
-    ids, mask = teacher_tokens(config, batch)
-    return target.embed(ids), mask
+    """What each soft token is to be: an embedding, or a sum of them; and for which there is any. (B, P, D), (B, P)"""
+    ids, mask, *places = teacher_tokens(config, batch)
+    return losses.gather_places(target.embed(ids), mask, *places)
 
 
-def encode_batch(experiment: Experiment, bridge: Bridge, batch: Batch, name: str) -> Message:
+def encode_batch(experiment: Experiment, bridge: Bridge, batch: Batch, name: str, step: int = 0) -> Message:
     """The messages of a batch; a generative producer sees its teacher where it learns from it."""
     config = experiment.config_of(name)
-    needed = config.loss.flow_weight or config.bridge.dit_tokens == "teacher"
+    needed = due_weights(config, step).flow_weight or config.bridge.dit_tokens == "teacher"
     teacher = embed_teacher(config, experiment.pair.target, batch) if needed else None
     return bridge.encode(batch.states, batch.mask, batch.seeds, alignment=batch.alignment, teacher=teacher)
 

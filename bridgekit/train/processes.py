@@ -43,9 +43,7 @@ def sum_gradients(bridge: torch.nn.Module, processes: Processes) -> None:
     """Add all processes' gradients; each already is its part of the global mean."""
     if processes.world == 1:
         return
-    parameters = [p for p in bridge.parameters() if p.requires_grad]
-    for p in parameters:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    parameters = [p for p in bridge.parameters() if p.grad is not None]  # the same on all: so are the losses
     flat = processes.sum(torch.cat([p.grad.flatten() for p in parameters]))
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         p.grad.copy_(grad.view_as(p))

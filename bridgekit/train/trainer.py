@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from bridgekit.config import Config
-from bridgekit.keys import is_path
+from bridgekit.keys import TEACHERS, is_path
 from bridgekit.model.bridge import Bridge, checkpoint_path, load_bridge, save_bridge
 from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
 from bridgekit.train.captured import Captured, map_batch
@@ -100,7 +100,7 @@ def train_step(
         if is_decoded(config, step):
             n = int((batch.slots < config.loss.decode_batch).sum())  # the first rows; the rest need no message
             few = map_batch(batch, lambda x: x[: max(n, 1)])
-            totals = {"decode": decode_loss(experiment, bridge, few, encode_batch(experiment, bridge, few, name))}
+            totals = {"decode": decode_loss(experiment, bridge, few, encode_batch(experiment, bridge, few, name, step))}
             decoded = mean_losses(totals, processes)
             weigh(config, decoded).backward()
             means |= decoded | {"loss": means["loss"] + weigh(config, decoded)}
@@ -127,7 +127,7 @@ def control_config(config: Config, name: str) -> Config:
     """The configuration of a control: the bridge's own, but for what makes it a control."""
     if name not in ("constant", "constant_natural"):
         return config
-    idle = dict.fromkeys(("flow_weight", "info_nce_weight", "prompt_weight", "token_weight"), 0.0)
+    idle = dict.fromkeys((*TEACHERS, "info_nce_weight"), 0.0)
     natural = {"source_only_share": -1.0} if name == "constant_natural" else {}
     alone = dict(producer="constant", producer_options=(), dit_tokens="sampled", teacher_steps=0)
     return config.with_(**alone, **idle, **natural)
@@ -216,7 +216,8 @@ class BestWeights:
     def __init__(self, experiment: Experiment, name: str):
         self.experiment, self.name = experiment, name
         is_control = name != "bridged"
-        self.first_step = experiment.config.train.steps / 2 if is_control else 0
+        train = experiment.config_of(name).train
+        self.first_step = max(train.steps / 2 if is_control else 0, train.teacher_steps)  # before, nobody was to answer
         self.selections = {k: Selection() for k in (("mix", "source_only", "last") if is_control else ("mix",))}
         self.waited, self.last = 0, None
 

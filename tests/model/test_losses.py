@@ -57,7 +57,25 @@ def test_the_teachers_token_is_the_likelier_the_nearer_its_embedding():
     for place in places:
         shares = (-losses.SHARP * (TOKENS[place] - table).square().sum(1) / size).softmax(0)
         wanted -= shares[ids[place]].log().item()
-    assert values(losses.token_nll(TOKENS, SOFT, ids, PROMPT, table)) == (wanted, len(places))
+    assert values(losses.token_nll(TOKENS, SOFT, table, ids, PROMPT)) == (wanted, len(places))
+
+
+def test_tokens_that_one_soft_token_holds_are_told_apart_as_its_sum():
+    table = draw(V, D, seed=3)
+    ids, mask = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[True, True, True, False]])
+    places = torch.tensor([[0, 0, 2, 0]])
+    summed, real = losses.gather_places(table[ids], mask, places)
+    assert real.tolist() == [[True, False, True, False]]
+    assert torch.allclose(summed[0], torch.stack([table[1] + table[2], 0 * table[0], table[3], 0 * table[0]]))
+    soft = summed[:, :3] + 0.1 * draw(1, 3, D, seed=5)
+    alone = [soft[:, :1] - table[2], soft[:, :1] - table[1], soft[:, 2:]]  # less what else stands there
+    wanted = sum(
+        losses.token_nll(x, mask[:, :1], table, ids[:, i : i + 1], mask[:, :1])[0] for i, x in enumerate(alone)
+    )
+    total, count = losses.token_nll(soft, torch.ones(1, 3, dtype=torch.bool), table, ids, mask, places)
+    assert torch.allclose(total, wanted) and count == 3
+    cut, n = losses.token_nll(soft[:, :2], torch.ones(1, 2, dtype=torch.bool), table, ids, mask, places)
+    assert n == 2 and 0 < cut < total  # what no soft token holds is not asked for
 
 
 @pytest.mark.parametrize("offset", [0, 1, B])

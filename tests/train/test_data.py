@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bridgekit.tasks import Prompt
-from bridgekit.train.data import deal, indices_at, note_facts, tokenize_answers
+from bridgekit.train.data import deal, indices_at, tokenize_answers
 
 
 @given(st.integers(0, 9), st.integers(1, 40), st.integers(1, 50))
@@ -46,17 +46,3 @@ def test_the_marker_is_the_last_one():
     answers, markers = tokenize_answers(lm, [Prompt("", "Question: one")] * 2, ["#### 1\n#### 22", "no answer"])
     assert answers[0] == [*map(ord, "#### 1\n#### 22"), 3]
     assert markers[0] == [0] * 7 + [1] * 4 + [0] * 4 and markers[1] == [0] * 10
-
-
-def test_facts_are_noted_in_as_many_tokens_as_there_are_soft_ones(pair):
-    """First the word's beginning and the value; the sentence where there is room."""
-    facts, lone = (("tinev", 59), ("jiwatud", 34)), (("dorum", 16),)
-    examples = [SimpleNamespace(fact_pairs=pairs) for pairs in (facts, lone, ())]
-
-    def noted(k):
-        return [pair.target.tokenizer.convert_ids_to_tokens(ids) for ids in note_facts(pair.target, examples, k)]
-
-    assert noted(8)[0] == ["Ġtin", "ev", "5", "9", "Ġjiw", "at", "3", "4"]
-    assert noted(6)[0] == ["Ġtin", "5", "9", "Ġjiw", "3", "4"]
-    assert [*noted(8)[1], "."] == noted(-1)[1] == ["ĠA", "Ġd", "or", "um", "Ġis", "Ġ", "1", "6", "."]
-    assert noted(8)[2] == [] and "".join(noted(-1)[0]) == "ĠAĠtinevĠisĠ59.ĠAĠjiwatudĠisĠ34."

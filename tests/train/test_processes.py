@@ -24,7 +24,7 @@ DROPOUT = float(os.environ.get("BRIDGEKIT_TEST_DROPOUT", 0.2))
 LOSSES = dict(
     kl_weight=0.1, prompt_weight=0.1, token_weight=0.1, info_nce_weight=0.1, format_weight=0.1, flow_weight=0.1,
     decode_weight=0.1, decode_every=2, decode_batch=4, decode_samples=2, decode_tokens=24,
-    decode_estimator="policy_gradient",
+    decode_estimator="policy_gradient", teacher_steps=2,
 )  # fmt: skip
 CONDITIONS = ["source", "target", "bridged", "noise", "shuffled", "relay_cut"]
 
