@@ -226,7 +226,8 @@ class Child:
         whole = {name: value for name, value in whole.items() if name not in RANKS}
         self.folder, self.log, self.started = folder, folder / "train.log", time.time()
         self.passes_on = passes_on
-        self.looked, self.silent = self.started, ""
+        self.looked = self.awake = self.started
+        self.silent = ""
         self.quiet()
         with open(self.log, "ab") as log:
             self.log_start = log.tell()
@@ -235,10 +236,12 @@ class Child:
 
     def poll(self) -> int | None:
         """The exit code, None while it runs; a child of which one process gives no sign of life any more is ended."""
-        if time.time() - self.looked > BEAT_SECONDS:
-            self.looked = time.time()
-            silent = silence(self.folder)
-            if SILENT_SECONDS < silent < math.inf:
+        now = time.time()
+        if now - self.looked > BEAT_SECONDS:
+            if now - self.looked > 2 * BEAT_SECONDS:
+                self.awake = now  # we stood still, and so may have the child: it has time to say something
+            self.looked, silent = now, silence(self.folder)
+            if SILENT_SECONDS < silent < math.inf and now - self.awake > SILENT_SECONDS:
                 self.silent = f"a training process has given no sign of life for {silent:.0f} s"
                 self.kill()
         return self.process.poll()

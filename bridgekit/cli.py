@@ -56,8 +56,10 @@ def train_bridge(arguments: argparse.Namespace) -> None:
 def print_config(arguments: argparse.Namespace) -> None:
     config = configuration.load_config(arguments.files, arguments.overrides, "phase1")
     default = configuration.to_flat(configuration.load_config())
+    idle = configuration.find_idle(config)
     for key, value in configuration.to_flat(config).items():
-        print(configuration.format_override(key, value) + ("  # changed" if value != default[key] else ""))
+        mark = f"  # changed, without effect: only if {idle[key]}" if key in idle else "  # changed"
+        print(configuration.format_override(key, value) + mark * (value != default[key]))
 
 
 def print_verdict(arguments: argparse.Namespace) -> None:
@@ -105,7 +107,9 @@ def describe_state(folder: Path, status: dict) -> list[str]:
     if state == "finished":
         spent, facts = sum(load_json(folder / "timing.json").values()), load_json(folder / "provenance.json")
         hours = f"{spent * facts.get('processes', 1) / 3600:.2f} {'GPU' if facts.get('gpus') else 'CPU'}-hours"
-        return [load_json(folder / "verdict.json").get("outcome", ""), hours] if facts else []
+        verdict = load_json(folder / "verdict.json")
+        older = any("step" not in made for made in verdict.get("comparisons", ()))  # it did not ask which weights
+        return [verdict.get("outcome", "") + " by an older rule" * older, hours] if facts else []
     if state == "queued":
         return [where or "waits for its batch"]
     shown = describe_progress({key: value for key, value in status.items() if key != "error"})

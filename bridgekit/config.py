@@ -42,6 +42,7 @@ CONDITIONS, CONTROLS, GROUPS = keys.CONDITIONS, keys.CONTROLS, keys.GROUPS
 PRODUCERS, INJECTORS, SOFT_INJECTORS = keys.PRODUCERS, keys.INJECTORS, keys.SOFT_INJECTORS
 FORMAT = 2  # of a written configuration; a file without `format:` is of format 1 and stays readable
 EMBEDDED = Path(__file__).parent / "model" / "embedded_pair"
+OTHER_FILES = {"base": "study", "entries": "batch"}  # {a key that stands in no file of parameters: what has it}
 
 
 class Parser(argparse.ArgumentParser):
@@ -144,6 +145,8 @@ def load_layers(files: Iterable[str | Path], notebook: str = "") -> dict[str, ob
         layer = load_parameters(file)
         meant, wrong = layer.pop("notebook", notebook), f"{file}: holds parameters of the notebook"
         refuse_if(notebook and meant != notebook, f"{wrong} '{meant}', not of '{notebook}': name that one")
+        kind = next((kind for key, kind in OTHER_FILES.items() if key in layer and notebook == "phase1"), "")
+        refuse_if(kind, f"{file}: holds a {kind}, not a run's parameters: bridgekit {kind} {file} (--help says more)")
         if "overrides" in layer:
             layer["overrides"] = [*values.get("overrides", []), *(layer["overrides"] or [])]
         values |= layer
@@ -377,6 +380,14 @@ def effective_settings(flat: dict[str, object], seed: bool = True) -> dict[str, 
             value = "start"  # without text there is one place; without a shared prefix `question` is the start
         kept[name] = "same" if name == "bridge.train_prompt_mode" and value == mode else value
     return kept
+
+
+def find_idle(config: Config) -> dict[str, str]:
+    """{key: when it would have an effect} of the keys that were changed without any."""
+    flat = to_flat(config)
+    effective = effective_settings(flat)
+    changed = [key for key, value in flat.items() if value != DEFAULTS[key] and key not in effective]
+    return {key: KEYS[key].matters_if for key in changed if KEYS[key].matters_if != NEVER}
 
 
 def differences(a: dict[str, object], b: dict[str, object]) -> tuple[dict, dict]:

@@ -27,6 +27,7 @@ from bridgekit.config import (
     ConfigError,
     check_written,
     dump_config,
+    find_idle,
     is_safe,
     load_config,
     load_layers,
@@ -68,6 +69,8 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
             check_parts(config)
             check_texts(config)
             refuse_unfit(config)
+            for key, condition in find_idle(config).items():
+                print(f"note: {key} has no effect here, only if {condition}", flush=True)
         unfinished = None if folder or new else find_unfinished(config)
         if unfinished:
             print(f"goes on with {unfinished}, which is unfinished", flush=True)

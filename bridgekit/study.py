@@ -261,6 +261,15 @@ def measure_headroom(planned: dict[str, Config], runs_dir: str | Path) -> dict[s
     return files
 
 
+def list_planned(planned: dict[str, Config], runs_dir: str | Path) -> None:
+    """A line for each run: whether it is due, and what it changes of the first one's settings."""
+    first = to_flat(next(iter(planned.values())))
+    for name, config in planned.items():
+        apart = differences(first, to_flat(config))[0]
+        changes = [format_override(key, value) for key, (_, value) in apart.items() if not key.startswith("run.")]
+        print(f"{'finished' if is_done(Path(runs_dir) / name, config) else 'due':8}  {name}  {' '.join(changes)}")
+
+
 def main(argv: list[str] | None = None) -> None:
     """The `bridgekit study` verb."""
     parser = Parser(prog="bridgekit study", description=__doc__.split("\n")[0])
@@ -269,9 +278,12 @@ def main(argv: list[str] | None = None) -> None:
     slots = f"trainings at once on each GPU (default: {SLOTS_PER_GPU}, and 1 where there is no GPU)"
     parser.add_argument("--slots", type=int, default=0, help=slots)
     parser.add_argument("--only", nargs="+", metavar="VARIANT", help="these variants of the file, with all seeds")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and what they change, start nothing")
     args = parser.parse_args(argv)
     study = load_study(args.file)
     there, unknown = ", ".join(study.variants), set(args.only or []) - set(study.variants)
     refuse_if(unknown, f"--only: '{min(unknown, default='')}' is no variant of this file (there are: {there})")
     planned = plan_study(study, args.runs_dir, args.only)
+    if args.dry_run:
+        return list_planned(planned, args.runs_dir)
     run_planned(planned, args.runs_dir, args.slots, study.pairs, study.pair_options).check()

@@ -120,6 +120,17 @@ def test_a_child_knows_its_parent_and_does_not_spin(tmp_path, monkeypatch):
         monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # who sets it, has it
 
 
+def test_a_machine_that_stood_still_ends_no_process_before_it_could_say_something(tmp_path):
+    child = Child(tmp_path, [sys.executable, "-c", "import time; time.sleep(60)"])
+    beat = tmp_path / f"{alive.BEAT}0"
+    beat.touch()
+    os.utime(beat, (time.time() - 1000,) * 2)
+    child.looked -= 900  # so long nobody has looked
+    assert child.poll() is None and not child.silent
+    child.looked, child.awake = child.looked - 6, child.awake - alive.SILENT_SECONDS - 1
+    assert child.poll() and "no sign of life" in child.why()
+
+
 def test_a_process_that_gives_no_sign_of_life_ends_its_whole_family(tmp_path, monkeypatch):
     worker = f"from bridgekit.alive import watch_parent; watch_parent({str(tmp_path)!r}); import time; time.sleep(60)"
     launcher = f"import subprocess, sys; sys.exit(subprocess.call({[sys.executable, '-c', worker]!r}))"

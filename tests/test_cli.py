@@ -41,6 +41,9 @@ def write_yaml(folder: Path, text: str, name: str = "some.yaml") -> Path:
         ("run {notebook} -f overrides:[train.stps=3]", ["train.stps", "train.steps"]),
         ("study parameters/studies/flow.yaml --slots -2", ["slots", "-2"]),
         ("verdict runs/none", ["runs/none"]),
+        ("plan", ["name a file"]),
+        ("plan parameters/studies/flow.yaml", ["flow.yaml", "a study", "bridgekit study"]),
+        ("plan -f parameters/night.yaml", ["night.yaml", "a batch", "bridgekit batch"]),
     ],
 )
 def test_a_mistaken_command_is_refused_in_one_line_and_makes_no_run(tmp_path, capsys, monkeypatch, argv, named):
@@ -83,6 +86,20 @@ def test_printed_configuration_reads_back(tmp_path, capsys):
     assert sum(line.endswith("  # changed") for line in lines) == 3
     expected = load_config(overrides=[*overrides, "run.name=other"])
     assert load_config(overrides=[line.split("  #")[0] for line in lines]) == expected
+
+
+def test_a_key_without_effect_is_marked(capsys):
+    assert cli.main(["config", "-o", "loss.extra=mine.py:loss", "-o", "loss.kl_tokens=3"]) == 0
+    out = capsys.readouterr().out
+    assert "loss.extra=mine.py:loss  # changed, without effect: only if loss.extra_weight > 0" in out
+    assert out.count("without effect") == 2
+
+
+def test_a_verdict_that_did_not_ask_for_trained_controls_is_shown_as_such(capsys):
+    runs = [str(ROOT / "preserved_data" / name) for name in ("headline_resampler_seed1", "phase1_make_seed1")]
+    assert cli.main(["status", *runs]) == 0
+    old, new, *_ = capsys.readouterr().out.splitlines()
+    assert "transfers by an older rule" in old and "unproven ·" in new
 
 
 def test_python_m_bridgekit_is_the_command_and_a_mistake_leaves_no_traceback():

@@ -13,6 +13,7 @@ from conftest import TINY
 from bridgekit.config import ConfigError, load_config, to_flat
 from bridgekit.runs import create_run, load_run_config, open_study, same_run, write_status
 from bridgekit.study import Study, load_study, measure_headroom, plan_study, plan_swap
+from bridgekit.study import main as study_verb
 from bridgekit.tasks import check_positions, measure_prompts
 
 ROOT = Path(__file__).parent.parent
@@ -145,6 +146,15 @@ def test_a_study_is_planned(name, monkeypatch):
         monkeypatch.setattr("bridgekit.study.measure_prompts", lambda config: None)
     some = load_study(f"parameters/studies/{name}.yaml")
     assert len(plan_study(some)) == len(some.variants) * len(some.seeds) > 3
+
+
+def test_a_dry_run_lists_what_is_due_and_makes_nothing(tmp_path, capsys):
+    study_verb(
+        ["parameters/studies/facts.yaml", "--runs-dir", str(tmp_path), "--only", "learned", "local", "--dry-run"]
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[3].split() == ["due", "facts_local_seed1", "bridge.queries=local"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def check_trust(folder: str | Path, trust_code: bool) -> Path | None:
     code, restore = Path(folder) / "code", "restore it from the run"
     if not code.is_dir():
         return None
-    own = "this run brings Python code of its own (code/): read it, then give --trust-code"
+    own = "this run brings Python code of its own (code/): read it, then give --trust-code (in Python trust_code=True)"
     refuse_if(not trust_code, f"{folder}: {own}")
     try:
         for known in json.loads((code / "code.json").read_text()).values():

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from bridgekit.model.bridge import Bridge
 from bridgekit.train.data import Batch
-from bridgekit.train.objective import is_teachers_step
 
 if TYPE_CHECKING:
     from bridgekit.train.experiment import Experiment
@@ -40,10 +39,11 @@ class Captured:
         self.graphs: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch, dict[str, torch.Tensor]]] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def run(self, batch: Batch, step: int) -> dict[str, torch.Tensor]:
-        """The mean of each loss but that of decoding; the gradients are added to the bridge's."""
+    def run(self, batch: Batch, step: int, taught: bool = False) -> dict[str, torch.Tensor]:
+        """The mean of each loss but that of decoding; the gradients are added to the bridge's.
+
+        Steps in which the teacher alone counts (`taught`) have graphs of their own."""
         batch = pad_batch(batch)
-        taught = is_teachers_step(self.experiment.config_of(self.name), step)
         key = (taught, *(tuple(x.shape) for x in tensors(batch)))
         if taught not in self.warm:  # libraries set themselves up in the first step
             self.warm.add(taught)

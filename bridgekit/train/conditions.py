@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bridgekit.config import CONTROLS
+from bridgekit.config import CONTROLS, nearest, refuse_if
 from bridgekit.model.bridge import Bridge
 from bridgekit.model.generation import Generated, decode_bridged
 from bridgekit.model.message import Message, hashed_normal
@@ -267,7 +267,9 @@ def find_row(name: str, table: dict = TABLE) -> Text | Bridged | Choice:
     """The row of a condition; `constant.last` is that of `constant` with the bridge of this name."""
     if name == "union":
         raise ValueError("eval.conditions: 'union' is counted from source and target, it answers nothing itself")
-    return table[name] if name in table else replace(table[name.split(".")[0]], bridge=name)
+    own = name.split(".")[0]
+    refuse_if(own not in table, f"no condition '{name}': did you mean '{nearest(own, table)}'?")
+    return table[name] if name in table else replace(table[own], bridge=name)
 
 
 def make_row(experiment: Experiment, example: Example, said: dict[str, Generated]) -> dict:

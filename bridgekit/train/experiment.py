@@ -5,7 +5,7 @@
     bridge = experiment.build_bridge()
     loss = experiment.step_losses(bridge, experiment.batch(step=0))["loss"]
     experiment = Experiment.load("preserved_data/headline_resampler_seed1")    # a finished run, never written to
-    experiment.ask("Hal has 9 sisak of pins. How many pins?")
+    experiment.ask("Hal has 9 lomom of pins. How many pins?")
 
 Training and evaluation of a run (worker.py) use the same object with a run folder and an accelerator.
 Shapes: B batch, N examples, S source tokens, L captured layers, K soft tokens, D_s and D_t hidden sizes.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from accelerate.utils import set_seed
 
-from bridgekit.config import Config, ConfigError, dump_config
+from bridgekit.config import Config, ConfigError, dump_config, refuse_if
 from bridgekit.model.bridge import (
     Bridge,
     build_bridge,
@@ -36,6 +36,7 @@ from bridgekit.model.generation import Generated, evaluating
 from bridgekit.model.message import Message
 from bridgekit.model.pair import Pair, load_pair, split_prompts
 from bridgekit.model.states import SourceStates, align_tokens, count_shared, read_source
+from bridgekit.results.verdict import judge
 from bridgekit.runs import load_jsonl, load_run_config, load_status, provenance, write_status, write_text_atomic
 from bridgekit.tasks import Example, extend, get_task, source_prompt, units
 from bridgekit.tasks.models import pick_layers
@@ -164,6 +165,8 @@ class Experiment:
     @torch.no_grad()
     def encode(self, examples: list[Example], bridge: str | Bridge = "bridged") -> tuple[torch.Tensor, torch.Tensor]:
         """The messages' tokens and mask. -> (N, K, D_t), (N, K)"""
+        named = examples and all(isinstance(e, Example) for e in examples)
+        refuse_if(not named, "encode: give Examples: experiment.test[:8], or from_jsonl(...)")
         name, bridge = self.find_bridge(bridge)
         states, seeds = self.source_states(examples, name), self.seeds(examples)
         with evaluating(bridge):
@@ -242,6 +245,8 @@ class Experiment:
         `fields` are further fields of the Example, such as `facts` that only the source reads."""
         import pandas as pd
 
+        is_text = isinstance(question, str) and question.strip()
+        refuse_if(not is_text, "ask: give one question as a text; for many: from_jsonl(...) and `answer`")
         shots = self.examples("val")[0].shots
         fields = dict(id="asked", split="asked", solution="", gold="", shots=shots) | fields
         example = Example(question=question, **fields)
@@ -326,10 +331,12 @@ class Experiment:
             raise ConfigError(f"{out}: not empty: name a new folder")
         out.mkdir(parents=True, exist_ok=True)
         run = self.folder or out  # a bridge trained in a notebook has no run folder, and no records yet
-        bridge, record, verdict = self.bridges["bridged"], self.provenance(), run / "verdict.json"
+        bridge, record, outcome = self.bridges["bridged"], self.provenance(), ""
         if (run / "provenance.json").is_file():
             record = json.loads((run / "provenance.json").read_text())
-        outcome = json.loads(verdict.read_text())["outcome"] if verdict.is_file() else ""
+        if (run / "verdict.json").is_file():  # by the rule of today, whatever it was judged by then
+            judged = judge([run])
+            outcome = "; ".join([judged.outcome, *(f"not run: {name}" for name in judged.not_run)])
         if self.code_dir:
             shutil.copytree(self.code_dir, out / "code")
         save_bridge(bridge, out, "bridged", {"step": bridge.metadata.get("step", "unknown")})

@@ -237,7 +237,7 @@ class Work:
             "activations of the target": rows * places * target.saved(self.shared > 0, fused) * self.size / self.shards,
             "logits and their losses": rows * compared * target.vocab * FITTED["logits"],
             "activations of the bridge": rows * kept * self.bridge_size,
-            "rooms of answers": (validated * target.cached * self.size + decoding) / self.shards,
+            "keys and values of answers": (validated * target.cached * self.size + decoding) / self.shards,
         }
 
     def rooms(self, questions: int, before: int) -> float:
@@ -256,8 +256,11 @@ class Work:
         prompts = min(rows * (k + asked), PREFILL) * (3 * target.ffn + 4 * target.hidden) * self.size
         return {
             "the bridges": 4 * self.bridge * (1 + len(self.config.train.controls)),
-            "rooms of answers, target": self.rooms(n_test, k + asked) * target.cached * self.size / self.shards,
-            "rooms of answers, source": self.rooms(n_test, widest(lengths.read)) * source.cached * self.size,
+            "keys and values of answers, target": self.rooms(n_test, k + asked)
+            * target.cached
+            * self.size
+            / self.shards,
+            "keys and values of answers, source": self.rooms(n_test, widest(lengths.read)) * source.cached * self.size,
             "a pass over the prompts": prompts + rows * target.vocab * 10 * (new > 0),
         }
 

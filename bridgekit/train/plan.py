@@ -230,7 +230,7 @@ def tabulate(config: Config, plan: Plan, memory: float) -> list[tuple[str, str]]
         ("a training step", f"{seconds['training step']:.3f} s"),
         (f"a validation, {config.train.val_samples} questions", f"{seconds['validation']:.0f} s"),
         ("baselines and test set", f"{(seconds['baselines'] + seconds['test']) / 60:.0f} min"),
-        (f"whole run, {n} GPU{'s' * (n > 1)}, at most", f"{seconds['whole run'] / 3600:.1f} h"),
+        (f"whole run, {n} GPU{'s' * (n > 1)}, at most", f"{seconds['whole run'] / 60:,.0f} min"),
         ("GPU-hours, at most", f"{needs.gpu_hours:.1f}"),
         ("disk", f"{needs.disk / 1e9:.1f} GB"),
         ("bridge", f"{needs.bridge / 1e6:.1f}M parameters"),
@@ -240,13 +240,15 @@ def tabulate(config: Config, plan: Plan, memory: float) -> list[tuple[str, str]]
 def main(argv: list[str] | None = None) -> int:
     """Print the plan; exit code 0 if the run can start, 2 if not."""
     parser = Parser(prog="bridgekit plan", description=__doc__.splitlines()[0])
-    parser.add_argument("files", nargs="+", type=Path, metavar="PARAMETERS", help="files of parameters/")
+    parser.add_argument("files", nargs="*", type=Path, metavar="PARAMETERS", help="files of parameters/")
+    parser.add_argument("-f", dest="more", action="append", default=[], metavar="FILE", help="the same, as elsewhere")
     parser.add_argument("-o", dest="overrides", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--gpu-memory", type=float, default=0.0, metavar="GiB", help="default: the GPU's here, else 80")
     parser.add_argument("--gpu", default="", metavar="NAME", help="e.g. H200, A100; default: the GPU's here, else H100")
     parser.add_argument("--json", action="store_true", help="the numbers, in bytes and seconds")
     args = parser.parse_args(argv)
-    config, here = load_config(args.files, args.overrides, "phase1"), find_gpu()
+    refuse_if(not args.files + args.more, "bridgekit plan: name a file of parameters/")
+    config, here = load_config([*args.files, *args.more], args.overrides, "phase1"), find_gpu()
     name = args.gpu or (here.name if here else "H100")
     memory = args.gpu_memory or (here.total if here else 80.0)
     plan = make_plan(config, name)
@@ -259,7 +261,7 @@ def main(argv: list[str] | None = None) -> int:
         facts |= {"notes": plan.notes, "lengths": plan.lengths.origin}
         print(json.dumps((asdict(plan.needs) | {"peak": plan.needs.peak} if plan.needs else {}) | facts, indent=1))
         return 0 if ready else 2
-    print(f"{config.run.name} on {name}; texts: {plan.lengths.origin}")
+    print(f"{config.run.name} on {name}{'' if here else ' (no GPU here)'}; texts: {plan.lengths.origin}")
     for item, value in tabulate(config, plan, memory) if plan.needs else [("memory and time", "not known")]:
         print(f"{item:52} {value:>16}")
     for line in [f"note: {note}" for note in plan.notes] + [f"missing: {line}" for line in missing]:

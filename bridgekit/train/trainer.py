@@ -25,7 +25,7 @@ from bridgekit.runs import append_jsonl, is_correct, write_text_atomic
 from bridgekit.train.captured import Captured, map_batch
 from bridgekit.train.checkpoints import STOP, Checkpoints, Window, deal_window
 from bridgekit.train.data import TrainingSet, step_batch
-from bridgekit.train.objective import decode_loss, encode_batch, is_decoded, mean_losses, weigh
+from bridgekit.train.objective import decode_loss, encode_batch, is_decoded, is_teachers_step, mean_losses, weigh
 from bridgekit.train.processes import Processes, sum_gradients
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def train_step(
         means = experiment.step_losses(bridge, batch, step, name)
         means["loss"].backward()
     else:
-        means = captured.run(batch, step)
+        means = captured.run(batch, step, is_teachers_step(config, step))
         if is_decoded(config, step):
             n = int((batch.slots < config.loss.decode_batch).sum())  # the first rows; the rest need no message
             few = map_batch(batch, lambda x: x[: max(n, 1)])

@@ -4,6 +4,7 @@ python -m pytest tests/train/test_experiment.py
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from bridgekit.train import experiment as experiment_module
 from bridgekit.train.conditions import Text
 from bridgekit.train.experiment import Experiment
 
-QUESTION = "Hal has 9 sisak of pins. How many pins?"
+QUESTION = "Hal has 9 lomom of pins. How many pins?"
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,22 @@ def run(tiny, make_experiment):
     (made.folder / "provenance.json").write_text(json.dumps(made.provenance()))
     write_status(made.folder, state="finished")
     return made.folder
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda e: e.ask([QUESTION, QUESTION]), "ask: give one question as a text"),
+        (lambda e: e.ask(3), "ask: give one question as a text"),
+        (lambda e: e.ask(QUESTION, names=["sorce"]), "no condition 'sorce': did you mean 'source'?"),
+        (lambda e: e.answer("bridgd", e.test[:1]), "no condition 'bridgd': did you mean 'bridged'?"),
+        (lambda e: e.encode(QUESTION), "encode: give Examples"),
+        (lambda e: e.encode([]), "encode: give Examples"),
+    ],
+)
+def test_what_is_no_question_and_who_answers_none_is_refused(experiment, call, named):
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        call(experiment)
 
 
 @pytest.fixture

@@ -69,14 +69,14 @@ STEPS |= {"dit": (DIT, 0.38, 52.8), "dit with text": (DIT | {"prompt_mode": "sof
 def test_a_training_step_is_what_was_measured(changes, seconds, gib):
     """On one H200, without validation and without the context of CUDA."""
     found = needs(**changes)
-    held = sum((found.resident | found.training).values()) - found.training["rooms of answers"]
+    held = sum((found.resident | found.training).values()) - found.training["keys and values of answers"]
     assert (held - FITTED["context"]) / GiB == pytest.approx(gib, rel=0.04)
     assert found.seconds["training step"] == pytest.approx(seconds, rel=0.12)
 
 
 def test_decoding_is_what_was_measured():
     found = needs(eval_batch_size=200, n_test=200, n_val=200, val_samples=200, max_new_tokens=256)
-    held = sum((found.resident | found.evaluation).values()) - found.evaluation["rooms of answers, source"]
+    held = sum((found.resident | found.evaluation).values()) - found.evaluation["keys and values of answers, source"]
     assert (held - FITTED["context"]) / GiB == pytest.approx(43.8, rel=0.04)
     assert found.seconds["validation"] == pytest.approx(5.6, rel=0.1)
 
