@@ -41,6 +41,7 @@ def write_yaml(folder: Path, text: str, name: str = "some.yaml") -> Path:
         ("run {notebook} -f overrides:[train.stps=3]", ["train.stps", "train.steps"]),
         ("study parameters/studies/flow.yaml --slots -2", ["slots", "-2"]),
         ("verdict runs/none", ["runs/none"]),
+        ("plna parameters/phase1.yaml", ["plna", "'plan'"]),
         ("plan", ["name a file"]),
         ("plan parameters/studies/flow.yaml", ["flow.yaml", "a study", "bridgekit study"]),
         ("plan -f parameters/night.yaml", ["night.yaml", "a batch", "bridgekit batch"]),

@@ -162,7 +162,9 @@ def test_right_where_neither_model_was(frames):
     neither = frame[~frame["source_correct"] & ~frame["target_correct"]]
     (beyond,) = verdict.exact
     assert (beyond.n, beyond.point) == (len(neither), neither["bridged_correct"].mean())
-    assert f"Where neither model was right ({len(neither)} problems), the bridge was on {beyond}." in verdict.text
+    assert (
+        f"Of the {len(neither)} problems that neither model had right, the bridge had {beyond} right." in verdict.text
+    )
     assert judge([frame.assign(source_correct=True)]).exact == judge([without(frame, "source")]).exact == [None]
 
 
