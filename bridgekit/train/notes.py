@@ -3,8 +3,9 @@
     rows = note_facts(target, examples, 16)     # of each example: (token, the soft token that holds it), ...
 
 With the tokens' own embeddings as its message, the embedded target reads a note as well as in its context without `A`
-and `is`, hardly without `Note:` or the full stops, and not at all without the space before a value. A soft token holds
-several tokens as the sum of their embeddings: least is lost with a full stop, most with a word and its value.
+and `is`, hardly without `Note:` or the full stops, and not at all without the space before a value. A soft token may
+hold several tokens as the sum of their embeddings: least is lost with a full stop. A bridge learns the sum of a word's
+tokens far later than its first token alone, so a word that has no room loses its end.
 """
 
 from bisect import bisect_right
@@ -35,6 +36,7 @@ def note_facts(lm: LanguageModel, examples: list[Example], n_soft_tokens: int) -
 def fold(whole: list[int], word: list[int], value: list[int], room: int) -> tuple[list[int], list[int]]:
     """Which tokens of a fact are kept, and at which of them a further soft token begins."""
     others = [token for token in whole if token not in {*word, *value}]
+    word = word[: max(1, room - len(value) + 1)]  # the full stop stands with the last digit
     spare = max(0, room - len(word) - len(value))
     kept = sorted([*word, *value, *(others[-spare:] if spare else [])])
     order = dict.fromkeys([value[0], *value[-2:-1], *value[:-1], *word, *value[-1:], *kept])  # what to part first
