@@ -2,7 +2,7 @@
 
     python tests/train/read_notes.py     # writes preserved_data/benchmarks/notes.json; minutes on a CPU
 
-First the note as a text, whole or without some of it; then folded into soft tokens as `bridge.teacher=facts` teaches it
+First the note as a text, whole or without some of it; then fitted to soft tokens as `bridge.teacher=facts` teaches it
 (`bridgekit/train/notes.py`). Validation problems of the embedded pair.
 """
 
