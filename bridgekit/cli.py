@@ -226,9 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         if argv and argv[0] in FORWARDED:
             return importlib.import_module(f"bridgekit.{FORWARDED[argv[0]][0]}").main(argv[1:]) or 0
         unknown = argv and not argv[0].startswith("-") and argv[0] not in VERBS
-        configuration.refuse_if(
-            unknown, f"no verb '{argv[0]}': did you mean '{configuration.nearest(argv[0], [*VERBS, *FORWARDED])}'?"
-        )
+        near = configuration.nearest(argv[0], [*VERBS, *FORWARDED]) if unknown else ""
+        out = f"did you mean '{near}'? (all there is: bridgekit --help)"
+        configuration.refuse_if(unknown, f"no verb '{argv[0] if argv else ''}': {out}")
         arguments = build_parser().parse_args(argv)
         return arguments.run(arguments) or 0
     except OSError as error:
