@@ -137,7 +137,19 @@ def test_variants_that_differ_in_effect_are_planned(study, shared, own):
         plan_study(study(overrides=shared, variants={"a": [], "b": own}, replicates={"b": "a"}))
 
 
-@pytest.mark.parametrize("name", ["swap", "wide", "headline_fresh", "injectors", "facts", "compression_h100_node"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swap",
+        "wide",
+        "headline_fresh",
+        "injectors",
+        "facts",
+        "repairs_apart",
+        "repairs_natural",
+        "compression_h100_node",
+    ],
+)
 def test_a_study_is_planned(name, monkeypatch):
     """The others of parameters/studies have goldens."""
     monkeypatch.chdir(ROOT)
