@@ -16,6 +16,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+from conftest import NEW_STUDIES
 
 from bridgekit.config import build_config, load_config, to_flat
 
@@ -152,17 +153,6 @@ def test_real_questions_are_split_as_before(n_shots, data_seed, tmp_path):
 
 # ---- what is planned -------------------------------------------------------------------------------------------------
 
-# planned in tests/test_study.py
-NEW_STUDIES = (
-    "swap",
-    "wide",
-    "headline_fresh",
-    "injectors",
-    "facts",
-    "repairs_apart",
-    "repairs_natural",
-    "compression_h100_node",
-)
 MOVED = {
     "ablation_capacity": "capacity", "ablation_compression": "compression", "ablation_flow": "flow",
     "ablation_generalisation": "generalisation", "ablation_losses": "losses", "ablation_gpu": "plan_abc",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY
+from conftest import NEW_STUDIES, TINY
 
 from bridgekit.config import ConfigError, load_config, to_flat
 from bridgekit.runs import create_run, load_run_config, open_study, same_run, write_status
@@ -137,19 +137,7 @@ def test_variants_that_differ_in_effect_are_planned(study, shared, own):
         plan_study(study(overrides=shared, variants={"a": [], "b": own}, replicates={"b": "a"}))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "swap",
-        "wide",
-        "headline_fresh",
-        "injectors",
-        "facts",
-        "repairs_apart",
-        "repairs_natural",
-        "compression_h100_node",
-    ],
-)
+@pytest.mark.parametrize("name", NEW_STUDIES)
 def test_a_study_is_planned(name, monkeypatch):
     """The others of parameters/studies have goldens."""
     monkeypatch.chdir(ROOT)

@@ -80,8 +80,9 @@ def is_teachers_step(config: Config, step: int) -> bool:
 
 def due_weights(config: Config, step: int) -> Loss:
     """The losses' weights at a step: with `teacher_steps` the first ones learn from the teacher alone, the rest not."""
-    taught = is_teachers_step(config, step)
-    names = [name for name in vars(config.loss) if name.endswith("_weight")] if config.train.teacher_steps else []
+    if not config.train.teacher_steps:
+        return config.loss
+    taught, names = is_teachers_step(config, step), [name for name in vars(config.loss) if name.endswith("_weight")]
     return replace(config.loss, **{name: 0.0 for name in names if (name in TEACHERS) != taught})
 
 
