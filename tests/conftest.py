@@ -12,7 +12,8 @@ import pytest
 from bridgekit.config import ConfigError, load_config
 
 # Studies without goldens: test_study.py plans each, test_goldens.py all others.
-NEW_STUDIES = "swap wide headline_fresh injectors facts repairs_apart repairs_natural compression_h100_node".split()
+NEW_STUDIES = "swap wide headline_fresh injectors recipe larger facts repairs_apart repairs_natural".split()
+NEW_STUDIES += ["compression_h100_node"]
 TINY = dict(
     source_device="cpu", target_device="cpu", n_train=64, n_val=24, n_test=24, val_samples=24, bridge_dim=16,
     heads=2, depth=1, n_soft_tokens=4, steps=4, batch_size=8, eval_every=2, warmup_steps=1, max_new_tokens=24,
