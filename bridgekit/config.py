@@ -222,11 +222,9 @@ def check_value(name: str, value: object) -> object:
     """Hold a value to its key's type, and refuse one outside its names or limits."""
     default, _, allowed, _ = KEYS[name]
     value = check_type(name, type(default), value)
-    is_finite = not isinstance(value, float) or math.isfinite(value)
-    refuse_if(not is_finite, f"{name}: must be a finite number, got {value}")
-    refuse_if(
-        type(value) is int and abs(value) > 2**32, f"{name}: too large a number, got {value!r}: use a smaller one"
-    )
+    refuse_if(isinstance(value, float) and not math.isfinite(value), f"{name}: must be a finite number, got {value}")
+    is_huge = type(value) is int and abs(value) > 2**32
+    refuse_if(is_huge, f"{name}: too large a number, got {value!r}: use a smaller one")
     unclear = [text for text in (value if isinstance(value, tuple) else [str(value)]) if not text.isprintable()]
     refuse_if(unclear, f"{name}: has characters that cannot be printed, got {value!r}: take them out")
     if isinstance(allowed, str):
@@ -234,8 +232,10 @@ def check_value(name: str, value: object) -> object:
         return value
     for one in (value if isinstance(value, tuple) else (value,)) if allowed else ():
         if one not in allowed and not (FILE_OBJECT in allowed and is_path(one)):
-            names = ", ".join(filter(None, allowed))
-            raise ConfigError(f"{name}: '{one}' is not one of {names} (nearest: {nearest(one, allowed)})")
+            out = f"is not one of {', '.join(filter(None, allowed))} (nearest: {nearest(one, allowed)})"
+            if FILE_OBJECT in allowed and ".py" in one:
+                out = f"must be {FILE_OBJECT}, its path from the project folder on"
+            raise ConfigError(f"{name}: '{one}' {out}")
     return value
 
 

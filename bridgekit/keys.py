@@ -229,6 +229,7 @@ KEYS = {
     "bridge.rms_match": Key(True, "bring soft tokens to the size of the target's embeddings"),
     "bridge.inject_from": Key("auto", "the first place acted on; auto: after shots", STARTS, "task.n_shots > 0"),
     "bridge.inject_layers": Key("auto", "target layers, e.g. 2,4,6; auto: eight", "", "bridge.injector != prefix"),
+    "bridge.kv_mix": Key("mlp", "a cache entry and a message token, joined", ("mlp", "linear"), "bridge.injector = kv"),
     "bridge.bridge_dim": Key(192, "width of the bridge, a multiple of heads", "> 0", WIDE),
     "bridge.bridge_dtype": Key("float32", "of its arithmetic on a GPU", ("float32", "bfloat16"), WIDE),
     "bridge.depth": Key(2, "blocks of the producer", "> 0", READS),

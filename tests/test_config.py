@@ -76,7 +76,7 @@ PROMPT = {"nll_weight": 0.0, "prompt_weight": 1.0}
         ({"n_soft_tokens": 0}, ["bridge.n_soft_tokens", "= -1 or >= 1 and <= 2048", "got 0"]),
         ({"eval_samples": 2001}, ["eval.eval_samples", "2000"]),
         ({"val_samples": 513}, ["train.val_samples", "512"]),
-        ({"producer": "/home/me/mine.py:Mine"}, ["bridge.producer", f"resampler, dit, constant, {FILE_OBJECT}"]),
+        ({"producer": "/home/me/mine.py:Mine"}, ["bridge.producer", FILE_OBJECT, "from the project folder"]),
         ({"extra": "mine.py"}, ["loss.extra", FILE_OBJECT]),
         ({"injector": "suffix"}, ["bridge.injector", "nearest: prefix"]),
         ({"task": "gsm8k"}, ["task.data", "bridgekit fetch gsm8k"]),

@@ -103,7 +103,10 @@ class Fuser(nn.Module):
         super().__init__()
         self.norm_own, self.norm_message = nn.LayerNorm(cache_width), nn.LayerNorm(width)
         dim = config.bridge_dim
-        self.mix = nn.Sequential(nn.Linear(cache_width + width, dim), nn.GELU(), nn.Linear(dim, cache_width))
+        if config.kv_mix == "linear":  # digits add up in it: values that training lacks are more than new words
+            self.mix = nn.Linear(cache_width + width, cache_width)
+        else:
+            self.mix = nn.Sequential(nn.Linear(cache_width + width, dim), nn.GELU(), nn.Linear(dim, cache_width))
         self.gate = Gate()
 
     def forward(self, own, aligned):

@@ -158,7 +158,9 @@ def count_bridge(config: Config, source: Shape, target: Shape) -> tuple[int, int
     else:
         work += c.depth * (2 * heads + feed + 6 * d)
     reader += inside**2 * (c.source_projection and c.producer != "constant")
-    reading, fuser = 4 * t + 4 * t * d + 1, 2 * (target.keys + t) + (2 * target.keys + t) * d + d + target.keys + 1
+    reading, both = 4 * t + 4 * t * d + 1, target.keys + t
+    mix = both * target.keys if c.kv_mix == "linear" else (both + target.keys) * d + d
+    fuser = 2 * both + mix + target.keys + 1
     each = {"prefix": 0, "kv": 2 * fuser}.get(c.injector, reading)
     return reader, work, each * count_layers(c.inject_layers, min(target.layers, 8))
 

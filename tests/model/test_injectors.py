@@ -14,7 +14,9 @@ from bridgekit.model.injectors import CacheFusion, align_message
 from bridgekit.model.losses import answer_nll
 from bridgekit.model.message import Message
 
-CLOSED = [("residual", 4), ("residual", -1), ("kv", -1)]  # those that leave the target's text as it is
+KV = dict(injector="kv", n_soft_tokens=-1)
+READ = [dict(injector="residual", n_soft_tokens=k) for k in (4, -1)]
+CLOSED = [*READ, KV, KV | {"kv_mix": "linear"}]  # those that leave the target's text as it is
 
 
 def logits_of(pair, bridge, batch, message):
@@ -27,9 +29,9 @@ def alone(pair, batch):
 
 
 @pytest.mark.parametrize("producer", ["resampler", "dit", "constant"])
-@pytest.mark.parametrize("injector, k", CLOSED)
-def test_at_the_start_the_logits_are_the_targets_own_and_every_gate_learns(one_batch, pair, producer, injector, k):
-    _, bridge, batch, message = one_batch(producer=producer, injector=injector, n_soft_tokens=k)
+@pytest.mark.parametrize("settings", CLOSED)
+def test_at_the_start_the_logits_are_the_targets_own_and_every_gate_learns(one_batch, pair, producer, settings):
+    _, bridge, batch, message = one_batch(producer=producer, **settings)
     logits = logits_of(pair, bridge, batch, message)
     assert torch.equal(logits, alone(pair, batch)) and set(bridge.injector.gates().values()) == {0.0}
     answer_nll(logits, batch.labels, batch.labels_mask)[0].backward()
@@ -37,12 +39,12 @@ def test_at_the_start_the_logits_are_the_targets_own_and_every_gate_learns(one_b
     assert gates and all(gate.grad.abs() > 0 for gate in gates)  # and a first step opens every gate
 
 
-@pytest.mark.parametrize("injector, k", [*CLOSED, ("prefix+residual", 4)])
-def test_an_open_gate_lets_the_message_through_and_nothing_stays_behind(one_batch, pair, injector, k):
+@pytest.mark.parametrize("settings", [*CLOSED, dict(injector="prefix+residual", n_soft_tokens=4)])
+def test_an_open_gate_lets_the_message_through_and_nothing_stays_behind(one_batch, pair, settings):
     def hooks() -> list:  # reading hidden states elsewhere leaves hooks of transformers' own
         return [(*m._forward_hooks, *m._forward_pre_hooks) for m in pair.target.model.modules()]
 
-    _, bridge, batch, message = one_batch(True, injector=injector, n_soft_tokens=k)
+    _, bridge, batch, message = one_batch(True, **settings)
     before = hooks()
     first = logits_of(pair, bridge, batch, message)
     assert not torch.allclose(first, alone(pair, batch), atol=1e-3)

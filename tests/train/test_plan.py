@@ -53,7 +53,8 @@ def test_parameters_of_a_bridge_are_exact(pair, producer, injector, queries):
     from bridgekit.model.bridge import build_bridge
     from bridgekit.tasks.models import pick_layers
 
-    more = dict(n_soft_tokens=-1) if injector == "kv" else dict(source_projection=True, dit_condition="attention")
+    aligned = dict(n_soft_tokens=-1, kv_mix="linear" if queries == "placed" else "mlp")
+    more = aligned if injector == "kv" else dict(source_projection=True, dit_condition="attention")
     more |= dict(dit_condition="cross") if queries == "placed" and injector == "prefix" else {}
     config = load_config(**TINY | dict(producer=producer, injector=injector, queries=queries) | more)
     shapes = [Shape.of(lm.model.config.to_dict()) for lm in (pair.source, pair.target)]
