@@ -6,6 +6,7 @@ python -m pytest tests/train/test_experiment.py
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,15 @@ def test_a_question_of_one_s_own_is_answered_side_by_side(experiment):
     example = experiment.examples("test")[0]  # any field of an Example may be given
     frame = experiment.ask(example.question, names=("target_told",), told=example.told)
     assert list(frame["extracted"]) == [example.gold]
+
+
+def test_one_message_made_of_facts_serves_every_question_about_them(tiny, make_experiment):
+    for view, same in (("facts", True), ("prompt", False)):
+        experiment = make_experiment(tiny(variant="context", n_facts=2, source_view=view))
+        first = experiment.examples("val")[0]
+        other = replace(first, id="other", question="How many bells are in 3 of something else?")
+        tokens, _ = experiment.encode([first, other], experiment.build_bridge())
+        assert torch.equal(tokens[0], tokens[1]) == same
 
 
 def test_any_condition_answers_by_name_or_as_a_row_of_one_s_own(experiment):
