@@ -232,10 +232,9 @@ def check_value(name: str, value: object) -> object:
         return value
     for one in (value if isinstance(value, tuple) else (value,)) if allowed else ():
         if one not in allowed and not (FILE_OBJECT in allowed and is_path(one)):
-            out = f"is not one of {', '.join(filter(None, allowed))} (nearest: {nearest(one, allowed)})"
-            if FILE_OBJECT in allowed and ".py" in one:
-                out = f"must be {FILE_OBJECT}, its path from the project folder on"
-            raise ConfigError(f"{name}: '{one}' {out}")
+            is_file, names = FILE_OBJECT in allowed and ".py" in one, ", ".join(filter(None, allowed))
+            hint = "a path begins in the project folder" if is_file else f"nearest: {nearest(one, allowed)}"
+            raise ConfigError(f"{name}: '{one}' is not one of {names} ({hint})")
     return value
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def open_run(config: Config, run_dir: str | Path = "", folder: Path | None = Non
             check_texts(config)
             refuse_unfit(config)
             for key, condition in find_idle(config).items():
-                print(f"note: {key} has no effect here, only if {condition}", flush=True)
+                print(f"note: {key} has no effect here, only if {condition}", file=sys.stderr, flush=True)
         unfinished = None if folder or new else find_unfinished(config)
         if unfinished:
             print(f"goes on with {unfinished}, which is unfinished", flush=True)

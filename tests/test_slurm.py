@@ -177,7 +177,7 @@ def rows(run: Path) -> int:
 @slow
 def test_a_preempted_run_is_put_back_and_goes_on_to_its_end(project, shell):
     submit = "bridgekit submit notebooks/phase1.ipynb -f small.yaml --time 0:20:00"
-    job, (run,) = re.search(r"(?m)^job (\d+): 1 run;", shell(submit))[1], faults.run_folders(project)
+    job, (run,) = re.match(r"job (\d+): 1 run;", shell(submit))[1], faults.run_folders(project)
     shell("cat runs/slurm/phase1_*/job.sh")
     wait_for("training", lambda: rows(run) > 3)
     assert "running" in shell("bridgekit status") and "1 of 1 runs are finished or under way" in shell(submit)
@@ -222,7 +222,7 @@ def test_a_run_over_its_time_limit_goes_on_in_its_job_until_it_is_finished(proje
     Path("site.yaml").write_text("time: 0:02:00\noptions: ['--signal=B:TERM@50']\n")
     options = "-o loss.extra=own.py:slow -o loss.extra_weight=0.1 -o train.steps=75 -o train.eval_every=25"
     submit = f"bridgekit submit notebooks/phase1.ipynb -f small.yaml {options} --site site.yaml"
-    job, (run,) = re.search(r"(?m)^job (\d+): 1 run;", shell(submit))[1], faults.run_folders(project)
+    job, (run,) = re.match(r"job (\d+): 1 run;", shell(submit))[1], faults.run_folders(project)
     wait_for("the first stop", lambda: load_status(run)["state"] == "stopped")
     before = rows(run)
     assert f"preempted  job {job} goes on with it" in shell("bridgekit status") and not (run / FINAL).exists()
@@ -240,7 +240,7 @@ def test_a_run_over_its_time_limit_goes_on_in_its_job_until_it_is_finished(proje
 @slow
 def test_a_job_that_is_cancelled_stays_out_of_the_queue(project, shell):
     sent = shell("bridgekit submit notebooks/phase1.ipynb -f small.yaml -o train.steps=9999 --time 0:20:00")
-    job, (run,) = re.search(r"(?m)^job (\d+): 1 run;", sent)[1], faults.run_folders(project)
+    job, (run,) = re.match(r"job (\d+): 1 run;", sent)[1], faults.run_folders(project)
     wait_for("training", lambda: rows(run) > 3)
     shell(f"scancel {job}")
     wait_for("an empty queue", lambda: not shell_free("squeue --noheader"))
