@@ -217,6 +217,13 @@ def test_a_run_folder_belongs_to_one_configuration_and_lies_in_the_project(proje
     assert longer == run_dir and runs.load_run_config(run_dir).train.steps == 9, "how long it trains may change"
 
 
+def test_a_setting_without_effect_is_noted_beside_what_a_command_prints(project, capsys):
+    launch.open_run(load_config(kv_mix="linear", overrides=TINY))
+    shown = capsys.readouterr()
+    assert "note: bridge.kv_mix has no effect here, only if bridge.injector = kv" in shown.err
+    assert "note" not in shown.out
+
+
 def test_a_notebook_goes_on_with_its_unfinished_run_and_a_command_begins_a_new_one(project):
     config = load_config(overrides=TINY)
     first = launch.open_run(config)
